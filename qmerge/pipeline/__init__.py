@@ -1,0 +1,1 @@
+"""From recipe to published checkpoint: plan, calibrate, requantize, run."""

@@ -1,0 +1,1 @@
+"""Results to Markdown and to one HTML file."""

@@ -1,0 +1,1 @@
+"""Files: reading checkpoints and adapters, writing shards, publishing a folder whole."""

@@ -1,0 +1,64 @@
+"""Which device computes? The only file that names an accelerator."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from qmerge.errors import UsageProblem
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def pick_device(wish: str) -> torch.device:
+    """``cpu``, ``cuda``, ``cuda:N`` or ``auto`` (CUDA where there is one). Asking for a CUDA device that is not there is an error, never a fall-back."""
+    if wish == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wish.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageProblem("no CUDA device is available", where=f"--device {wish}", fix="use --device cpu or --device auto")
+    try:
+        return torch.device(wish)
+    except RuntimeError as problem:
+        raise UsageProblem("unknown device", where=f"--device {wish}", expected="cpu, cuda, cuda:N or auto") from problem
+
+
+def exact_matmuls() -> None:
+    """Keep fp32 products in fp32 on CUDA: TF32 would put 1e-3 errors into a merge."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def in_parallel(work: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
+    """``[work(item) for item in items]``, on a CPU with one thread per item at a time and as many items as there are threads.
+
+    Long chains of small operations run faster so than with all threads inside each operation, and their bits do not depend on the thread count.
+    """
+    if device.type != "cpu":
+        return [work(item) for item in items]
+    threads = torch.get_num_threads()
+
+    def alone(item: Item) -> Result:
+        torch.set_num_threads(1)
+        with torch.no_grad():  # grad mode belongs to a thread
+            return work(item)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(alone, items))
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,125 @@
+"""How does bitsandbytes store a 4-bit weight in a checkpoint?
+
+``<w>`` uint8 ``[n / 2, 1]``, ``<w>.absmax``, ``<w>.quant_map``, with double quantization also ``<w>.nested_absmax`` and
+``<w>.nested_quant_map``, and the rest as JSON bytes in ``<w>.quant_state.bitsandbytes__nf4``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from qmerge.errors import Refused
+from qmerge.numerics import nf4
+from qmerge.types import Grid, QuantizedWeight, QuantState
+
+STATE_KEY = ".quant_state.bitsandbytes__"
+_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+
+
+def find_quantized(names: Iterable[str]) -> dict[str, str]:
+    """Weight name to quant type (``"nf4"`` or ``"fp4"``) of every 4-bit weight among a checkpoint's tensor names."""
+    found = {}
+    for name in names:
+        weight, key, kind = name.rpartition(STATE_KEY)
+        if key:
+            found[weight] = kind
+    return found
+
+
+def components(weight: str, quant_type: str = "nf4") -> tuple[str, ...]:
+    """The names of the tensors that may belong to ``weight``, itself first."""
+    return (weight, *(weight + part for part in _PARTS), f"{weight}{STATE_KEY}{quant_type}")
+
+
+def unpack(weight: str, load: Callable[[str], torch.Tensor], names: Iterable[str], quant_type: str = "nf4") -> QuantizedWeight:
+    """Codes and state of one stored weight. ``load`` gives a tensor by name. Raises `Refused` where the parts do not fit each other."""
+    held = set(names)
+    state_name = f"{weight}{STATE_KEY}{quant_type}"
+    missing = [name for name in (weight, weight + ".absmax", weight + ".quant_map", state_name) if name not in held]
+    if missing:
+        raise Refused("a 4-bit weight is incomplete", where=weight, expected=", ".join(missing), found="no such tensor")
+    meta = _read_meta(load(state_name), state_name)
+    shape = tuple(int(size) for size in meta["shape"])
+    count = shape[0] * shape[1] if len(shape) == 2 else 0
+    code = load(weight + ".quant_map").float()
+    if quant_type == "nf4" and (code.numel() != 16 or not torch.allclose(code, nf4.nf4_code(), atol=1e-6)):
+        raise Refused("a 4-bit weight brings a code book that is not NF4's", where=weight + ".quant_map", fix="bitsandbytes itself would ignore it")
+    nested = weight + ".nested_absmax" in held
+    state = QuantState(
+        absmax=load(weight + ".absmax"),
+        code=code,
+        block_size=int(meta["blocksize"]),
+        shape=shape,
+        dtype=str(meta["dtype"]),
+        quant_type=quant_type,
+        nested_absmax=load(weight + ".nested_absmax").float() if nested else None,
+        nested_code=load(weight + ".nested_quant_map").float() if nested else None,
+        nested_block_size=int(meta.get("nested_blocksize", 256)),
+        offset=_as_fp32(meta.get("nested_offset", 0.0)),
+    )
+    packed = load(weight).reshape(-1).view(torch.uint8)
+    blocks = -(-count // state.block_size)
+    if not count or packed.numel() != -(-count // 2) or state.absmax.numel() != blocks:
+        raise Refused("a 4-bit weight does not fit its own quant state", where=weight, expected=f"{count} codes and {blocks} block maxima for shape {shape}",
+                      found=f"{packed.numel() * 2} codes and {state.absmax.numel()} block maxima")
+    codes = nf4.unpack_nibbles(packed, count).reshape(shape)
+    return QuantizedWeight(codes, Grid(quant_type, 4, state.block_size, True, nested), state=state)
+
+
+def _read_meta(raw: torch.Tensor, where: str) -> dict[str, Any]:
+    try:
+        meta = json.loads(bytes(raw.to(torch.uint8).tolist()).decode())
+        if not isinstance(meta, dict) or not {"blocksize", "dtype", "shape"} <= meta.keys() or len(meta["shape"]) != 2 or int(meta["blocksize"]) < 1:
+            raise ValueError("blocksize, dtype and a two-dimensional shape are needed")
+    except (ValueError, TypeError) as problem:
+        raise Refused("a quant state cannot be read", where=where, found=str(problem)) from problem
+    return meta
+
+
+def _as_fp32(value: float) -> float:
+    return float(torch.tensor(float(value), dtype=torch.float32))
+
+
+def pack(weight: str, quantized: QuantizedWeight) -> dict[str, torch.Tensor]:
+    """The tensors to store for one weight, by name, as ``save_pretrained`` names them."""
+    state = quantized.state
+    meta: dict[str, Any] = {"quant_type": state.quant_type, "blocksize": state.block_size, "dtype": state.dtype, "shape": list(state.shape)}
+    tensors = {weight: nf4.pack_nibbles(quantized.codes), weight + ".absmax": state.absmax, weight + ".quant_map": state.code}
+    if state.nested:
+        meta |= {"nested_blocksize": state.nested_block_size, "nested_dtype": "float32", "nested_offset": state.offset}
+        tensors |= {weight + ".nested_absmax": state.nested_absmax, weight + ".nested_quant_map": state.nested_code}
+    tensors[f"{weight}{STATE_KEY}{state.quant_type}"] = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
+    return tensors
+
+
+def stored_bytes(shape: tuple[int, int], block_size: int, double_quant: bool) -> int:
+    """Bytes of the tensors that `pack` makes, up to the few of the JSON state (taken as 180)."""
+    count = shape[0] * shape[1]
+    blocks = -(-count // block_size)
+    nested = -(-blocks // 256) * 4 + 256 * 4 if double_quant else 3 * blocks
+    return -(-count // 2) + blocks + nested + 64 + 180
+
+
+def config(base_config: Mapping[str, Any] | None, double_quant: bool, compute_dtype: str, skip_modules: list[str] | None = None) -> dict[str, Any]:
+    """``quantization_config`` for ``config.json``: the base's own where it had one."""
+    if base_config:
+        return dict(base_config)
+    return {
+        "quant_method": "bitsandbytes",
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": skip_modules,
+        "llm_int8_threshold": 6.0,
+    }

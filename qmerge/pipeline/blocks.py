@@ -1,0 +1,211 @@
+"""How does text flow through a decoder, one block at a time, and which linears see the same input?
+
+The model's own forward runs once per batch with every block replaced by a recorder, which gives the first block's inputs and every block's
+keyword arguments (masks, position embeddings) just as the model passes them. After that only one block is alive at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmerge.errors import Refused
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block call besides the hidden states."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears (names within the block) that receive one and the same tensor. ``residual`` tells, for a linear that is added straight into the
+    residual stream, where that stream can be read before the addition: ``"<in>"`` or the name of the module that receives it."""
+
+    modules: tuple[str, ...]
+    residual: str | None = None
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what was wanted has been captured."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: keeps what it is called with and passes the hidden states on."""
+
+    def __init__(self, block: nn.Module, log: list, as_tuple: bool) -> None:
+        super().__init__()
+        self.block, self.log, self.as_tuple = block, log, as_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.log.append((hidden_states, args, kwargs))
+        return (hidden_states,) if self.as_tuple else hidden_states
+
+
+def record_calls(model: nn.Module, blocks_name: str, batches: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[list[Call]]]:
+    """First block's inputs per batch ``[windows, T, hidden]`` and, per batch, the `Call` of each block.
+
+    ``batches`` are token ids int64 ``[windows, T]``. The weights outside the blocks must be real, those inside may be on the meta device.
+    """
+    blocks = model.get_submodule(blocks_name)
+    hidden, calls = [], []
+    for ids in batches:
+        log = _record(model, blocks_name, blocks, ids, as_tuple=False)
+        if any(entry[0].shape != log[0][0].shape for entry in log):
+            log = _record(model, blocks_name, blocks, ids, as_tuple=True)  # this model's blocks return tuples
+        if len(log) != len(blocks):
+            raise Refused("the decoder does not call its blocks once each in order", where=blocks_name, expected=f"{len(blocks)} calls", found=f"{len(log)}")
+        hidden.append(log[0][0].detach())
+        calls.append([_share(Call(args, kwargs), calls[0][index] if calls else None) for index, (_, args, kwargs) in enumerate(log)])
+    return hidden, calls
+
+
+def _record(model: nn.Module, blocks_name: str, blocks: nn.ModuleList, ids: torch.Tensor, as_tuple: bool) -> list:
+    log: list = []
+    parent, _, leaf = blocks_name.rpartition(".")
+    owner = model.get_submodule(parent) if parent else model
+    setattr(owner, leaf, nn.ModuleList(_Recorder(block, log, as_tuple) for block in blocks))
+    try:
+        with torch.no_grad():
+            # one position of logits is enough: the head's output is not used
+            few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+            model(input_ids=ids, use_cache=False, **few)
+    finally:
+        setattr(owner, leaf, blocks)
+    return log
+
+
+def _share(call: Call, first: Call | None) -> Call:
+    """Use the first batch's tensors where this batch's are equal, so that masks are kept once and not once per batch."""
+    if first is None:
+        return call
+
+    def same(a: Any, b: Any) -> Any:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b):
+            return b
+        if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+            return tuple(same(x, y) for x, y in zip(a, b, strict=True))
+        return a
+
+    return Call(same(call.args, first.args), {key: same(value, first.kwargs.get(key)) for key, value in call.kwargs.items()})
+
+
+def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    """The block's output hidden states ``[windows, T, hidden]``."""
+    with torch.no_grad():
+        out = block(hidden, *call.args, **call.kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def empty_copy(block: nn.Module) -> nn.Module:
+    """A second block with the same structure, its parameters still to be set."""
+    return copy.deepcopy(block)
+
+
+def find_groups(block: nn.Module, linears: list[str], hidden: torch.Tensor, call: Call) -> list[Group]:
+    """Linears in the order in which they run, grouped by the identity of the tensor that they receive.
+
+    Raises `Refused` for a linear that is never called (a routed expert, say), naming it.
+    """
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    seen: list[tuple[str, torch.Tensor]] = []
+    handles = []
+    for name, module in block.named_modules():
+        if not name:
+            continue
+
+        def before(_: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
+            tensor = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(tensor, torch.Tensor):
+                seen.append((name, tensor))
+                if name in linears:
+                    inputs.setdefault(name, tensor)
+
+        def after(_: nn.Module, args: tuple, out: Any, name: str = name) -> None:
+            if name in linears:
+                outputs.setdefault(name, out)
+
+        handles += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    try:
+        result = run_block(block, hidden, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle = [name for name in linears if name not in inputs]
+    if idle:
+        raise Refused("a linear saw no calibration tokens", where=idle[0], expected="every linear of a block is called", found=f"{len(idle)} were not", fix="use --rtn or --format bf16")
+    writers = _find_writers(hidden, result, seen, {name: outputs[name] for name in inputs})
+    grouped: dict[int, list[str]] = {}
+    for name, tensor in inputs.items():
+        grouped.setdefault(id(tensor), []).append(name)
+    return [Group(tuple(names), writers.get(names[0]) if len(names) == 1 else None) for names in grouped.values()]
+
+
+def _find_writers(hidden: torch.Tensor, result: torch.Tensor, seen: list, outputs: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Which linears' outputs are added straight to the residual stream: ``stream + output`` then turns up as a module's input or as the block's output."""
+    streams = [("<in>", hidden)]
+    writers: dict[str, str] = {}
+    candidates = [(name, tensor) for name, tensor in seen if tensor.shape == hidden.shape] + [("<out>", result)]
+    for linear, out in outputs.items():
+        if out.shape != hidden.shape:
+            continue
+        for where, stream in reversed(streams):
+            total = stream + out
+            match = next((pair for pair in candidates if torch.allclose(pair[1], total, rtol=1e-5, atol=1e-6 * float(total.abs().max()))), None)
+            if match is not None:
+                writers[linear] = where
+                streams.append(match)
+                break
+    return writers
+
+
+@contextmanager
+def _capturing(block: nn.Module, names: list[str], store: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Keep the first argument of each named module; stop the pass once all are there."""
+
+    def hook(name: str) -> Any:
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            store[name] = args[0] if args else next(iter(kwargs.values()))
+            if len(store) == len(names):
+                raise _Stop
+
+        return before
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def group_inputs(block: nn.Module, group: Group, hidden: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the group's linears receive, ``[tokens, in]``, and the residual stream before the addition, ``[tokens, hidden]`` or None."""
+    inner = group.residual not in (None, "<in>")
+    names = [group.modules[0]] + ([group.residual] if inner else [])
+    store: dict[str, torch.Tensor] = {}
+    with _capturing(block, names, store):
+        try:
+            run_block(block, hidden, call)
+        except _Stop:
+            pass
+    residual = hidden if group.residual == "<in>" else store[group.residual] if inner else None
+    flat = store[group.modules[0]]
+    return flat.reshape(-1, flat.shape[-1]), None if residual is None else residual.reshape(-1, residual.shape[-1])

@@ -1,0 +1,89 @@
+"""What does the model's module tree look like, without its weights?
+
+transformers builds the class from the config with parameters on the meta device. Everything that differs between architectures is read off
+this tree: the decoder's ``ModuleList``, linears by type, which of them store their weight transposed, whether the head is tied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmerge.errors import Refused
+from qmerge.store.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """``linears``: weight names that bitsandbytes would quantize, each with whether it is a Conv1D. ``inside``: those within decoder blocks."""
+
+    model: nn.Module
+    blocks_name: str
+    linears: dict[str, bool]
+    inside: tuple[str, ...]
+    input_embedding: str | None
+    output_embedding: str | None
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.get_submodule(self.blocks_name)
+
+    @property
+    def tied(self) -> bool:
+        return bool(getattr(self.model.config.get_text_config(), "tie_word_embeddings", False))
+
+
+def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
+    """Raises `Refused` where transformers has no causal LM for this config, or the decoder is not one ``ModuleList``. Never runs remote code."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+    except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError) as problem:
+        raise Refused("transformers cannot build a causal language model from this config", where=f"{checkpoint.name}/config.json",
+                      found=str(problem).splitlines()[0][:200], fix="qmerge never runs remote code; the architecture must be one that transformers has") from problem
+    model.eval().requires_grad_(False)
+    return describe(model, checkpoint.name)
+
+
+def describe(model: nn.Module, where: str) -> Skeleton:
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linears: dict[str, bool] = {}
+    for name, module in model.named_modules():
+        if module is not head and (type(module) is nn.Linear or isinstance(module, Conv1D)):
+            linears[f"{name}.weight"] = isinstance(module, Conv1D)
+    blocks_name = _find_blocks(model, where)
+    inside = tuple(name for name in linears if name.startswith(blocks_name + "."))
+    names = {module: name for name, module in model.named_modules()}
+    entrance = model.get_input_embeddings()
+    return Skeleton(model, blocks_name, linears, inside, f"{names[entrance]}.weight" if entrance is not None else None, f"{names[head]}.weight" if head is not None else None)
+
+
+def _find_blocks(model: nn.Module, where: str) -> str:
+    """The outermost ``ModuleList`` that holds most of the model's parameters."""
+    best, size = "", 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            count = sum(parameter.numel() for parameter in module.parameters())
+            if count > size:
+                best, size = name, count
+    if not best:
+        raise Refused("the model has no list of decoder blocks", where=where, expected="one ModuleList of decoder blocks", found=type(model).__name__, fix="use --format bf16")
+    return best
+
+
+def set_weight(module: nn.Module, name: str, weight: torch.Tensor) -> None:
+    """Put a real tensor in place of parameter ``name`` (dotted, below ``module``)."""
+    path, _, leaf = name.rpartition(".")
+    owner: Any = module.get_submodule(path) if path else module
+    owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)

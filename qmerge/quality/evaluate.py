@@ -1,0 +1,234 @@
+"""What did the merge cost, against keeping the adapter separate? Runs all arms over all texts and returns results.json's content.
+
+Two models are alive at a time: the reference and one other arm. Left out: the folder that results go to and their rendering (``cli``, ``report``).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from qmerge.errors import Refused, UsageProblem
+from qmerge.quality import arms as loading
+from qmerge.quality.compare import REFERENCE_ARMS, compare, load_budget
+from qmerge.quality.fingerprint import protocol, text_protocol
+from qmerge.quality.measure import TokenScores, measure
+from qmerge.quality.merging import linear_rows
+from qmerge.quality.metrics import json_metric, reference_scores, text_metrics
+from qmerge.quality.plain import dense_weights, place
+from qmerge.quality.served import as_served
+from qmerge.quality.sidecar import Scores, text_rows
+from qmerge.quality.tasks import Suite, load_suite, run_suite, task_rows
+from qmerge.store.adapter import LoraAdapter, open_adapter
+from qmerge.store.texts import Document, Overlap, Windows, ngram_overlap, pack_windows, read_documents, tokenize_documents
+
+SCHEMA_VERSION = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(base: str, adapter: str, candidates: dict[str, str], texts: dict[str, str], tokens: int, **options: Any) -> dict[str, Any]:
+    """results.json's content; ``evaluate_with_scores`` takes the same arguments and also gives the per-token arrays."""
+    return evaluate_with_scores(base, adapter, candidates, texts, tokens, **options)[0]
+
+
+def evaluate_with_scores(
+    base: str,
+    adapter: str,
+    candidates: dict[str, str],
+    texts: dict[str, str],
+    tokens: int,
+    *,
+    on: str = "dequantized",
+    nf4_recipe: dict[str, Any] | None = None,
+    original: str | None = None,
+    also: Sequence[str] = (),
+    template: str | None = None,
+    doc_separator: str | None = None,
+    keep_tail: bool = False,
+    device: str = "cpu",
+    suite: str | None = None,
+    budget: dict[str, Any] | None = None,
+    results_dir: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], Scores]:
+    """``(results, scores)``. ``candidates``: name -> checkpoint folder; ``texts``: name -> file, folder or hub dataset; ``tokens`` per window.
+
+    ``on``: what the merge starts from (``dequantized`` or ``original``); ``nf4_recipe`` (``block_size``, ``double_quant``) for a float base;
+    ``also``: ``rtn`` and ``original`` (which needs the ``original`` folder). Paths in the results are relative to ``results_dir``, or folder names.
+    """
+    started = time.perf_counter()
+    _check_names(candidates, texts, also, original)
+    tasks = load_suite(suite) if suite else None
+    limits = budget or load_budget("default")
+    lora = open_adapter(adapter)
+    tokenizer = load_tokenizer(base, adapter)
+    windows, prints = _read_texts(texts, tokenizer, tokens, template, doc_separator, keep_tail)
+    how = {"on": on, "nf4_recipe": nf4_recipe}
+    reference = loading.load_separate(base, adapter, **how)
+    _check_length(reference.model, tokens)
+    foundation = dense_weights(reference.model) if original is None or on != "original" else dense_weights(loading.load_base(original, on="original").model)
+    place(reference.model, device)
+    options = {"window_tokens": tokens, "keep_tail": keep_tail, "template": template, "doc_separator": doc_separator, "seed": seed, **how}
+    fingerprint = protocol(reference.model, tokenizer, device, options) | {"texts": prints, "suite": tasks.content if tasks else None}
+
+    run = _Run(reference, windows, device, tokenizer, tasks, results_dir, progress)
+    run.add_reference()
+    run.add(lambda: loading.load_base(base, **how))
+    run.add(lambda: loading.load_merged(base, adapter, original=original, **how))
+    makers = {"rtn": lambda: loading.load_rtn(base, adapter, **how), "original": lambda: loading.load_original(str(original), adapter)}
+    for name in also:
+        run.add(makers[name], foundation, lora)
+    for name, path in candidates.items():
+        run.add(lambda name=name, path=path: loading.load_candidate(name, path), foundation, lora)
+    floor = run.noise_floor(base, adapter, how)
+    results = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(seed), "noise_floor": floor}
+    results["tasks"] = task_rows(tasks, run.samples, results["arms"]) if tasks else {}
+    results["verdict"] = compare(results, limits)
+    results["elapsed_s"] = round(time.perf_counter() - started, 3)
+    return results, run.scores
+
+
+def load_tokenizer(base: str, adapter: str) -> Any:
+    """The adapter's own tokenizer where its folder has one (training may have added tokens or a chat template), else the base's."""
+    own = (Path(adapter) / "tokenizer_config.json").is_file()
+    try:
+        return AutoTokenizer.from_pretrained(adapter if own else base, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        where = Path(adapter if own else base).name
+        raise Refused("the tokenizer cannot be loaded", where=where, expected="a tokenizer beside the model", found=str(error).splitlines()[0]) from error
+
+
+def candidate_names(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Folder names as arm names: unique (``-2``, ``-3`` …), of plain characters, and never the name of a reference arm."""
+    named: dict[str, str] = {}
+    for path in paths:
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).resolve().name).lstrip("-._") or "candidate"
+        stem = f"candidate-{stem}" if stem in (*REFERENCE_ARMS, "served") else stem
+        name, number = stem, 2
+        while name in named:
+            name, number = f"{stem}-{number}", number + 1
+        named[name] = str(path)
+    return named
+
+
+def check_overlap(calibration: Sequence[Document], text: Sequence[Document], *, allow: bool = False, n: int = 13) -> list[Overlap]:
+    """13-grams that calibration and evaluation share. ``Refused`` where there are any, unless ``allow``: a model calibrated on its test looks better than it is."""
+    found = ngram_overlap([d.text for d in calibration], [d.text for d in text], n)
+    if found and not allow:
+        docs = len({o.b_doc for o in found})
+        raise Refused(
+            "calibration and evaluation text overlap", expected=f"no shared run of {n} words",
+            found=f"{len(found)} in {docs} evaluation documents, the first: {found[0].ngram!r}", fix="use other text, or pass --allow-overlap",
+        )
+    return found
+
+
+class _Run:
+    """One evaluation in progress: the reference stays loaded, the other arms come and go."""
+
+    def __init__(self, reference: loading.Arm, windows: dict[str, Windows], device: str, tokenizer: Any, suite: Suite | None,
+                 results_dir: str | Path | None, progress: Progress | None) -> None:
+        self.reference, self.windows, self.device, self.tokenizer = reference, windows, device, tokenizer
+        self.suite, self.results_dir, self.progress = suite, results_dir, progress
+        self.scores: Scores = {text: {} for text in windows}
+        self.about: dict[str, dict[str, Any]] = {}
+        self.samples: dict[str, Any] = {}
+
+    def add_reference(self) -> None:
+        """Its scores are zeros by definition and come with the first arm that is measured; its tasks are run."""
+        self._describe(self.reference)
+        if self.suite:
+            self.samples["separate"] = run_suite(self.suite, self.reference.model, self.tokenizer)
+
+    def add(self, load: Callable[[], loading.Arm], foundation: dict[str, torch.Tensor] | None = None, lora: LoraAdapter | None = None) -> None:
+        """Load an arm, measure it and let it go. With ``foundation`` (weights before the merge) its linears are set against ΔW."""
+        arm = load()
+        self._describe(arm)
+        if foundation is not None and lora is not None:
+            self.about[arm.name]["linears"] = linear_rows(foundation, dense_weights(arm.model), lora)
+        place(arm.model, self.device)
+        for text in self.windows:
+            self.scores[text][arm.name] = self._measure(arm.name, arm.model, text)
+            self.scores[text].setdefault("separate", reference_scores(self.scores[text][arm.name]))
+        if self.suite:
+            self.samples[arm.name] = run_suite(self.suite, arm.model, self.tokenizer)
+        del arm
+        gc.collect()
+
+    def noise_floor(self, base: str, adapter: str, how: dict[str, Any]) -> dict[str, Any]:
+        """Mean KL of the reference as served to the reference in the evaluation's arithmetic, per text, and how it was served."""
+        model, source = as_served(base, adapter, device=self.device, **how)
+        floor: dict[str, Any] = {}
+        for text in self.windows:
+            self.scores[text]["served"] = self._measure("served", model, text)
+            floor[text] = json_metric(text_metrics(self.scores[text]["served"])["kl_mean"])
+        return floor | {"source": source}
+
+    def rows(self, seed: int) -> dict[str, Any]:
+        """The ``arms`` of the results: separate after base, then in the order of loading."""
+        measured = {text: text_rows(arms, seed=seed) for text, arms in self.scores.items()}
+        names = ["base", "separate", *(n for n in self.about if n not in ("base", "separate"))]
+        return {name: self.about[name] | {"texts": {text: rows[name] for text, rows in measured.items()}} for name in names}
+
+    def _measure(self, arm: str, model: torch.nn.Module, text: str) -> TokenScores:
+        report = None if self.progress is None else lambda done, total: self.progress(f"{arm} on {text}", done, total)
+        return measure(self.reference.model, model, self.windows[text], device=self.device, progress=report)
+
+    def _describe(self, arm: loading.Arm) -> None:
+        row = {"kind": arm.kind, "path": public_path(arm.path, self.results_dir), "bytes": arm.nbytes}
+        self.about[arm.name] = row | ({"bytes_note": arm.bytes_note} if arm.bytes_note else {})
+
+
+def public_path(path: str | None, results_dir: str | Path | None) -> str | None:
+    """``path`` relative to the results where that stays inside their folder or its parent, else its last name: no output names local folders."""
+    if path is None:
+        return None
+    if results_dir is not None and Path(path).exists():
+        relative = os.path.relpath(Path(path).resolve(), Path(results_dir).resolve())
+        if relative.split(os.sep).count("..") <= 1:
+            return Path(relative).as_posix()
+    return Path(path).resolve().name
+
+
+def _read_texts(
+    texts: dict[str, str], tokenizer: Any, tokens: int, template: str | None, separator: str | None, keep_tail: bool
+) -> tuple[dict[str, Windows], dict[str, Any]]:
+    windows, prints = {}, {}
+    for name, path in texts.items():
+        docs = read_documents(path, template, tokenizer, doc_separator=separator)
+        token_docs = tokenize_documents(docs, tokenizer)
+        windows[name] = pack_windows(token_docs, tokens, keep_tail)
+        prints[name] = text_protocol(docs, token_docs, windows[name], tokenizer)
+        if not prints[name]["scored_tokens"]:
+            raise Refused("the text leaves nothing to score", where=name, expected="at least one scored token after the first of a window", found="none")
+    return windows, prints
+
+
+def _check_length(model: torch.nn.Module, tokens: int) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise UsageProblem("the windows are longer than the model's context", expected=f"--tokens up to {longest}", found=tokens)
+
+
+def _check_names(candidates: dict[str, str], texts: dict[str, str], also: Sequence[str], original: str | None) -> None:
+    for what, names in (("candidate", candidates), ("text", texts)):
+        for name in names:
+            if not NAME.fullmatch(name) or (what == "candidate" and name in (*REFERENCE_ARMS, "served")):
+                raise UsageProblem(f"this name cannot be used for a {what}", expected=f"letters, digits, . _ -, and none of {', '.join(REFERENCE_ARMS)}", found=name)
+    unknown = set(also) - {"rtn", "original"}
+    if unknown:
+        raise UsageProblem("there is no such extra arm", expected="rtn, original", found=", ".join(sorted(unknown)))
+    if "original" in also and original is None:
+        raise UsageProblem("the arm `original` needs the float base", expected="--original PATH", found="none")
+    if not texts:
+        raise UsageProblem("an evaluation needs text", expected="at least one --text", found="none")

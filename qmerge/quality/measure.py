@@ -1,0 +1,130 @@
+"""How does a candidate answer, token by token, where the reference answers too?
+
+Both models see the same windows. Logits live for one batch, their distributions for one chunk of positions; what stays is a handful
+of numbers per scored token. The first position of a window has no context and is never scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from qmerge.errors import Refused
+from qmerge.store.texts import Windows
+
+LOGIT_BYTES = 64 * 2**20
+"""fp32 logits of one model that a batch may hold; one window is always allowed"""
+CHUNK_BYTES = 16 * 2**20
+"""fp32 logits of one model that are turned into distributions at a time"""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """One element per scored token, in text order; nats. ``kl`` is KL(reference ‖ candidate) over the whole vocabulary, ``delta_p`` the
+    candidate's probability of the target minus the reference's, ``confidence`` the reference's highest probability.
+    ``window`` and ``doc`` say where a token comes from. NaN marks a token on which either model answered with a non-finite number."""
+
+    nll_ref: np.ndarray  # float32
+    nll_cand: np.ndarray  # float32
+    kl: np.ndarray  # float32
+    agree: np.ndarray  # bool: both rank the same token first
+    delta_p: np.ndarray  # float32
+    confidence: np.ndarray  # float32
+    window: np.ndarray  # int32
+    doc: np.ndarray  # int32
+    vocabulary_cut: int = 0
+    """size to which both vocabularies were cut, where they differ; 0 where they do not"""
+
+    @property
+    def finite(self) -> np.ndarray:
+        return np.isfinite(self.nll_ref) & np.isfinite(self.nll_cand) & np.isfinite(self.kl)
+
+    @property
+    def clusters(self) -> np.ndarray:
+        return cluster_labels(self.window, self.doc)
+
+
+def cluster_labels(window: np.ndarray, doc: np.ndarray) -> np.ndarray:
+    """Documents where every window holds scored tokens of one document only (one document may fill many windows), else windows."""
+    pairs = np.unique(np.stack([window, doc]), axis=1)
+    one_document_each = pairs.shape[1] == len(np.unique(window))
+    # One long document would be one cluster, and no error could be estimated: its windows are the next best thing.
+    return doc if one_document_each and len(np.unique(doc)) > 1 else window
+
+
+@torch.inference_mode()
+def measure(
+    reference: torch.nn.Module,
+    candidate: torch.nn.Module,
+    windows: Windows,
+    *,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenScores:
+    """Run both models over the windows. Both must be in eval mode on ``device`` and take ``input_ids`` int64 ``[B, T]``.
+
+    Where the vocabularies differ in size (an adapter that added tokens, a padded head) both are cut to the smaller and renormalized;
+    a target outside it is ``Refused``.
+    """
+    rows: dict[str, list[np.ndarray]] = {f.name: [] for f in fields(TokenScores) if f.name != "vocabulary_cut"}
+    cut, done, size = 0, 0, 1
+    while done < len(windows):
+        length = len(windows.ids[done])
+        batch = [i for i in range(done, min(done + size, len(windows))) if len(windows.ids[i]) == length]
+        ids = torch.stack([windows.ids[i] for i in batch]).to(device)
+        ref, cand = (model(input_ids=ids, use_cache=False).logits for model in (reference, candidate))
+        width = min(ref.shape[-1], cand.shape[-1])
+        cut = width if ref.shape[-1] != cand.shape[-1] else cut
+        _append(rows, ref[..., :width], cand[..., :width], ids, [windows.scored[i] for i in batch], [windows.doc[i] for i in batch], done)
+        # The vocabulary is only known after a first forward: one window first, then as many as fit.
+        done, size = done + len(batch), max(1, LOGIT_BYTES // (4 * width * length))
+        if progress:
+            progress(done, len(windows))
+    return TokenScores(**{name: np.concatenate(parts) for name, parts in rows.items()}, vocabulary_cut=cut)
+
+
+def _append(rows: dict[str, list[np.ndarray]], ref: torch.Tensor, cand: torch.Tensor, ids: torch.Tensor, scored: list, doc: list, first: int) -> None:
+    """Add one batch's tokens: logits ``[B, T, V]``, ids ``[B, T]``, masks and document indices B times ``[T]``."""
+    mask = torch.stack(scored)[:, 1:]
+    window = torch.arange(first, first + len(ids)).unsqueeze(1).expand_as(mask)[mask]
+    rows["window"].append(window.numpy().astype(np.int32))
+    rows["doc"].append(torch.stack(doc)[:, 1:][mask].numpy().astype(np.int32))
+    keep = mask.to(ids.device)
+    targets = ids[:, 1:][keep]
+    if len(targets) and int(targets.max()) >= ref.shape[-1]:
+        raise Refused("a token of the text lies outside a model's vocabulary", expected=f"ids below {ref.shape[-1]}", found=int(targets.max()))
+    at_batch, at_position = keep.nonzero(as_tuple=True)
+    step = max(1, CHUNK_BYTES // (4 * ref.shape[-1]))
+    parts = [
+        compare_logits(ref[at_batch[i : i + step], at_position[i : i + step]], cand[at_batch[i : i + step], at_position[i : i + step]], targets[i : i + step])
+        for i in range(0, len(targets), step)
+    ]
+    for name in ("nll_ref", "nll_cand", "kl", "agree", "delta_p", "confidence"):
+        dtype = bool if name == "agree" else np.float32
+        rows[name].append(np.concatenate([p[name].cpu().numpy() for p in parts]) if parts else np.zeros(0, dtype))
+
+
+def compare_logits(ref: torch.Tensor, cand: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The per-token numbers from logits ``[n, V]`` of both models and targets ``[n]``: log-softmax in fp32, the sum of KL in fp64.
+
+    >>> r = compare_logits(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
+    >>> float(r["kl"]), round(float(r["nll_ref"]), 4)
+    (0.0, 0.6931)
+    """
+    log_p, log_q = ref.float().log_softmax(-1), cand.float().log_softmax(-1)
+    p = log_p.exp()
+    # A token that the reference excludes (log p = -inf) adds nothing; 0 * inf would be NaN.
+    terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
+    top, first = p.max(-1)
+    target_p, target_q = (x.gather(-1, targets[:, None]).squeeze(-1) for x in (log_p, log_q))
+    return {
+        "nll_ref": -target_p,
+        "nll_cand": -target_q,
+        "kl": terms.sum(-1, dtype=torch.float64).clamp_min(0.0).float(),  # rounding can leave -1e-9
+        "agree": first == log_q.argmax(-1),
+        "delta_p": target_q.exp() - target_p.exp(),
+        "confidence": top,
+    }

@@ -1,0 +1,53 @@
+"""How far is the reference from itself, in the arithmetic that its users run it in?
+
+The noise floor of every divergence: base + adapter exactly as bitsandbytes and PEFT load and run them, against the same in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qmerge.quality.arms import NF4_DEFAULT, attach, load_separate, quantization_method
+
+
+def as_served(
+    base: str, adapter: str, *, on: str = "dequantized", nf4_recipe: dict[str, Any] | None = None, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, str]:
+    """``(model on device, floor_source)``. Where bitsandbytes' kernel refuses the shapes, block size or device, the model is base + adapter in
+    bf16 from dequantized weights instead, and ``floor_source`` says so and why."""
+    recipe = NF4_DEFAULT | (nf4_recipe or {})
+    float_base = quantization_method(base) == "none"
+    if float_base and on == "original":
+        return _in_bf16(base, adapter, on, nf4_recipe, device), "bf16 of a float base"
+    if float_base and recipe["block_size"] != 64:
+        return _in_bf16(base, adapter, on, nf4_recipe, device), f"bf16 from dequantized weights (no loader takes block size {recipe['block_size']} from a float base)"
+    options: dict[str, Any] = {}
+    if float_base:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=recipe["double_quant"], bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, device_map={"": str(device)}, trust_remote_code=False, **options)
+        model = attach(model, adapter, str(device))
+        probe = model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device=device), use_cache=False).logits
+        if not bool(torch.isfinite(probe).all()):
+            raise RuntimeError("its logits are not finite")
+    except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        return _in_bf16(base, adapter, on, nf4_recipe, device), f"bf16 from dequantized weights (bitsandbytes does not run here: {reason})"
+    compute = {str(m.compute_dtype).removeprefix("torch.") for m in model.modules() if hasattr(m, "compute_dtype")}
+    return model, f"bitsandbytes {'/'.join(sorted(compute))} on {torch.device(device).type}, PEFT"
+
+
+def _in_bf16(base: str, adapter: str, on: str, nf4_recipe: dict[str, Any] | None, device: str | torch.device) -> nn.Module:
+    model = load_separate(base, adapter, on=on, nf4_recipe=nf4_recipe).model
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, torch.bfloat16)
+    for module in model.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            module._buffers[key] = buffer.to(device)
+    return model.eval()

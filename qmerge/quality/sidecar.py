@@ -1,0 +1,72 @@
+"""Where do the per-token numbers go, and how does a verdict come back from them without a model?"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qmerge.errors import Refused
+from qmerge.quality.measure import TokenScores
+from qmerge.quality.metrics import text_row
+
+Scores = dict[str, dict[str, TokenScores]]
+"""text -> arm -> scores; the arm ``served`` is the reference as its public loader runs it (the noise floor)"""
+SHARED = ("nll_ref", "confidence", "window", "doc")
+OWN = ("nll_cand", "kl", "agree", "delta_p")
+
+
+def write_results(results: dict[str, Any], scores: Scores, path: str | Path) -> None:
+    """Write ``results.json`` at ``path`` and the per-token arrays beside it as ``.npz``; each appears whole or not at all."""
+    path = Path(path)
+    arrays = {}
+    for text, arms in scores.items():
+        for arm, row in arms.items():
+            arrays |= {f"{text}/{arm}/{key}": getattr(row, key) for key in OWN}
+            arrays[f"{text}/{arm}/vocabulary_cut"] = np.int64(row.vocabulary_cut)
+            arrays |= {f"{text}/{key}": getattr(row, key) for key in SHARED}
+    beside = path.with_suffix(".npz")
+    with open(beside.with_suffix(".npz.part"), "wb") as stream:
+        np.savez_compressed(stream, **arrays)
+    os.replace(beside.with_suffix(".npz.part"), beside)
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_scores(path: str | Path) -> Scores:
+    """The arrays of a sidecar. ``Refused`` where the file is not one."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = dict(stored)
+    except (OSError, ValueError) as error:
+        raise Refused("the per-token arrays cannot be read", where=Path(path).name, expected="results.npz", found=str(error)) from error
+    scores: Scores = {}
+    for key in arrays:
+        parts = key.split("/")
+        if len(parts) == 3 and parts[2] == "kl":
+            text, arm = parts[0], parts[1]
+            own = {k: arrays[f"{text}/{arm}/{k}"] for k in OWN} | {k: arrays[f"{text}/{k}"] for k in SHARED}
+            scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]))
+    return scores
+
+
+def text_rows(arms: dict[str, TokenScores], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Every arm's row for one text, from its scores alone: the evaluation and a later re-run use this one function."""
+    floor = arms.get("served")
+    return {
+        name: text_row(scores, arms.get("base"), floor if name == "merged" else None, seed=seed) for name, scores in arms.items() if name != "served"
+    }
+
+
+def recompute(results: dict[str, Any], scores: Scores, *, seed: int = 0) -> dict[str, Any]:
+    """``results`` with every text metric computed anew from the sidecar's arrays; the arguments are left as they are."""
+    arms = {name: dict(arm) | {"texts": {}} for name, arm in results["arms"].items()}
+    for text, rows in scores.items():
+        for name, row in text_rows(rows, seed=seed).items():
+            arms[name]["texts"][text] = row
+    return results | {"arms": arms}
+

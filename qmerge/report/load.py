@@ -1,0 +1,39 @@
+"""Where is a results.json, and can this version read it?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qmerge.errors import Refused, UsageProblem
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 512 * 1024 * 1024
+
+
+def load_results(path: str | Path) -> dict[str, Any]:
+    """The results as a dict. A relative ``path`` is looked up from the working directory, then from its ``eval`` folder, where the notebook lives.
+
+    Raises ``UsageProblem`` when there is no such file and ``Refused`` when it is not results.json of schema version 1.
+    """
+    given = Path(path).expanduser()
+    tried = [given] if given.is_absolute() else [Path.cwd() / given, Path.cwd() / "eval" / given]
+    found = next((place for place in tried if place.is_file()), None)
+    if found is None:
+        raise UsageProblem(
+            "There are no results to show.",
+            where=str(path),
+            fix="Run qmerge with evaluation text first, or point QMERGE_RESULTS at a results.json.",
+        )
+    if found.stat().st_size > MAX_BYTES:
+        raise Refused("This results.json is too large to be one.", where=found.name, expected=f"at most {MAX_BYTES} bytes")
+    try:
+        results = json.loads(found.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Refused("This file is not JSON.", where=found.name, found=str(error)) from error
+    version = results.get("schema_version") if isinstance(results, dict) else None
+    if version != SCHEMA_VERSION:
+        fix = "Use the qmerge that wrote it, or evaluate again."
+        raise Refused("These results have another layout.", where=found.name, expected=f"schema_version {SCHEMA_VERSION}", found=version, fix=fix)
+    return results

@@ -1,0 +1,109 @@
+"""How do tensors become safetensors files that every loader reads?
+
+Own serializer rather than ``safetensors.torch.save_file``: that one leaves files with mode 0600 whatever the umask, and does not
+fsync. The bytes follow its rules: widest dtypes first (so that all data is aligned), then by name, header padded to 8 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmerge.errors import Refused
+from qmerge.store.checkpoint import INDEX, SINGLE
+from qmerge.store.durable import sync, write_chunks, write_json
+from qmerge.store.headers import MAX_HEADER_BYTES, dtype_name
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+class ShardWriter:
+    """Collects tensors and writes a shard whenever the next tensor would not fit. Peak memory: one shard.
+
+    The same tensors in the same order give the same bytes. Nothing has its final name before :meth:`finish`.
+
+    >>> writer = ShardWriter(folder); writer.add("lm_head.weight", tensor); writer.finish()
+    {'lm_head.weight': 'model.safetensors'}
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES, metadata: Mapping[str, str] | None = None) -> None:
+        """``folder`` must exist; ``max_shard_bytes`` counts tensor bytes. A tensor that is larger gets a shard of its own."""
+        if max_shard_bytes <= 0:
+            raise ValueError("max_shard_bytes must be positive")
+        self.folder, self.max_shard_bytes = Path(folder), max_shard_bytes
+        self.metadata = {"format": "pt"} if metadata is None else dict(metadata)
+        self.total_bytes = 0
+        self._shards: list[list[str]] = []
+        self._names: set[str] = set()
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._finished = False
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a contiguous CPU copy of ``tensor``. Raises Refused for a name that was added before, an empty one, and dtypes without a
+        safetensors spelling; Interrupted when a shard was due and the disk is full."""
+        if self._finished:
+            raise RuntimeError("the writer is finished")
+        if not name or name == "__metadata__" or name in self._names:
+            raise Refused("A tensor would be written twice." if name in self._names else "A tensor has no usable name.", where=f"tensor {name!r}")
+        dtype_name(tensor.dtype)
+        nbytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + nbytes > self.max_shard_bytes:
+            self._flush()
+        self._names.add(name)
+        self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self._pending_bytes += nbytes
+        self.total_bytes += nbytes
+
+    def finish(self) -> dict[str, str]:
+        """Write the last shard, give all their final names, write the index if there are several. Returns tensor -> file name, sorted."""
+        if self._finished:
+            raise RuntimeError("the writer is finished")
+        if not self._names:
+            raise Refused("There are no tensors to write.", where=self.folder.name)
+        self._flush()
+        self._finished = True
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for index, names in enumerate(self._shards):
+            final = SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            os.rename(self._temporary(index), self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        weight_map = dict(sorted(weight_map.items()))
+        if count > 1:
+            write_json(self.folder / INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
+        sync(self.folder)
+        return weight_map
+
+    def _temporary(self, index: int) -> Path:
+        return self.folder / f".shard-{index + 1:05d}.tmp"
+
+    def _flush(self) -> None:
+        write_chunks(self._temporary(len(self._shards)), serialize(self._pending, self.metadata))
+        self._shards.append(sorted(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+
+def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[Any]:
+    """The bytes of one safetensors file, in pieces: length, header, then each tensor's data. ``tensors`` are contiguous and on the CPU."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > MAX_HEADER_BYTES:
+        raise Refused("A shard would hold more tensors than a safetensors header can name.", found=f"{len(order)} tensors", fix="use smaller shards")
+    yield len(raw).to_bytes(8, "little")
+    yield raw
+    for name in order:
+        if tensors[name].numel():
+            yield tensors[name].reshape(-1).view(torch.uint8).numpy()

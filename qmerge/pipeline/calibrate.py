@@ -44,15 +44,25 @@ def load_tokenizer(folders: list[Any]) -> Any:
                   found=str(problem).splitlines()[0][:200] if problem else "none")
 
 
+def hold_out(documents: list[Document], seed: int) -> tuple[list[Document], list[Document]]:
+    """(the rest, a fifth for evaluation), drawn with the seed, each in the original order. Raises `Refused` where there are fewer than 5."""
+    if len(documents) < 5:
+        raise Refused("there are too few calibration documents to hold some out for evaluation", expected="at least 5", found=f"{len(documents)}", fix="give evaluation text with --text")
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    kept = set(order[: len(documents) // 5])
+    return [d for i, d in enumerate(documents) if i not in kept], [d for i, d in enumerate(documents) if i in kept]
+
+
 def load_calibration(
-    source: str, generic: str | None, tokenizer: Any, *, template: str | None, generic_share: float, samples: int, tokens: int, seed: int
+    source: str, generic: str | None, tokenizer: Any, *, template: str | None, generic_share: float, samples: int, tokens: int, seed: int,
+    documents: list[Document] | None = None,
 ) -> Calibration:
-    """Draw ``samples`` windows of ``tokens``; ``generic_share`` of them from ``generic`` where it is given.
+    """Draw ``samples`` windows of ``tokens``; ``generic_share`` of them from ``generic`` where it is given. ``documents``: what of ``source`` to use.
 
     Fewer windows than asked for are used with a word about it in ``facts``; fewer than two are refused.
     """
     generic_wanted = round(samples * generic_share) if generic else 0
-    documents = read_documents(source, template=template, tokenizer=tokenizer)
+    documents = documents if documents is not None else read_documents(source, template=template, tokenizer=tokenizer)
     own, facts = _windows(documents, tokenizer, samples - generic_wanted, tokens, seed, source)
     chosen, all_facts = list(own), {"in_domain": facts}
     if generic_wanted:

@@ -72,8 +72,8 @@ def run(plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: C
     return RunReport(out, time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), records)
 
 
-def calibration_for(plan: MergePlan) -> Calibration | None:
-    """The calibration windows that the plan's recipe asks for, or None where the format needs none."""
+def calibration_for(plan: MergePlan, documents: list | None = None) -> Calibration | None:
+    """The calibration windows that the plan's recipe asks for (from ``documents`` where given), or None where the format needs none."""
     recipe = plan.recipe
     if recipe.format not in formats.QUANTIZING or recipe.rtn:
         return None
@@ -81,7 +81,7 @@ def calibration_for(plan: MergePlan) -> Calibration | None:
     context = getattr(plan.skeleton.model.config.get_text_config(), "max_position_embeddings", None) or recipe.tokens
     return load_calibration(
         recipe.calibration, recipe.generic, tokenizer, template=recipe.template, generic_share=recipe.generic_share,
-        samples=recipe.samples, tokens=min(recipe.tokens, context), seed=recipe.seed,
+        samples=recipe.samples, tokens=min(recipe.tokens, context), seed=recipe.seed, documents=documents,
     )
 
 

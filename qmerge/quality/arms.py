@@ -21,7 +21,8 @@ from qmerge.errors import Refused, UsageProblem
 from qmerge.quality.merging import merge_in_memory
 from qmerge.quality.plain import dense_weights, make_plain, round_trip_nf4
 
-NF4_DEFAULT: dict[str, Any] = {"block_size": 64, "double_quant": True}
+NF4_DEFAULT: dict[str, Any] = {"block_size": 64, "double_quant": True, "dtype": None}
+"""``dtype`` is what the float weights were cast to before they were rounded; None: as the file holds them"""
 PREFERRED_KERNEL = {"gptq": "gptq_torch", "awq": "torch_awq"}
 
 
@@ -49,11 +50,12 @@ def load_base(base: str, *, on: str = "dequantized", nf4_recipe: dict[str, Any] 
         return Arm("base", "base", make_plain(_from_pretrained(base)), weight_bytes(base), base)
     if method == "bitsandbytes":
         return Arm("base", "base", make_plain(_from_pretrained(base)), weight_bytes(base), base)
-    recipe = NF4_DEFAULT | (nf4_recipe or {})
+    recipe = full_recipe(nf4_recipe)
+    dtype = getattr(torch, recipe["dtype"]) if recipe["dtype"] else "auto"
     if recipe["block_size"] == 64:  # what transformers' configuration can express
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=recipe["double_quant"])
-        return Arm("base", "base", make_plain(_from_pretrained(base, quantization_config=config)), weight_bytes(base), base)
-    model = make_plain(_from_pretrained(base))
+        return Arm("base", "base", make_plain(_from_pretrained(base, dtype=dtype, quantization_config=config)), weight_bytes(base), base)
+    model = make_plain(_from_pretrained(base, dtype=dtype))
     return Arm("base", "base", _rounded(model, _all_but_head(model), recipe), weight_bytes(base), base)
 
 
@@ -79,7 +81,7 @@ def load_merged(base: str, adapter: str, *, on: str = "dequantized", nf4_recipe:
 def load_rtn(base: str, adapter: str, *, on: str = "dequantized", nf4_recipe: dict[str, Any] | None = None) -> Arm:
     """Arm F: arm C rounded to the nearest NF4 value, as ``merge_and_unload`` on a 4-bit model does."""
     merged = load_merged(base, adapter, on=on, nf4_recipe=nf4_recipe)
-    names, recipe = _all_but_head(merged.model), NF4_DEFAULT | (nf4_recipe or {})
+    names, recipe = _all_but_head(merged.model), full_recipe(nf4_recipe)
     if quantization_method(base) == "bitsandbytes":
         names, recipe = nf4_layout(base)
     rounded = _rounded(merged.model, names, recipe)
@@ -162,9 +164,19 @@ def weight_bytes(path: str) -> int | None:
     return sum(f.stat().st_size for f in files)
 
 
-def _from_pretrained(path: str, **options: Any) -> nn.Module:
+def full_recipe(recipe: dict[str, Any] | None) -> dict[str, Any]:
+    """``recipe`` with the defaults filled in; ``UsageProblem`` for an unknown key or value."""
+    given = recipe or {}
+    dtypes = (None, "float32", "bfloat16", "float16")
+    wrong = [k for k in given if k not in NF4_DEFAULT] + ([] if given.get("dtype") in dtypes else [f"dtype {given['dtype']!r}"])
+    if wrong:
+        raise UsageProblem("the NF4 recipe is malformed", expected=f"{', '.join(NF4_DEFAULT)}; dtype one of {dtypes}", found=", ".join(wrong))
+    return NF4_DEFAULT | given
+
+
+def _from_pretrained(path: str, dtype: torch.dtype | str = torch.float32, **options: Any) -> nn.Module:
     # On the CPU always: arms are read exactly there, and moved when they are measured.
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map={"": "cpu"}, trust_remote_code=False, **options)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=False, **options)
 
 
 def _plain_kernel(path: str, method: str) -> dict[str, Any]:

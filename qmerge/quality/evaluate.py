@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from qmerge.quality.metrics import json_metric, reference_scores, text_metrics
 from qmerge.quality.plain import dense_weights, place
 from qmerge.quality.served import as_served
 from qmerge.quality.sidecar import Scores, text_rows
-from qmerge.quality.tasks import Suite, load_suite, run_suite, task_rows
+from qmerge.quality.tasks import Suite, load_suite, run_suite, task_index, task_rows
 from qmerge.store.adapter import LoraAdapter, open_adapter
 from qmerge.store.texts import Document, Overlap, Windows, ngram_overlap, pack_windows, read_documents, tokenize_documents
 
@@ -83,16 +84,11 @@ def evaluate_with_scores(
 
     run = _Run(reference, windows, device, tokenizer, tasks, results_dir, progress)
     run.add_reference()
-    run.add(lambda: loading.load_base(base, **how))
-    run.add(lambda: loading.load_merged(base, adapter, original=original, **how))
-    makers = {"rtn": lambda: loading.load_rtn(base, adapter, **how), "original": lambda: loading.load_original(str(original), adapter)}
-    for name in also:
-        run.add(makers[name], foundation, lora)
-    for name, path in candidates.items():
-        run.add(lambda name=name, path=path: loading.load_candidate(name, path), foundation, lora)
+    for load, linears in _loaders(base, adapter, candidates, also, original, how):
+        run.add(load, (foundation, lora) if linears else None)
     floor = run.noise_floor(base, adapter, how)
     results = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(seed), "noise_floor": floor}
-    results["tasks"] = task_rows(tasks, run.samples, results["arms"]) if tasks else {}
+    results["tasks"] = task_rows(run.samples, results["arms"]) if tasks else {}
     results["verdict"] = compare(results, limits)
     results["elapsed_s"] = round(time.perf_counter() - started, 3)
     return results, run.scores
@@ -140,6 +136,7 @@ class _Run:
                  results_dir: str | Path | None, progress: Progress | None) -> None:
         self.reference, self.windows, self.device, self.tokenizer = reference, windows, device, tokenizer
         self.suite, self.results_dir, self.progress = suite, results_dir, progress
+        self.manager = task_index(suite) if suite else None
         self.scores: Scores = {text: {} for text in windows}
         self.about: dict[str, dict[str, Any]] = {}
         self.samples: dict[str, Any] = {}
@@ -148,31 +145,31 @@ class _Run:
         """Its scores are zeros by definition and come with the first arm that is measured; its tasks are run."""
         self._describe(self.reference)
         if self.suite:
-            self.samples["separate"] = run_suite(self.suite, self.reference.model, self.tokenizer)
+            self.samples["separate"] = run_suite(self.suite, self.manager, self.reference.model, self.tokenizer)
 
-    def add(self, load: Callable[[], loading.Arm], foundation: dict[str, torch.Tensor] | None = None, lora: LoraAdapter | None = None) -> None:
-        """Load an arm, measure it and let it go. With ``foundation`` (weights before the merge) its linears are set against ΔW."""
+    def add(self, load: Callable[[], loading.Arm], against: tuple[dict[str, torch.Tensor], LoraAdapter] | None = None) -> None:
+        """Load an arm, measure it and let it go. With ``against`` (weights before the merge, adapter) its linears are set against ΔW."""
         arm = load()
         self._describe(arm)
-        if foundation is not None and lora is not None:
-            self.about[arm.name]["linears"] = linear_rows(foundation, dense_weights(arm.model), lora)
+        if against is not None:
+            self.about[arm.name]["linears"] = linear_rows(against[0], dense_weights(arm.model), against[1])
         place(arm.model, self.device)
         for text in self.windows:
             self.scores[text][arm.name] = self._measure(arm.name, arm.model, text)
             self.scores[text].setdefault("separate", reference_scores(self.scores[text][arm.name]))
         if self.suite:
-            self.samples[arm.name] = run_suite(self.suite, arm.model, self.tokenizer)
+            self.samples[arm.name] = run_suite(self.suite, self.manager, arm.model, self.tokenizer)
         del arm
         gc.collect()
 
     def noise_floor(self, base: str, adapter: str, how: dict[str, Any]) -> dict[str, Any]:
-        """Mean KL of the reference as served to the reference in the evaluation's arithmetic, per text, and how it was served."""
+        """Per text, the mean KL of the reference as served to the reference in the evaluation's arithmetic; ``source``: how it was served."""
         model, source = as_served(base, adapter, device=self.device, **how)
         floor: dict[str, Any] = {}
         for text in self.windows:
             self.scores[text]["served"] = self._measure("served", model, text)
-            floor[text] = json_metric(text_metrics(self.scores[text]["served"])["kl_mean"])
-        return floor | {"source": source}
+            floor[text] = json_metric(text_metrics(self.scores[text]["served"])["kl_mean"]) | {"source": source}
+        return floor
 
     def rows(self, seed: int) -> dict[str, Any]:
         """The ``arms`` of the results: separate after base, then in the order of loading."""
@@ -198,6 +195,13 @@ def public_path(path: str | None, results_dir: str | Path | None) -> str | None:
         if relative.split(os.sep).count("..") <= 1:
             return Path(relative).as_posix()
     return Path(path).resolve().name
+
+
+def _loaders(base: str, adapter: str, candidates: dict[str, str], also: Sequence[str], original: str | None, how: dict[str, Any]) -> list[tuple[Callable[[], loading.Arm], bool]]:
+    """Every arm but the reference, as a function that loads it, and whether its linears are set against ΔW."""
+    extra = {"rtn": partial(loading.load_rtn, base, adapter, **how), "original": partial(loading.load_original, str(original), adapter)}
+    fixed = [(partial(loading.load_base, base, **how), False), (partial(loading.load_merged, base, adapter, original=original, **how), False)]
+    return fixed + [(extra[name], True) for name in also] + [(partial(loading.load_candidate, name, path), True) for name, path in candidates.items()]
 
 
 def _read_texts(

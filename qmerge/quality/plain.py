@@ -50,11 +50,14 @@ def dense_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def place(model: nn.Module, device: str | torch.device) -> nn.Module:
-    """Move to where it is measured: fp32 on the CPU, fp16 elsewhere (parameters only; buffers keep their dtype)."""
-    if torch.device(device).type == "cpu":
-        return model
+    """Move to where it is measured: fp32 on the CPU, fp16 elsewhere."""
+    return model if torch.device(device).type == "cpu" else move(model, device, torch.float16)
+
+
+def move(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """Parameters to ``device`` and ``dtype``; buffers keep their dtype: a rotary table in 16 bits loses positions."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, torch.float16)
+        parameter.data = parameter.data.to(device, dtype)
     for module in model.modules():
         for key, buffer in module.named_buffers(recurse=False):
             module._buffers[key] = buffer.to(device)

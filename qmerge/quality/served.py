@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qmerge.quality.arms import NF4_DEFAULT, attach, load_separate, quantization_method
+from qmerge.quality.arms import attach, full_recipe, load_separate, quantization_method
+from qmerge.quality.plain import move
 
 
 def as_served(
@@ -19,7 +20,7 @@ def as_served(
 ) -> tuple[nn.Module, str]:
     """``(model on device, floor_source)``. Where bitsandbytes' kernel refuses the shapes, block size or device, the model is base + adapter in
     bf16 from dequantized weights instead, and ``floor_source`` says so and why."""
-    recipe = NF4_DEFAULT | (nf4_recipe or {})
+    recipe = full_recipe(nf4_recipe)
     float_base = quantization_method(base) == "none"
     if float_base and on == "original":
         return _in_bf16(base, adapter, on, nf4_recipe, device), "bf16 of a float base"
@@ -44,10 +45,4 @@ def as_served(
 
 
 def _in_bf16(base: str, adapter: str, on: str, nf4_recipe: dict[str, Any] | None, device: str | torch.device) -> nn.Module:
-    model = load_separate(base, adapter, on=on, nf4_recipe=nf4_recipe).model
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, torch.bfloat16)
-    for module in model.modules():
-        for key, buffer in module.named_buffers(recurse=False):
-            module._buffers[key] = buffer.to(device)
-    return model.eval()
+    return move(load_separate(base, adapter, on=on, nf4_recipe=nf4_recipe).model, device, torch.bfloat16)

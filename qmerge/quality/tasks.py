@@ -53,15 +53,20 @@ def load_suite(path: str | Path) -> Suite:
     return Suite(dict(rows), str(folder) if folder else None)
 
 
-def run_suite(suite: Suite, model: torch.nn.Module, tokenizer: Any) -> Answers:
-    """Per item right or wrong, through ``lm_eval.simple_evaluate`` with log-softmax in fp32."""
+def task_index(suite: Suite) -> Any:
+    """lm-eval's index of all task definitions. It takes seconds to build, so one serves all arms."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=suite.include_path)
+
+
+def run_suite(suite: Suite, manager: Any, model: torch.nn.Module, tokenizer: Any) -> Answers:
+    """Per item right or wrong, through ``lm_eval.simple_evaluate`` with log-softmax in fp32; ``manager`` from ``task_index``."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     wanted = suite.content
     lm = HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=wanted.get("batch_size", 8))
-    manager = TaskManager(include_path=suite.include_path)
     try:
         found = lm_eval.simple_evaluate(
             model=lm, tasks=wanted["tasks"], task_manager=manager, num_fewshot=wanted.get("num_fewshot"),
@@ -72,23 +77,22 @@ def run_suite(suite: Suite, model: torch.nn.Module, tokenizer: Any) -> Answers:
     return {task: _answers(task, rows) for task, rows in found["samples"].items()}
 
 
-def task_rows(suite: Suite, answers: dict[str, Answers], arms: dict[str, Any]) -> dict[str, Any]:
-    """``tasks`` of the results: per task and arm the accuracy (Wilson) and, against ``separate``, the paired difference, flips, exact McNemar p
-    (and Holm's over tasks), and the smallest difference this n could have shown. Adds ``tasks.macro_accuracy_delta`` to each arm's row."""
-    out: dict[str, Any] = {task: {"n": len(items), "arms": {}} for task, items in answers["separate"].items()}
+def task_rows(answers: dict[str, Answers], arms: dict[str, Any]) -> dict[str, Any]:
+    """``tasks`` of the results (task -> n). Adds to each arm's row ``tasks``: per task the accuracy (Wilson) and, against ``separate``, the paired
+    difference, flips, exact McNemar p (and Holm's over tasks), the smallest difference this n could have shown; and ``macro_accuracy_delta``."""
+    reference = answers["separate"]
     for arm, found in answers.items():
-        deltas = []
-        for task, items in answers["separate"].items():
+        rows, deltas = {}, []
+        for task, items in reference.items():
             theirs = found.get(task, {})
             if set(theirs) != set(items):
                 raise Refused("the arms did not answer the same items", where=f"{arm}, {task}", expected=f"{len(items)} items", found=len(theirs))
-            row, delta = paired_row(np.array([items[k] for k in items]), np.array([theirs[k] for k in items]))
-            out[task]["arms"][arm] = row
+            rows[task], delta = paired_row(np.array([items[k] for k in items]), np.array([theirs[k] for k in items]))
             deltas.append(delta)
-        for task, p in zip(out, holm([out[t]["arms"][arm]["mcnemar_p"] for t in out]), strict=True):
-            out[task]["arms"][arm]["holm_p"] = p
-        arms[arm]["tasks"] = {"macro_accuracy_delta": json_metric(macro_delta(deltas))}
-    return out
+        for row, p in zip(rows.values(), holm([row["mcnemar_p"] for row in rows.values()]), strict=True):
+            row["holm_p"] = p
+        arms[arm]["tasks"] = rows | {"macro_accuracy_delta": json_metric(macro_delta(deltas))}
+    return {task: {"n": len(items)} for task, items in reference.items()}
 
 
 def paired_row(reference: np.ndarray, candidate: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:

@@ -1,0 +1,109 @@
+"""`qmerge eval`, `qmerge compare`, `qmerge report`: measure, judge, show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qmerge.cli.options import named_texts
+from qmerge.cli.output import Steps, result, result_json, say, warn
+
+
+@click.command("eval")
+@click.option("--base", required=True, metavar="P", help="The base that the adapter was trained on.")
+@click.option("--adapter", required=True, metavar="P", help="The adapter, kept separate: base + adapter is the reference.")
+@click.option("--candidate", "candidates", required=True, multiple=True, metavar="P", help="A checkpoint to measure. Repeatable.")
+@click.option("--text", "texts", required=True, multiple=True, metavar="[NAME=]FILE", help="Text to measure on. Repeatable; the adapter's own domain first.")
+@click.option("--tokens", type=int, default=256, show_default=True, help="Tokens per window.")
+@click.option("--template", metavar="T", help="How a row becomes text.")
+@click.option("--also", default="", metavar="A,B", help="More arms: original (merged into the float base), rtn (plain round-to-nearest NF4).")
+@click.option("--original", metavar="P", help="The float base, for --also original and --on original.")
+@click.option("--on", type=click.Choice(["dequantized", "original"]), default="dequantized", show_default=True, help="What the merge started from.")
+@click.option("--nf4-recipe", metavar="R", help="For a float base: double, single, or a config file.")
+@click.option("--suite", metavar="FILE", help="Benchmarks to run through lm-eval, a YAML file.")
+@click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
+@click.option("--out", required=True, metavar="FILE", help="results.json to write (per-token numbers go beside it as .npz).")
+@click.option("--device", default="auto", show_default=True, metavar="D", help="cpu, cuda, cuda:N or auto.")
+@click.option("--json", "as_json", is_flag=True, help="The results as JSON on stdout too.")
+def eval_command(candidates: tuple[str, ...], texts: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
+    """Measure what a candidate lost against base + separate adapter, on text."""
+    results = evaluate_to(Path(out), candidates, named_texts(texts), **options)
+    if as_json:
+        result_json(results)
+    else:
+        from qmerge.report.tables import terminal_table
+
+        result(terminal_table(results))
+    say(f"wrote {out}. Next: qmerge compare {out}, or qmerge report {out} --out DIR")
+
+
+def evaluate_to(
+    out: Path, candidates: tuple[str, ...], texts: dict[str, str], *, base: str, adapter: str, tokens: int, template: str | None, also: str,
+    original: str | None, on: str, nf4_recipe: str | None, suite: str | None, budget: str, device: str, steps: Steps | None = None,
+) -> dict[str, Any]:
+    """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``."""
+    import torch  # noqa: F401  before transformers, so that its import is not counted as silence
+
+    from qmerge.device import pick_device
+    from qmerge.pipeline.recipe import read_nf4_recipe
+    from qmerge.quality.compare import load_budget
+    from qmerge.quality.evaluate import candidate_names, evaluate_with_scores
+    from qmerge.quality.sidecar import write_results
+
+    limits = load_budget(budget)
+    recipe = read_nf4_recipe(nf4_recipe)
+    results, scores = evaluate_with_scores(
+        base, adapter, candidate_names(candidates), texts, tokens, on=on, nf4_recipe=recipe.to_json() if recipe else None, original=original,
+        also=tuple(part for part in also.split(",") if part), template=template, device=str(pick_device(device)), suite=suite, budget=limits,
+        results_dir=out.parent, keep_tail=True, progress=(steps or Steps()).count,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_results(results, scores, out)
+    return results
+
+
+@click.command("compare")
+@click.argument("results", metavar="results.json")
+@click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
+@click.option("--baseline", metavar="results.json", help="Older results to hold the candidates against.")
+@click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
+@click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout.")
+@click.pass_context
+def compare_command(context: click.Context, results: str, budget: str, baseline: str | None, strict: bool, as_json: bool) -> None:
+    """Judge results against a budget. Exit 0: pass; 3: below budget."""
+    from qmerge.quality.compare import compare, exit_code, load_budget
+    from qmerge.report.load import load_results
+
+    verdict = compare(load_results(results), load_budget(budget), load_results(baseline) if baseline else None)
+    if as_json:
+        result_json(verdict)
+    else:
+        show_verdict(verdict)
+    say(f"Next: qmerge report {results} --out DIR")
+    context.exit(exit_code(verdict, strict))
+
+
+def show_verdict(verdict: dict[str, Any]) -> None:
+    """The state and every reason, one per line, on stdout."""
+    result(f"{verdict['state'].upper()} (budget {verdict.get('budget', 'default')})")
+    for reason in verdict["reasons"]:
+        result(f"  {reason}")
+    if verdict["state"] == "inconclusive":
+        warn("the text is too little to tell, or the adapter's gain on it too small: give more held-out text")
+
+
+@click.command("report")
+@click.argument("results", metavar="results.json")
+@click.option("--out", required=True, metavar="DIR", help="Folder for report.md and report.html.")
+@click.option("--json", "as_json", is_flag=True, help="The paths as JSON on stdout.")
+def report_command(results: str, out: str, as_json: bool) -> None:
+    """Write report.md and report.html from results."""
+    from qmerge.report.load import load_results
+    from qmerge.report.write import write_report
+
+    pages = [str(page) for page in write_report(load_results(results), out)]
+    result(json.dumps(pages) if as_json else "\n".join(pages))
+    say(f"Next: open {pages[1]}")

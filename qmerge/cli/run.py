@@ -1,0 +1,114 @@
+"""`qmerge run`: merge, measure, judge and report in one go. What `make merge-qlora` calls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qmerge.cli.evidence import evaluate_to, show_verdict
+from qmerge.cli.options import merge_options, named_texts
+from qmerge.cli.output import Steps, result, result_json, say, warn
+
+
+@click.command("run")
+@merge_options
+@click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Held-out text to measure on; without it a fifth of the calibration documents is held out.")
+@click.option("--eval-tokens", type=int, help="Tokens per evaluation window (--tokens, capped by the model's context).")
+@click.option("--also", default="", metavar="A,B", help="More arms: original, rtn.")
+@click.option("--suite", metavar="FILE", help="Benchmarks to run through lm-eval, a YAML file.")
+@click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
+@click.option("--allow-overlap", is_flag=True, help="Do not refuse evaluation text that the calibration text holds too.")
+@click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Verdict and paths as JSON on stdout.")
+@click.pass_context
+def run_command(
+    context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None,
+    budget: str, allow_overlap: bool, strict: bool, dry_run: bool, as_json: bool, **flags: Any,
+) -> None:
+    """Merge, then measure the result against base + separate adapter, judge it, and write a report to OUT.eval/."""
+    from qmerge.pipeline.recipe import build_recipe
+
+    recipe = build_recipe(recipe_file, settings, flags)
+    steps = Steps()
+    from qmerge.pipeline.plan import describe_plan, plan
+    from qmerge.quality.compare import exit_code, load_budget
+
+    load_budget(budget)
+    found = plan(recipe)
+    steps.step("planned")
+    say(describe_plan(found))
+    for warning in found.warnings:
+        warn(warning)
+    evidence = Path(recipe.out.rstrip("/") + ".eval")
+    documents, held_out = prepare_texts(found, named_texts(texts), allow_overlap)
+    if dry_run:
+        result(describe_plan(found))
+        say("dry run: nothing was written. Next: the same command without --dry-run")
+        return
+    from qmerge.pipeline.run import calibration_for, run
+
+    done = run(found, steps.step, calibration_for(found, documents))
+    steps.step(f"wrote {done.out}")
+    files = named_texts(texts) or {"held-out": str(_write_held_out(evidence, held_out))}
+    context_length = getattr(found.skeleton.model.config.get_text_config(), "max_position_embeddings", None) or recipe.tokens
+    results = evaluate_to(
+        evidence / "results.json", (str(done.out),), files, base=recipe.original if recipe.on == "original" and recipe.original else recipe.base, adapter=recipe.adapter,
+        tokens=eval_tokens or min(recipe.tokens, context_length), template=recipe.template, also=also, original=recipe.original, on=recipe.on,
+        nf4_recipe=recipe.nf4_recipe, suite=suite, budget=budget, device=recipe.device, steps=steps,
+    )
+    from qmerge.report.tables import terminal_table
+    from qmerge.report.write import write_report
+
+    pages = [str(page) for page in write_report(results, evidence)]
+    steps.step("reported")
+    if as_json:
+        result_json({"verdict": results["verdict"], "out": str(done.out), "results": str(evidence / "results.json"), "report": pages})
+    else:
+        result(terminal_table(results))
+        show_verdict(results["verdict"])
+        result("\n".join(f"{label:<11}{path}" for label, path in zip(("checkpoint", "report.md", "report.html"), [str(done.out), *pages], strict=True)))
+    say(f"Next: open {pages[1]}, or serve {done.out}")
+    context.exit(exit_code(results["verdict"], strict))
+
+
+def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool) -> tuple[list | None, list]:
+    """(calibration documents or None where none are needed, documents held out for evaluation where no text was given). Refuses overlap before any work."""
+    from qmerge import formats
+    from qmerge.errors import Refused
+    from qmerge.pipeline.calibrate import hold_out, load_tokenizer
+    from qmerge.quality.evaluate import check_overlap
+    from qmerge.store.texts import read_documents
+
+    recipe = found.recipe
+    tokenizer = load_tokenizer([found.adapter.path, found.checkpoint.path])
+    evaluated = [document for path in texts.values() for document in read_documents(path, template=recipe.template, tokenizer=tokenizer)]
+    if recipe.calibration is None:
+        if not texts:
+            raise Refused("there is no text to measure on", where="--text", expected="held-out text", found="none", fix="--text FILE, or qmerge merge to write without measuring")
+        return None, []
+    documents = read_documents(recipe.calibration, template=recipe.template, tokenizer=tokenizer)
+    if not texts:
+        documents, kept = hold_out(documents, recipe.seed)
+        warn(f"no --text: {len(kept)} of the {len(kept) + len(documents)} calibration documents are held out to measure on")
+        return documents, kept
+    if recipe.format in formats.QUANTIZING and not recipe.rtn:
+        generic = read_documents(recipe.generic, tokenizer=tokenizer) if recipe.generic else []
+        shared = check_overlap(documents + generic, evaluated, allow=allow_overlap)
+        if shared:
+            warn(f"calibration and evaluation text share {len(shared)} runs of 13 words; the figures flatter the merged model")
+    return documents, []
+
+
+def _write_held_out(folder: Path, documents: list) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "held-out.jsonl"
+    rows = [
+        {"prompt": document.spans[0][0], "completion": document.spans[1][0]} if len(document.spans) == 2 else {"text": document.text}
+        for document in documents
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path

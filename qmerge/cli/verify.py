@@ -1,0 +1,31 @@
+"""`qmerge verify`: is a written checkpoint what it claims to be?"""
+
+from __future__ import annotations
+
+import click
+
+from qmerge.cli.output import result, result_json, say
+from qmerge.errors import CheckFailed, UsageProblem
+
+
+@click.command("verify")
+@click.argument("out")
+@click.option("--base", metavar="P", help="The base it was made from: then every tensor is derived again.")
+@click.option("--adapter", metavar="P", help="The adapter it was made from.")
+@click.option("--json", "as_json", is_flag=True, help="The checks as JSON on stdout.")
+def verify_command(out: str, base: str | None, adapter: str | None, as_json: bool) -> None:
+    """Re-hash OUT, unpack its codes, check its configs; with --base and --adapter also derive it again from them. Exit 1 where a check fails."""
+    if (base is None) != (adapter is None):
+        raise UsageProblem("--base and --adapter go together", where="qmerge verify", fix="give both, or neither")
+    from qmerge.pipeline.verify import verify
+
+    checks = verify(out, base, adapter)
+    failed = [check for check in checks if not check.passed]
+    if as_json:
+        result_json([{"check": check.name, "passed": check.passed, "detail": check.detail} for check in checks])
+    else:
+        for check in checks:
+            result(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.detail}")
+    if failed:
+        raise CheckFailed(f"{len(failed)} of {len(checks)} checks failed", where=out, found=failed[0].detail, fix="do not serve this checkpoint; merge again")
+    say("Next: qmerge eval, or serve it" if base else f"Next: qmerge verify {out} --base P --adapter P derives it again from its inputs")

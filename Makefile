@@ -1,0 +1,72 @@
+# Two commands set everything up on a fresh machine: `make merge-qlora` and `make test`.
+# Both create .venv and install into it when pyproject.toml has changed since the last install.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# the demo's inputs; give BASE, ADAPTER and OUT (and the rest as needed) to run on your own model
+DEMO   := examples/demo
+OUT    ?= out/demo
+FORMAT ?= gptq
+TOKENS ?=
+SAMPLES ?=
+ARGS   ?=
+RESULTS ?= $(OUT).eval/results.json
+
+ifdef BASE
+  INPUTS = --base "$(BASE)" --adapter "$(ADAPTER)" $(if $(CALIBRATION),--calibration "$(CALIBRATION)") $(if $(GENERIC),--generic "$(GENERIC)") $(if $(EVAL),--text "$(EVAL)") $(if $(TEMPLATE),--template "$(TEMPLATE)")
+  SIZES  = $(if $(TOKENS),--tokens $(TOKENS)) $(if $(SAMPLES),--samples $(SAMPLES)) $(if $(BUDGET),--budget "$(BUDGET)") $(if $(OVERWRITE),--overwrite)
+else
+  INPUTS = --base $(DEMO)/base-nf4 --adapter $(DEMO)/adapter --calibration $(DEMO)/calibration.jsonl --generic $(DEMO)/generic.jsonl --text prose=$(DEMO)/eval-prose.jsonl --text code=$(DEMO)/eval-code.jsonl
+  SIZES  = --tokens $(or $(TOKENS),256) $(if $(SAMPLES),--samples $(SAMPLES)) --budget $(or $(BUDGET),default) --also rtn --overwrite
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup merge-qlora test test-slow check eval report notebook bench demo clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+	@echo
+	@echo "  make merge-qlora BASE=… ADAPTER=… OUT=… CALIBRATION=… [EVAL=… FORMAT=gptq|nf4|bf16|fp16 GENERIC=… TOKENS=… SAMPLES=… BUDGET=… OVERWRITE=1 ARGS='…']"
+
+setup: $(STAMP) ## create .venv and install qmerge with all extras
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing qmerge, torch, bitsandbytes, gptqmodel, lm-eval, … into $(VENV): about 6 GB, a few minutes"
+	$(BIN)/python -m pip install --quiet --editable ".[gptq,eval,notebook,dev]"
+	@touch $@
+
+merge-qlora: $(STAMP) ## merge, requantize, measure and report: the demo, or BASE=… ADAPTER=… OUT=…
+	@$(BIN)/qmerge run $(INPUTS) --format $(FORMAT) --out "$(OUT)" $(SIZES) $(ARGS)
+
+test: $(STAMP) ## the test suite (minutes)
+	@$(BIN)/python -m pytest
+
+test-slow: $(STAMP) ## the longer checks
+	@$(BIN)/python -m pytest -m slow
+
+check: $(STAMP) ## ruff
+	@$(BIN)/ruff check qmerge tests scripts
+
+eval: $(STAMP) ## measure OUT again: BASE=… ADAPTER=… OUT=… EVAL=… (default: the demo)
+	@$(BIN)/qmerge eval $(if $(BASE),--base "$(BASE)" --adapter "$(ADAPTER)" --text "$(EVAL)",--base $(DEMO)/base-nf4 --adapter $(DEMO)/adapter --text prose=$(DEMO)/eval-prose.jsonl --text code=$(DEMO)/eval-code.jsonl) --candidate "$(OUT)" --out "$(RESULTS)" $(ARGS)
+
+report: $(STAMP) ## write report.md and report.html from RESULTS
+	@$(BIN)/qmerge report "$(RESULTS)" --out "$(dir $(RESULTS))"
+
+notebook: $(STAMP) ## run the notebook on RESULTS and render it to HTML beside them
+	@QMERGE_RESULTS="$(abspath $(RESULTS))" $(BIN)/jupyter nbconvert --to html --execute eval/separate_vs_merged.ipynb --output-dir "$(dir $(RESULTS))"
+
+bench: $(STAMP) ## quality against round-to-nearest and gptqmodel (uses ../shared where it is there)
+	@$(BIN)/python scripts/bench_quality.py
+
+demo: $(STAMP) ## train the demo model again (about 15 minutes)
+	@$(BIN)/python scripts/make_demo.py
+
+clean: ## remove .venv, out/ and caches
+	rm -rf $(VENV) out .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

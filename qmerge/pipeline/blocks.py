@@ -177,13 +177,13 @@ def _find_writers(hidden: torch.Tensor, result: torch.Tensor, seen: list, output
 
 
 @contextmanager
-def _capturing(block: nn.Module, names: list[str], store: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Keep the first argument of each named module; stop the pass once all are there."""
+def _capturing(block: nn.Module, names: list[str], store: dict[str, torch.Tensor], stop: bool) -> Iterator[None]:
+    """Keep the first argument of each named module; with ``stop``, end the pass once all are there."""
 
     def hook(name: str) -> Any:
         def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            store[name] = args[0] if args else next(iter(kwargs.values()))
-            if len(store) == len(names):
+            store.setdefault(name, args[0] if args else next(iter(kwargs.values())))
+            if stop and len(store) == len(names):
                 raise _Stop
 
         return before
@@ -196,16 +196,33 @@ def _capturing(block: nn.Module, names: list[str], store: dict[str, torch.Tensor
             handle.remove()
 
 
-def group_inputs(block: nn.Module, group: Group, hidden: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the group's linears receive, ``[tokens, in]``, and the residual stream before the addition, ``[tokens, hidden]`` or None."""
-    inner = group.residual not in (None, "<in>")
-    names = [group.modules[0]] + ([group.residual] if inner else [])
+def _watched(group: Group) -> list[str]:
+    return [group.modules[0]] + ([group.residual] if group.residual not in (None, "<in>") else [])
+
+
+def group_inputs(block: nn.Module, group: Group, hidden: torch.Tensor, call: Call) -> dict[str, torch.Tensor]:
+    """What the group's linears receive and, where it has a residual, that stream before the addition, by module name; the pass ends there."""
     store: dict[str, torch.Tensor] = {}
-    with _capturing(block, names, store):
+    names = _watched(group)
+    with _capturing(block, names, store, stop=True):
         try:
             run_block(block, hidden, call)
         except _Stop:
             pass
-    residual = hidden if group.residual == "<in>" else store[group.residual] if inner else None
-    flat = store[group.modules[0]]
-    return flat.reshape(-1, flat.shape[-1]), None if residual is None else residual.reshape(-1, residual.shape[-1])
+    return store
+
+
+def all_inputs(block: nn.Module, groups: list[Group], hidden: torch.Tensor, call: Call) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """`group_inputs` of every group, and the block's output, from one pass."""
+    store: dict[str, torch.Tensor] = {}
+    names = list(dict.fromkeys(name for group in groups for name in _watched(group)))
+    with _capturing(block, names, store, stop=False):
+        out = run_block(block, hidden, call)
+    return store, out
+
+
+def split_inputs(group: Group, store: dict[str, torch.Tensor], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(linear inputs ``[tokens, in]``, residual stream ``[tokens, hidden]`` or None) of one group from what was captured."""
+    x = store[group.modules[0]]
+    residual = None if group.residual is None else hidden if group.residual == "<in>" else store[group.residual]
+    return x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, residual.shape[-1])

@@ -46,7 +46,8 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+            # None: what transformers picks for this class, whatever the file asks for; Gemma 2 has no sdpa, and no machine every kernel
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=None, trust_remote_code=False)
     except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError) as problem:
         raise Refused("transformers cannot build a causal language model from this config", where=f"{checkpoint.name}/config.json",
                       found=str(problem).splitlines()[0][:200], fix="qmerge never runs remote code; the architecture must be one that transformers has") from problem

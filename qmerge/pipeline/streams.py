@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from qmerge.numerics.hessian import Statistics
-from qmerge.pipeline.blocks import Call, Group, empty_copy, find_groups, group_inputs, record_calls, run_block
+from qmerge.pipeline.blocks import Call, Group, all_inputs, empty_copy, find_groups, group_inputs, record_calls, run_block, split_inputs
 from qmerge.pipeline.calibrate import Calibration
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Linear, Solved, requantize_group
 from qmerge.pipeline.skeleton import set_weight
-from qmerge.types import Grid, QuantState
+from qmerge.types import QuantState
 
 TOKENS_PER_BATCH = 4096
+TAPE_BYTES = 2 * 2**30
 
 
 @dataclass
@@ -36,24 +37,66 @@ def requantize_blocks(
     plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, nf4_like: QuantState | None, progress: Callable[[str], None]
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """Yields, per block, its number and the solved linears by weight name. One block's weights and two streams are alive at a time."""
-    skeleton, grid = plan.skeleton, plan.recipe.grid
+    skeleton = plan.skeleton
     batches = _start(plan, merged, calibration)
     for index, empty in enumerate(skeleton.blocks):
         prefix = f"{skeleton.blocks_name}.{index}"
-        wanted = [name for name in plan.requantized if name.startswith(prefix + ".")]
-        teacher, runtime = _load_block(empty, prefix, merged, skeleton.linears, model_dtype)
+        wanted = [name.removeprefix(prefix + ".").removesuffix(".weight") for name in plan.requantized if name.startswith(prefix + ".")]
+        pair = _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype), batches, index, wanted)
         solved: dict[str, Solved] = {}
-        if wanted:
-            short = [name.removeprefix(prefix + ".").removesuffix(".weight") for name in wanted]
-            probe = batches[0]
-            groups = find_groups(runtime, short, probe.runtime[:1], _first_row(probe.calls[index], probe.runtime.shape[0]))
-            for group in groups:
-                solved |= _solve_group(group, prefix, teacher, runtime, batches, index, merged, grid, model_dtype, nf4_like, skeleton.linears)
-        for batch in batches:
-            batch.teacher = run_block(teacher, batch.teacher, batch.calls[index])
-            batch.runtime = run_block(runtime, batch.runtime, batch.calls[index])
+        for group in pair.groups:
+            names = [f"{prefix}.{module}.weight" for module in group.modules]
+            conv = [skeleton.linears[name] for name in names]
+            linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name)) for name, module, turned in zip(names, group.modules, conv, strict=True)]
+            found = requantize_group(linears, plan.recipe.grid, *pair.statistics(group), model_dtype, nf4_like)
+            for module, turned, result in zip(group.modules, conv, found, strict=True):
+                set_weight(pair.runtime, f"{module}.weight", result.weight.T.contiguous() if turned else result.weight)
+            solved |= dict(zip(names, found, strict=True))
+        pair.advance()
         progress(_line(index, len(skeleton.blocks), batches))
         yield index, solved
+
+
+class _BlockPair:
+    """One block as the teacher has it and as requantized so far, with the batches that flow through both.
+
+    The teacher's activations within the block do not change while it is requantized: where they fit into ``TAPE_BYTES`` one pass records them all.
+    """
+
+    def __init__(self, teacher: nn.Module, runtime: nn.Module, batches: list[_Batch], index: int, linears: list[str]) -> None:
+        self.teacher, self.runtime, self.batches, self.index = teacher, runtime, batches, index
+        probe = batches[0]
+        call = _first_row(probe.calls[index], probe.runtime.shape[0])
+        self.groups = find_groups(runtime, linears, probe.runtime[:1], call) if linears else []
+        sample, _ = all_inputs(runtime, self.groups, probe.runtime[:1], call)
+        windows = sum(batch.runtime.shape[0] for batch in batches)
+        self.taped = sum(tensor.numel() for tensor in sample.values()) * 4 * windows <= TAPE_BYTES
+        self.tape = [all_inputs(teacher, self.groups, batch.teacher, batch.calls[index]) for batch in batches] if self.taped else []
+
+    def weight(self, module: str, turned: bool) -> torch.Tensor:
+        """The merged weight ``[out, in]`` of a linear; ``turned`` where the module holds ``[in, out]``."""
+        weight = self.teacher.get_submodule(module).weight
+        return weight.T.contiguous() if turned else weight
+
+    def statistics(self, group: Group) -> tuple[Statistics, Statistics]:
+        """Sums over the windows to solve on and over those to choose with, in the order of the batches."""
+        sums: dict[bool, Statistics] = {}
+        for number, batch in enumerate(self.batches):
+            call = batch.calls[self.index]
+            aims = self.tape[number][0] if self.taped else group_inputs(self.teacher, group, batch.teacher, call)
+            aim, aim_residual = split_inputs(group, aims, batch.teacher)
+            x, residual = split_inputs(group, group_inputs(self.runtime, group, batch.runtime, call), batch.runtime)
+            if batch.held_out not in sums:
+                sums[batch.held_out] = Statistics(x.shape[1], x.device)
+            sums[batch.held_out].add(x, aim, None if residual is None else aim_residual - residual)
+        return sums[False], sums[True]
+
+    def advance(self) -> None:
+        """Both streams go on to the next block."""
+        for number, batch in enumerate(self.batches):
+            call = batch.calls[self.index]
+            batch.teacher = self.tape[number][1] if self.taped else run_block(self.teacher, batch.teacher, call)
+            batch.runtime = run_block(self.runtime, batch.runtime, call)
 
 
 def _start(plan: MergePlan, merged: Merged, calibration: Calibration) -> list[_Batch]:
@@ -103,34 +146,6 @@ def _first_row(call: Call, windows: int) -> Call:
         return tuple(cut(item) for item in value) if isinstance(value, tuple) else value
 
     return Call(cut(call.args), {key: cut(value) for key, value in call.kwargs.items()})
-
-
-def _solve_group(
-    group: Group, prefix: str, teacher: nn.Module, runtime: nn.Module, batches: list[_Batch], index: int, merged: Merged, grid: Grid,
-    model_dtype: torch.dtype, nf4_like: QuantState | None, is_conv: dict[str, bool],
-) -> dict[str, Solved]:
-    train, held_out = _statistics(group, teacher, runtime, batches, index)
-    names = [f"{prefix}.{module}.weight" for module in group.modules]
-    linears = []
-    for name, module in zip(names, group.modules, strict=True):
-        weight = teacher.get_submodule(module).weight
-        linears.append(Linear(name, weight.T.contiguous() if is_conv[name] else weight, merged.four_bit(name)))
-    found = requantize_group(linears, grid, train, held_out, model_dtype, nf4_like)
-    for name, module, result in zip(names, group.modules, found, strict=True):
-        set_weight(runtime, f"{module}.weight", result.weight.T.contiguous() if is_conv[name] else result.weight)
-    return dict(zip(names, found, strict=True))
-
-
-def _statistics(group: Group, teacher: nn.Module, runtime: nn.Module, batches: list[_Batch], index: int) -> tuple[Statistics, Statistics]:
-    """Sums over the windows to solve on and over those to choose with, in the order of the batches."""
-    sums: dict[bool, Statistics] = {}
-    for batch in batches:
-        aim, aim_residual = group_inputs(teacher, group, batch.teacher, batch.calls[index])
-        x, residual = group_inputs(runtime, group, batch.runtime, batch.calls[index])
-        if batch.held_out not in sums:
-            sums[batch.held_out] = Statistics(x.shape[1], x.device)
-        sums[batch.held_out].add(x, aim, None if residual is None else aim_residual - residual)
-    return sums[False], sums[True]
 
 
 def _line(index: int, count: int, batches: list[_Batch]) -> str:

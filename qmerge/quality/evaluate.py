@@ -25,6 +25,7 @@ from qmerge.quality.measure import TokenScores, measure
 from qmerge.quality.merging import linear_rows
 from qmerge.quality.metrics import json_metric, reference_scores, text_metrics
 from qmerge.quality.plain import dense_weights, place
+from qmerge.quality.reference import Reference
 from qmerge.quality.served import as_served
 from qmerge.quality.sidecar import Scores, text_rows
 from qmerge.quality.tasks import Suite, load_suite, run_suite, task_index, task_rows
@@ -135,6 +136,7 @@ class _Run:
     def __init__(self, reference: loading.Arm, windows: dict[str, Windows], device: str, tokenizer: Any, suite: Suite | None,
                  results_dir: str | Path | None, progress: Progress | None) -> None:
         self.reference, self.windows, self.device, self.tokenizer = reference, windows, device, tokenizer
+        self.answers = Reference(reference.model)
         self.suite, self.results_dir, self.progress = suite, results_dir, progress
         self.manager = task_index(suite) if suite else None
         self.scores: Scores = {text: {} for text in windows}
@@ -179,7 +181,7 @@ class _Run:
 
     def _measure(self, arm: str, model: torch.nn.Module, text: str) -> TokenScores:
         report = None if self.progress is None else lambda done, total: self.progress(f"{arm} on {text}", done, total)
-        return measure(self.reference.model, model, self.windows[text], device=self.device, progress=report)
+        return measure(self.answers, model, self.windows[text], device=self.device, progress=report)
 
     def _describe(self, arm: loading.Arm) -> None:
         row = {"kind": arm.kind, "path": public_path(arm.path, self.results_dir), "bytes": arm.nbytes}

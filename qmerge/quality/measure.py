@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from qmerge.errors import Refused
+from qmerge.quality.reference import Reference
 from qmerge.store.texts import Windows
 
 LOGIT_BYTES = 64 * 2**20
@@ -57,7 +58,7 @@ def cluster_labels(window: np.ndarray, doc: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def measure(
-    reference: torch.nn.Module,
+    reference: torch.nn.Module | Reference,
     candidate: torch.nn.Module,
     windows: Windows,
     *,
@@ -67,15 +68,17 @@ def measure(
     """Run both models over the windows. Both must be in eval mode on ``device`` and take ``input_ids`` int64 ``[B, T]``.
 
     Where the vocabularies differ in size (an adapter that added tokens, a padded head) both are cut to the smaller and renormalized;
-    a target outside it is ``Refused``.
+    a target outside it is ``Refused``. A `Reference` remembers its answers to these very ``windows`` for the next candidate.
     """
+    known = reference if isinstance(reference, Reference) else Reference(reference, cache_bytes=0)
     rows: dict[str, list[np.ndarray]] = {f.name: [] for f in fields(TokenScores) if f.name != "vocabulary_cut"}
     cut, done, size = 0, 0, 1
     while done < len(windows):
         length = len(windows.ids[done])
         batch = [i for i in range(done, min(done + size, len(windows))) if len(windows.ids[i]) == length]
         ids = torch.stack([windows.ids[i] for i in batch]).to(device)
-        ref, cand = (model(input_ids=ids, use_cache=False).logits for model in (reference, candidate))
+        ref = known.logits(ids, (id(windows), done, len(batch)))
+        cand = candidate(input_ids=ids, use_cache=False).logits
         width = min(ref.shape[-1], cand.shape[-1])
         cut = width if ref.shape[-1] != cand.shape[-1] else cut
         _append(rows, ref[..., :width], cand[..., :width], ids, [windows.scored[i] for i in batch], [windows.doc[i] for i in batch], done)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import traceback
 
 import click
 
@@ -11,6 +13,7 @@ from qmerge import __version__
 from qmerge.cli.evidence import compare_command, eval_command, report_command
 from qmerge.cli.inspect import inspect_command
 from qmerge.cli.merge import merge_command
+from qmerge.cli.output import Streams
 from qmerge.cli.run import run_command
 from qmerge.cli.verify import verify_command
 from qmerge.errors import QmergeError
@@ -33,31 +36,42 @@ for command in (inspect_command, merge_command, eval_command, compare_command, r
 
 def main() -> None:
     """Entry point: runs a command and turns every error of ours into a message and an exit code."""
-    # set before bitsandbytes, transformers and gptqmodel are imported: they talk on import
+    # set before transformers is imported: it reads this on import
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    loud = bool(os.environ.get("QMERGE_VERBOSE"))
+    streams = None if loud else Streams()
     try:
-        code = cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        _stop("interrupted", 75)
-    except click.ClickException as problem:
-        problem.show()
-        sys.exit(2)
-    except QmergeError as problem:
-        if os.environ.get("QMERGE_TRACEBACK"):
-            raise
-        _stop(str(problem), problem.exit_code)
-    except KeyboardInterrupt:
-        _stop("interrupted; nothing was published", 75)
-    except OSError as problem:
-        if problem.errno == 28:
-            _stop(f"no room left on the disk\n  what to do: free some space and run the command again\n  written:    nothing ({problem.strerror})", 75)
-        if os.environ.get("QMERGE_TRACEBACK"):
-            raise
-        _stop(f"{problem.strerror or problem}\n  where:      {problem.filename or 'unknown'}", 1)
+        code = cli.main(standalone_mode=False, obj=streams)
+    except BaseException as problem:
+        if streams:
+            streams.restore()
+        sys.exit(_explain(problem, streams, loud))
+    if streams:
+        streams.restore()
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _stop(message: str, code: int) -> None:
+def _explain(problem: BaseException, streams: Streams | None, loud: bool) -> int:
+    """Say what happened on stderr and give the exit code. Errors that are not ours keep their traceback, with what the libraries said last."""
+    if isinstance(problem, click.exceptions.Exit):
+        return problem.exit_code
+    if isinstance(problem, (click.exceptions.Abort, KeyboardInterrupt)):
+        _print_error("interrupted\n  written:    nothing\n  what to do: run the same command again")
+        return 75
+    if isinstance(problem, click.ClickException):
+        problem.show()
+        return 2
+    if isinstance(problem, QmergeError) and not loud:
+        _print_error(str(problem))
+        return problem.exit_code
+    if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
+        _print_error("no room left on the disk\n  written:    nothing\n  what to do: free some space and run the same command again")
+        return 75
+    if streams and (last := streams.talk.getvalue().strip()):
+        click.echo("the libraries' last words:\n  " + "\n  ".join(last.splitlines()[-12:]), err=True)
+    traceback.print_exception(problem)
+    return problem.exit_code if isinstance(problem, QmergeError) else 1
+
+
+def _print_error(message: str) -> None:
     click.echo(f"{click.style('error', fg='red')}: {message}", err=True)
-    sys.exit(code)

@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 
+class Streams:
+    """The terminal's own streams, kept for qmerge, while what libraries print on import and on loading goes to ``talk``.
+
+    Their banners and bars would drown the result, and some print to stdout. ``talk`` is shown where a run ends in an error that is not one of ours.
+    """
+
+    def __init__(self) -> None:
+        self.out, self.err, self.talk = sys.stdout, sys.stderr, io.StringIO()
+        sys.stdout = sys.stderr = self.talk
+
+    def restore(self) -> None:
+        sys.stdout, sys.stderr = self.out, self.err
+
+
+def _streams() -> tuple[TextIO, TextIO]:
+    context = click.get_current_context(silent=True)
+    kept = context.find_object(Streams) if context else None
+    return (kept.out, kept.err) if kept else (sys.stdout, sys.stderr)
+
+
 def result(text: str) -> None:
-    click.echo(text)
+    click.echo(text, file=_streams()[0])
 
 
 def result_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    result(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 def say(text: str) -> None:
-    click.echo(text, err=True)
+    click.echo(text, file=_streams()[1])
 
 
 def warn(text: str) -> None:
-    click.echo(f"{click.style('warning', fg='yellow')}: {text}", err=True)
+    say(f"{click.style('warning', fg='yellow')}: {text}")
 
 
 class Steps:
     """Calm progress: one line per finished step with the time since the start; on a terminal a counter runs in place."""
 
     def __init__(self) -> None:
-        self.began, self.live, self.label = time.perf_counter(), sys.stderr.isatty(), ""
+        self.began, self.live, self.label = time.perf_counter(), _streams()[1].isatty(), ""
 
     def step(self, text: str) -> None:
         self._clear()
@@ -41,9 +62,9 @@ class Steps:
             self.step(label)
         elif self.live:
             self.label = f"{label} {done}/{total}"
-            click.echo(f"\r           {self.label}", err=True, nl=False)
+            click.echo(f"\r           {self.label}", file=_streams()[1], nl=False)
 
     def _clear(self) -> None:
         if self.live and self.label:
-            click.echo("\r" + " " * (len(self.label) + 12) + "\r", err=True, nl=False)
+            click.echo("\r" + " " * (len(self.label) + 12) + "\r", file=_streams()[1], nl=False)
             self.label = ""

@@ -2,7 +2,7 @@
 
 The plain-torch reading of bitsandbytes' 4-bit layout, on any device. Source: QLoRA (Dettmers et al., 2023) for the code
 book and the double quantization; bitsandbytes for the byte order (the even element sits in the high nibble).
-Tests hold every function to bitsandbytes bit for bit.
+Tests hold these functions to bitsandbytes bit for bit.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def dequantize(codes: torch.Tensor, state: QuantState, dtype: torch.dtype = torc
 def double_quantize(absmax: torch.Tensor, nested_code: torch.Tensor, nested_block_size: int = 256) -> tuple[torch.Tensor, torch.Tensor, float]:
     """fp32 ``absmax`` ``[blocks]`` to (uint8 ``[blocks]``, fp32 nested maxima, offset), as bitsandbytes does with ``compress_statistics``.
 
-    >>> # an all-equal absmax is its own offset, so nothing is lost
+    An all-equal absmax is its own offset, so nothing is lost. Codes are the nearest ones, as bitsandbytes' torch and CUDA code takes them; its C++ for
+    CPUs (0.50) looks them up in a table of 65536 bins, and takes the neighbour where a value lies within 1.5e-5 of a bound (one in a thousand).
     """
     offset = absmax.mean()
     centred = absmax - offset
@@ -84,7 +85,7 @@ def double_quantize(absmax: torch.Tensor, nested_code: torch.Tensor, nested_bloc
     blocks = torch.nn.functional.pad(centred, (0, pad)).reshape(-1, nested_block_size)
     maxima = blocks.abs().amax(dim=1)
     scaled = (blocks * (1.0 / maxima.clamp(min=1e-38)).unsqueeze(1)).clamp(-1, 1).reshape(-1)[: centred.numel()]
-    if pad:  # bitsandbytes divides the short last block instead of multiplying by a reciprocal
+    if pad:  # bitsandbytes' torch code divides the short last block instead of multiplying by a reciprocal
         start = centred.numel() - (nested_block_size - pad)
         scaled[start:] = (centred[start:] / maxima[-1].clamp(min=1e-38)).clamp(-1, 1)
     bounds = (nested_code[:-1] + nested_code[1:]) / 2
@@ -107,7 +108,8 @@ def midpoints(code: torch.Tensor) -> torch.Tensor:
 def nearest(weight: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, block_size: int) -> torch.Tensor:
     """Round-to-nearest codes, uint8 in ``weight``'s shape, on given fp32 block maxima."""
     scale = spread(absmax, block_size, weight.numel())
-    scaled = weight.reshape(-1) / torch.where(scale == 0, torch.ones_like(scale), scale)
+    # times the reciprocal, as bitsandbytes does: a division rounds one weight in a million to the other side of a bound
+    scaled = weight.reshape(-1) * (1.0 / torch.where(scale == 0, torch.ones_like(scale), scale))
     return torch.bucketize(scaled, midpoints(code)).to(torch.uint8).reshape(weight.shape)
 
 

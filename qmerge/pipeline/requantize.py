@@ -16,10 +16,11 @@ from qmerge.device import in_parallel
 from qmerge.numerics import gptq, grids, nf4
 from qmerge.numerics.gptq import ElementGrid
 from qmerge.numerics.hessian import Factor, Statistics, factor
+from qmerge.numerics.polish import descend
 from qmerge.numerics.shift import objective, shifted
 from qmerge.types import Grid, QuantizedWeight, QuantState
 
-DAMPS = (0.003, 0.01, 0.03, 0.1, 0.3)
+DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 SHIFTS = (0.0, 0.5, 1.0)
 BASES = "base's"
 
@@ -41,10 +42,11 @@ class Choice:
     own_shift: float
     residual_shift: float
     scales: str
+    polished: bool
     held_out: float
 
     def to_json(self) -> dict[str, Any]:
-        return {"damp": self.damp, "own_shift": self.own_shift, "residual_shift": self.residual_shift, "scales": self.scales}
+        return {"damp": self.damp, "own_shift": self.own_shift, "residual_shift": self.residual_shift, "scales": self.scales, "polished": self.polished}
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def requantize_group(
     rounds = [(level, [(index, tables[index][number], first) for index in everyone]) for number in range(len(tables[0])) for level in factors]
     _try(rounds, linears, train, held_out, best, device)
     _try(_other_shifts(first, factors, best, train), linears, train, held_out, best, device)
+    in_parallel(lambda index: _polish(linears[index], train, held_out, best[index]), list(everyone), device)
     for index, linear in enumerate(linears):
         _keep_base_codes(linear, tables[index], factors[0], held_out, best[index])
     return [_finish(found) for found in best]
@@ -116,6 +119,7 @@ class _Best:
     level: Factor | None = None
     shift: tuple[float, float] = (0.0, 0.0)
     codes: torch.Tensor | None = None
+    polished: bool = False
 
 
 Plan = tuple[int, Option, tuple[float, float]]
@@ -153,6 +157,15 @@ def _try(rounds: list[tuple[Factor, list[Plan]]], linears: list[Linear], train: 
                 found.value, found.option, found.level, found.shift, found.codes = value, option, level, shift, codes
 
 
+def _polish(linear: Linear, train: Statistics, held_out: Statistics, best: _Best) -> None:
+    """Coordinate descent from the winner's codes towards the winner's target, kept only where the held-out objective falls."""
+    target = shifted(linear.merged, train, best.level, *best.shift)
+    codes = descend(best.codes, target, train.hessian, best.level.damp, best.option.element)
+    value = objective(gptq.values(codes, best.option.element), linear.merged, held_out)
+    if value < best.value:
+        best.value, best.codes, best.polished = value, codes, True
+
+
 def _keep_base_codes(linear: Linear, table: list[Option], level: Factor, held_out: Statistics, best: _Best) -> None:
     """On the NF4 grid a linear that the adapter does not touch may be best left byte for byte as it is."""
     kept = next((option for option in table if option.label == BASES), None)
@@ -161,7 +174,7 @@ def _keep_base_codes(linear: Linear, table: list[Option], level: Factor, held_ou
     codes = linear.base.codes.to(linear.merged.device)
     value = objective(gptq.values(codes, kept.element), linear.merged, held_out)
     if value < best.value:
-        best.value, best.option, best.level, best.shift, best.codes = value, kept, level, (0.0, 0.0), codes
+        best.value, best.option, best.level, best.shift, best.codes, best.polished = value, kept, level, (0.0, 0.0), codes, False
 
 
 def _join(elements: list[ElementGrid]) -> ElementGrid:
@@ -174,7 +187,7 @@ def _join(elements: list[ElementGrid]) -> ElementGrid:
 def _finish(found: _Best) -> Solved:
     quantized = found.option.build(found.codes)
     weight = gptq.values(found.codes, found.option.element)
-    choice = Choice(found.level.damp, *found.shift, found.option.label, found.value)
+    choice = Choice(found.level.damp, *found.shift, found.option.label, found.polished, found.value)
     return Solved(quantized, weight, choice)
 
 
@@ -187,4 +200,4 @@ def round_to_nearest(linear: Linear, grid: Grid, model_dtype: torch.dtype, nf4_l
     else:
         codes = (work / element.scale).round_().add_(element.zero).clamp_(0, element.top)
     codes = codes.to(torch.uint8).T.contiguous()
-    return Solved(option.build(codes), gptq.values(codes, element), Choice(0.0, 0.0, 0.0, "searched, round to nearest", 0.0))
+    return Solved(option.build(codes), gptq.values(codes, element), Choice(0.0, 0.0, 0.0, "searched, round to nearest", False, 0.0))

@@ -19,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,19 +52,11 @@ MORE_OURS: dict[str, dict[str, Any]] = {"gptq-asym": {"symmetric": False}, "gptq
 MORE_PEERS = {"gptqmodel-bf16": {"dtype": "bfloat16"}, "gptqmodel-asym": {"sym": False}, "gptqmodel-desc-act": {"desc_act": True}}
 PROMISES = (("gptq", "gptqmodel", 0.7), ("nf4", "rtn", 0.01))  # KL of the first over KL of the second, at most
 RETENTION = ("nf4", 0.96)  # at least
-METRICS = {"kl_mean": "kl", "kl_p99": "kl", "ppl": "ppl", "top1_agreement": "percent", "retention": "percent"}
-
-
-class Case(NamedTuple):
-    """One fine-tune with text of its own domain, to calibrate on and, disjoint, to measure on."""
-
-    name: str
-    base: Path
-    adapter: Path
-    calibration: Path
-    text: Path
-
-
+METRICS = {"kl_mean": ("kl", True), "kl_p99": ("kl", False), "ppl": ("ppl", False), "top1_agreement": ("percent", False)}
+METRICS |= {"retention": ("percent", True)}
+"""what the table shows: how it is written, and whether with its interval"""
+Case = namedtuple("Case", ["name", "base", "adapter", "calibration", "text"])
+"""a fine-tune, with text of its own domain to calibrate on and, disjoint, to measure on"""
 MODELS, GSM8K = SHARED / "models", (SHARED / "data/gsm8k_train.jsonl", SHARED / "data/gsm8k_test.jsonl")
 CASES = (
     Case("strong", MODELS / "bench-llama-12m-nf4", MODELS / "adapter-gsm8k", *GSM8K),
@@ -72,7 +65,7 @@ CASES = (
 )
 
 
-def main() -> int:
+def main() -> None:
     """Make every checkpoint of every case, then measure: loading a gptq checkpoint patches this process, so no solving comes after it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", choices=[c.name for c in CASES], help="only this case; repeatable")
@@ -94,16 +87,14 @@ def main() -> int:
             say(f"skipped: {case.name}: missing {', '.join(missing)}")
     cases = [case for case in CASES if all(path.exists() for path in case[1:]) and case.name in (args.case or [c.name for c in CASES])]
     if not cases:
-        return 0
+        return
     with nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as folder:
-        works = {case.name: Path(folder).resolve() / case.name for case in cases}
-        made = {case.name: make_all(case, works[case.name], args) for case in cases}
-        found = about(args) | {"cases": [measure(case, works[case.name], made[case.name], args) for case in cases]}
+        made = {case: make_all(case, Path(folder).resolve() / case.name, args) for case in cases}
+        found = about(args) | {"cases": [measure(case, Path(folder).resolve() / case.name, made[case], args) for case in cases]}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    args.out.with_suffix(".json").write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     args.out.write_text(markdown(found), encoding="utf-8")
     say(f"wrote {args.out} and {args.out.with_suffix('.json').name}")
-    return 0
 
 
 def say(text: str, began: float = time.perf_counter()) -> None:  # noqa: B008  the process's start
@@ -120,11 +111,9 @@ def make_all(case: Case, work: Path, args: argparse.Namespace) -> dict[str, Any]
     for arm, options in ours.items():
         seconds[arm], *found = make_ours(Recipe(**common, **options, out=str(work / arm)), work / arm)
         first = first or found
-        say(f"{case.name}: {arm}: {seconds[arm]:.1f} s")
     job, calibration, inputs = first
     for arm, options in peers.items():
         seconds[arm] = make_peer(case, work / arm, torch.cat([calibration.train, calibration.held_out]), options, inputs, args.device)
-        say(f"{case.name}: {arm}: {seconds[arm]:.1f} s")
     weights = int(sum(np.prod(job.base.shape(name)) for name in job.requantized))
     folders = {arm: work / arm for arm in seconds} | dict.fromkeys(("base", "rtn"), case.base)
     bits = {arm: stored_bits(folder, job.requantized, weights) for arm, folder in folders.items()}
@@ -146,8 +135,7 @@ def make_peer(case: Case, folder: Path, windows: torch.Tensor, options: dict[str
     log, done, merged, ids = (folder.with_name(name) for name in (f"{folder.name}.log", f"{folder.name}.done", "merged", "windows.npy"))
 
     def call() -> float:
-        for old in (folder, merged):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         # The arm `merged` itself, in fp32; the loader's conversions (to NF4) must not be undone on the way to disk.
         load_merged(str(case.base), str(case.adapter)).model.save_pretrained(merged, save_original_format=False)
         load_tokenizer(str(case.base), str(case.adapter)).save_pretrained(merged)
@@ -157,14 +145,14 @@ def make_peer(case: Case, folder: Path, windows: torch.Tensor, options: dict[str
         command = [sys.executable, __file__, "--peer", json.dumps(job)]
         with open(log, "wb") as stream:
             code = subprocess.run(command, env=env, cwd=folder.parent, stdout=stream, stderr=stream).returncode
-        if code:
+        if code != 0:
             raise SystemExit(f"gptqmodel failed with exit code {code}; the end of its log:\n{log.read_text(errors='replace')[-3000:]}")
         return float(done.read_text(encoding="utf-8"))
 
     return once(folder, {"gptqmodel": version("gptqmodel"), "options": options, "device": device} | inputs, call)
 
 
-def quantize_with_peer(model: str, ids: str, out: str, done: str, device: str, options: dict[str, Any]) -> int:
+def quantize_with_peer(model: str, ids: str, out: str, done: str, device: str, options: dict[str, Any]) -> None:
     """The hidden mode: gptqmodel, 4 bits g128, its defaults but for ``options``. Fails unless every linear saw every token."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
@@ -179,7 +167,6 @@ def quantize_with_peer(model: str, ids: str, out: str, done: str, device: str, o
     if seen != {windows.numel()}:
         raise SystemExit(f"gptqmodel calibrated its linears on {sorted(seen)} tokens, not on the {windows.numel()} that it was given")
     Path(done).write_text(str(seconds), encoding="utf-8")
-    return 0
 
 
 def once(folder: Path, key: dict[str, Any], work: Callable[[], float]) -> float:
@@ -188,6 +175,7 @@ def once(folder: Path, key: dict[str, Any], work: Callable[[], float]) -> float:
     found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() and (folder / "config.json").is_file() else {}
     if found.get("key") == json.loads(json.dumps(key)):
         return found["seconds"]
+    say(f"{folder.parent.name}: making {folder.name}")
     record.unlink(missing_ok=True)  # written last, so that it never stands beside half a checkpoint
     seconds = work()
     record.write_text(json.dumps({"seconds": seconds, "key": key}), encoding="utf-8")
@@ -202,9 +190,8 @@ def solver_digest() -> str:
 
 def stored_bits(folder: Path, names: tuple[str, ...], weights: int) -> float:
     """Bits per weight of the linears ``names``: all tensors that a file holds for them but their biases."""
-    modules = tuple(name.removesuffix("weight") for name in names)
-    specs = open_checkpoint(folder).specs.items()
-    return 8 * sum(spec.nbytes for name, spec in specs if name.startswith(modules) and not name.endswith(".bias")) / weights
+    modules, specs = tuple(name.removesuffix("weight") for name in names), open_checkpoint(folder).specs
+    return 8 * sum(spec.nbytes for name, spec in specs.items() if name.startswith(modules) and not name.endswith(".bias")) / weights
 
 
 def measure(case: Case, work: Path, made: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -214,28 +201,26 @@ def measure(case: Case, work: Path, made: dict[str, Any], args: argparse.Namespa
     text.write_text("\n".join(lines[: args.docs or None]) + "\n", encoding="utf-8")
     results, scores = evaluate_with_scores(
         str(case.base), str(case.adapter), names, {"text": str(text)}, WINDOW, also=("rtn",), device=args.device,
-        progress=lambda label, done, total: say(f"{case.name}: {label.partition(' on ')[0]} measured") if done == total else None,
+        progress=lambda what, done, total: say(f"{case.name}: {what} measured") if done == total else None,
     )  # fmt: skip
-    arms = {}
-    for arm, row in results["arms"].items():
-        arms[arm] = {"bits_per_weight": made["bits"].get(arm), "seconds": made["seconds"].get(arm)}
-        arms[arm] |= {key: row["texts"]["text"]["metrics"].get(key) for key in METRICS}
-    overlap = check_overlap(made["calibration"].documents, read_documents(text), allow=True)
-    read = {"file": case.text.name, "documents_in_file": len(lines), "shared_13_grams": len(overlap)}
+    arms = {arm: {key: row["texts"]["text"]["metrics"][key] for key in METRICS} for arm, row in results["arms"].items()}
+    for arm, row in arms.items():
+        row |= {"bits_per_weight": made["bits"].get(arm), "seconds": made["seconds"].get(arm)}
+    shared = len(check_overlap(made["calibration"].documents, read_documents(text), allow=True))
+    read = {"file": case.text.name, "documents_in_file": len(lines), "shared_13_grams": shared}
     return {
         "case": case.name, "base": case.base.name, "adapter": case.adapter.name, "quantized_weights": made["weights"],
         "text": results["fingerprint"]["texts"]["text"] | read, "calibration": made["calibration"].facts,
-        "arithmetic": results["fingerprint"]["arithmetic"], "noise_floor": results["noise_floor"]["text"], "elapsed_s": results["elapsed_s"],
-        "arms": arms, "promises": promises(scores["text"], arms),
+        "arithmetic": results["fingerprint"]["arithmetic"], "noise_floor": results["noise_floor"]["text"],
+        "elapsed_s": results["elapsed_s"], "arms": arms, "promises": promises(scores["text"], arms),
     }  # fmt: skip
 
 
 def promises(scores: dict[str, Any], arms: dict[str, Any]) -> list[dict[str, Any]]:
     """What the project promises, each with its interval and, judged by the value, whether it is met."""
-    rows = [
-        {"what": f"KL {LABELS[ours]} / {LABELS[theirs]}", "sign": "≤", "target": target} | kl_ratio(scores[ours], scores[theirs])
-        for ours, theirs, target in PROMISES
-    ]
+    rows = []
+    for ours, peer, target in PROMISES:
+        rows.append({"what": f"KL {LABELS[ours]} / {LABELS[peer]}", "sign": "≤", "target": target} | kl_ratio(scores[ours], scores[peer]))
     arm, target = RETENTION
     kept = {key: arms[arm]["retention"][key] for key in ("value", "ci_low", "ci_high")}
     rows.append({"what": f"retention {LABELS[arm]}", "sign": "≥", "target": target, "windows": rows[0]["windows"]} | kept)
@@ -259,10 +244,9 @@ def kl_ratio(ours: Any, theirs: Any) -> dict[str, Any]:
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """How the figures were made: what a person types to make them again, versions, machine. No paths, host names or dates."""
-    words = ["python", "scripts/bench_quality.py", *(word for name in args.case or () for word in ("--case", name)), "--docs", str(args.docs)]
-    words += ["--ablations"] * args.ablations + ["--device", args.device] + (["--threads", str(args.threads)] if args.threads else [])
-    info = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*:\s*(.*)", info.read_text() if info.is_file() else "")
+    words = ["python", "scripts/bench_quality.py", *(f"--case={name}" for name in args.case or ()), f"--docs={args.docs}"]
+    words += ["--ablations"] * args.ablations + [f"--device={args.device}"] + [f"--threads={args.threads}"] * bool(args.threads)
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else "")
     machine = {"cpu": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if args.device != "cpu":
         machine["gpu"] = torch.cuda.get_device_name(args.device)
@@ -278,11 +262,11 @@ def markdown(found: dict[str, Any]) -> str:
 
 Versions: {libraries}; solver sources sha256 {found["solver_sha256"][:12]}. Machine: {machine}.
 
-Reference of every figure: base + adapter kept separate. Intervals: 95 %, clustered by window; those of ratios by a seeded paired bootstrap
-({ROUNDS:,} draws). gptqmodel gets the arm `merged` as an fp32 checkpoint, computes in fp32, and sees the calibration windows that qmerge sees
-(checked: every linear counted every token); its other options are its defaults at 4 bits, group size 128. `rtn` and `merged` exist in memory
-only; the bits of `rtn` are those of the base, whose layout it has. Bits: all tensors of the quantized linears. Seconds: from reading the
-model to the written checkpoint, without imports.
+Reference of every figure: base + adapter kept separate. Intervals: 95 %, clustered by window; those of ratios by a seeded paired
+bootstrap ({ROUNDS:,} draws). gptqmodel gets the arm `merged` as an fp32 checkpoint, computes in fp32, and sees the calibration windows that
+qmerge sees (checked: every linear counted every token); its other options are its defaults at 4 bits, group size 128. `rtn` and `merged`
+exist in memory only; the bits of `rtn` are those of the base, whose layout it has. Bits: all tensors of the quantized linears. Seconds:
+from reading the model to the written checkpoint, without imports.
 
 """
     return notes + "\n".join(line for case in found["cases"] for line in section(case))
@@ -290,29 +274,28 @@ model to the written checkpoint, without imports.
 
 def section(case: dict[str, Any]) -> list[str]:
     """One case: what was measured on, the arms, the promises."""
-    calibration, text, floor = case["calibration"], case["text"], case["noise_floor"]
-    train, held = calibration["windows"], calibration["held_out_windows"]
+    calibration, text, floor = (case[key] for key in ("calibration", "text", "noise_floor"))
+    train, held = (calibration[key] for key in ("windows", "held_out_windows"))
     lines = [
         f"## {case['case']}: {case['base']} × {case['adapter']}\n",
-        f"Text: the first {text['documents']:,} of {text['documents_in_file']:,} documents of {text['file']}, n = {text['scored_tokens']:,}",
-        f"scored tokens in {text['windows']:,} windows of {text['window_tokens']}. Calibration: {train + held} windows of {WINDOW} tokens of",
-        f"{calibration['in_domain']['source']} (qmerge holds {held} of them out to choose with); runs of 13 words that both texts hold:",
-        f"{text['shared_13_grams']}. Arithmetic: {case['arithmetic']}. Quantized weights: {case['quantized_weights']:,}.",
+        f"Text: first {text['documents']:,} of {text['documents_in_file']:,} documents of {text['file']}: n = {text['scored_tokens']:,}",
+        f"scored tokens in {text['windows']:,} windows of {WINDOW}. Calibration: {train + held} windows of {WINDOW} tokens of",
+        f"{calibration['in_domain']['source']} ({held} of them held out by qmerge, to choose with); the texts share",
+        f"{text['shared_13_grams']} runs of 13 words. Arithmetic: {case['arithmetic']}. Quantized weights: {case['quantized_weights']:,}.",
         f"Noise floor ({floor['source']}): {format_metric(floor, 'kl')}.\n",
         "| arm | KL to separate [95 %] | KL p99 | perplexity | top-1 | retention [95 %] | bits per weight | seconds |",
         "|---" * 8 + "|",
     ]
     for arm, row in case["arms"].items():
-        shown = [(format_metric(row[m], k), format_value(row[m]["value"], k)) for m, k in METRICS.items()]
-        cells = [pair[m not in ("kl_mean", "retention")] for m, pair in zip(METRICS, shown, strict=True)]
+        cells = [format_metric(row[m], k) if interval else format_value(row[m]["value"], k) for m, (k, interval) in METRICS.items()]
         cells += [format(row[key], pattern) if row[key] else "—" for key, pattern in (("bits_per_weight", ".3f"), ("seconds", ".1f"))]
         lines.append(f"| {LABELS.get(arm, arm)} | {' | '.join(cells)} |")
     lines += ["\n| promise | value [95 %] | target | n (windows) | |", "|---" * 5 + "|"]
     for row in case["promises"]:
         value, low, high = ("—" if row[key] is None else f"{row[key]:.4f}" for key in ("value", "ci_low", "ci_high"))
-        lines.append(f"| {row['what']} | {value} ({low} to {high}) | {row['sign']} {row['target']:g} | {row['windows']} | {row['state']} |")
+        lines.append(f"| {row['what']} | {value} ({low} to {high}) | {row['sign']} {row['target']} | {row['windows']} | {row['state']} |")
     return [*lines, "\n"]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

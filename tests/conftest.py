@@ -114,7 +114,7 @@ def save_adapter(base: str, folder: Path, trained_on: str, relative: float, seed
             if ".modules_to_save.default" in name:
                 parameter.add_(relative * parameter.norm() / parameter.numel() ** 0.5 * torch.randn_like(parameter))
     model.peft_config["default"].base_model_name_or_path = trained_on
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT adds a copy of the base's head where the head has a pair
     return str(folder)
 
 

@@ -65,7 +65,7 @@ def plan(recipe: Recipe) -> MergePlan:
     skeleton = build_skeleton(checkpoint)
     base = open_base(checkpoint, on=recipe.on, recipe=read_nf4_recipe(recipe.nf4_recipe), linears=skeleton.linears)
     check_names(base, skeleton)
-    check_adapter(base, adapter)
+    check_adapter(base, adapter, skeleton)
     changed = tuple(f"{module}.weight" for module in adapter.pairs)
     requantized, kept = _split(recipe, base, skeleton, set(changed))
     untied = _untied(base, adapter, skeleton)
@@ -73,7 +73,7 @@ def plan(recipe: Recipe) -> MergePlan:
         for name in requantized:
             gptq_format.check_shape(name.removesuffix(".weight"), base.shape(name), recipe.grid)
     bytes_out = sum(_bytes_out(recipe, base, name, set(requantized), set(kept)) for name in base.names)
-    if untied:
+    if untied and untied not in base.names:
         bytes_out += _bytes_out(recipe, base, skeleton.input_embedding, set(), set())
     return MergePlan(
         recipe, base, adapter, skeleton, changed, requantized, kept, untied,
@@ -96,11 +96,14 @@ def check_names(base: Base, skeleton: Skeleton) -> None:
         raise Refused("the base lacks a tensor that its model class has", where=base.checkpoint.name, expected=missing[0], found=f"{len(missing)} such tensors are missing")
 
 
-def check_adapter(base: Base, adapter: LoraAdapter) -> None:
+def check_adapter(base: Base, adapter: LoraAdapter, skeleton: Skeleton) -> None:
     """Every pair must land on a weight of the base with its shape, every replacement on a tensor of its shape."""
     names = set(base.names)
     for module, pair in adapter.pairs.items():
         weight = f"{module}.weight"
+        if weight not in names and weight == skeleton.output_embedding and skeleton.tied:
+            raise Refused("the adapter has a LoRA pair on a head that this base ties to its embeddings, which this version does not merge", where=f"{adapter.name}: {pair.a}",
+                          expected="pairs on linears that the base stores", found=f"{weight}, stored as {skeleton.input_embedding} only", fix="keep this adapter separate")
         if weight not in names:
             raise Refused("the adapter was made for another base: it changes a module that this base lacks", where=f"{adapter.name}: {pair.a}", expected=f"a tensor {weight} in {base.checkpoint.name}", found="none")
         out, inputs = base.shape(weight)
@@ -134,11 +137,12 @@ def _split(recipe: Recipe, base: Base, skeleton: Skeleton, changed: set[str]) ->
 
 
 def _untied(base: Base, adapter: LoraAdapter, skeleton: Skeleton) -> str | None:
-    """The head's name where the adapter changes one side of a tied pair, so that the output must hold both."""
+    """The head's name where the adapter changes one side of a tied pair, so that the output must hold both (some files hold both all the same)."""
     head, entrance = skeleton.output_embedding, skeleton.input_embedding
-    if not skeleton.tied or head in base.names or head == entrance:
+    if not skeleton.tied or head == entrance:
         return None
-    return head if head in adapter.saved or entrance in adapter.saved else None
+    changed = adapter.saved.keys() | {f"{module}.weight" for module in adapter.pairs}
+    return head if head in changed or entrance in changed else None
 
 
 def _bytes_out(recipe: Recipe, base: Base, name: str, requantized: set[str], kept: set[str]) -> int:

@@ -120,7 +120,7 @@ def _float_or_kept(plan: MergePlan, merged: Merged, name: str) -> Iterator[tuple
 
 def _untied_pair(plan: MergePlan, merged: Merged) -> Iterator[tuple[str, torch.Tensor]]:
     """The head of a pair that is no longer tied: its own replacement, or the embedding as it was."""
-    if not plan.untied:
+    if not plan.untied or plan.untied in plan.base.names:
         return
     head, entrance = plan.untied, plan.skeleton.input_embedding
     original = merged.base.stored(entrance)

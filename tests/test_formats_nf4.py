@@ -1,0 +1,189 @@
+"""NF4 files: ours and bitsandbytes' are the same bytes; and which bases are read, or refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from bitsandbytes import functional
+from oracles.dequantized import nf4_weights
+from safetensors.torch import load_file, save_file
+
+from qmerge.errors import Refused, UsageProblem
+from qmerge.formats import nf4 as nf4_format
+from qmerge.formats.base import Nf4Recipe, open_base, quantize_as_bitsandbytes, round_to_nf4
+from qmerge.numerics import nf4
+from qmerge.pipeline.recipe import read_nf4_recipe
+from qmerge.pipeline.skeleton import build_skeleton
+from qmerge.store.checkpoint import open_checkpoint
+
+DOUBLE = pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+
+
+def opened(folder: str, on: str = "dequantized", recipe: Nf4Recipe | None = None):
+    checkpoint = open_checkpoint(folder)
+    return open_base(checkpoint, on=on, recipe=recipe, linears=build_skeleton(checkpoint).linears)
+
+
+@DOUBLE
+@pytest.mark.parametrize("shape, block_size", [((64, 64), 64), ((33, 66), 64), ((96, 172), 128)])
+def test_round_trip(shape, block_size, double):
+    """A part of the quant state that is not written or read: the offset, the nested block size, the last short block."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05
+    wanted = quantize_as_bitsandbytes(weight, Nf4Recipe(block_size, double))
+    stored = nf4_format.pack("w", wanted)
+    found = nf4_format.unpack("w", stored.__getitem__, stored)
+    assert torch.equal(found.codes, wanted.codes)
+    for part in ("absmax", "code", "nested_absmax", "nested_code"):
+        one, two = getattr(found.state, part), getattr(wanted.state, part)
+        assert (one is None and two is None) or torch.equal(one, two), part
+    for part in ("block_size", "shape", "dtype", "nested_block_size", "offset", "nested"):
+        assert getattr(found.state, part) == getattr(wanted.state, part), part
+    assert abs(sum(tensor.nbytes for tensor in stored.values()) - nf4_format.stored_bytes(shape, block_size, double)) < 128
+
+
+@DOUBLE
+def test_bitsandbytes_reads_what_we_pack(double):
+    """JSON keys or dtypes that bitsandbytes' own loader does not take, or takes for something else."""
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).bfloat16() * 0.05
+    wanted = quantize_as_bitsandbytes(weight, Nf4Recipe(64, double))
+    stored = nf4_format.pack("w", wanted)
+    state = functional.QuantState.from_dict({name.removeprefix("w."): tensor for name, tensor in stored.items() if name != "w"}, device=torch.device("cpu"))
+    assert state.dtype == torch.bfloat16 and tuple(state.shape) == (96, 128) and state.nested == double
+    state.dtype = torch.float32
+    assert torch.equal(functional.dequantize_4bit(stored["w"], state), nf4.dequantize(wanted.codes, wanted.state))
+
+
+@DOUBLE
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_saved_checkpoint_packs_to_its_own_bytes(zoo, kind, double):
+    """Names, dtypes or bytes that differ from what ``save_pretrained`` writes: reading and writing a weight again must change nothing."""
+    checkpoint = open_checkpoint(zoo.nf4(kind, double))
+    weights = nf4_format.find_quantized(checkpoint.specs)
+    assert len(weights) == {"llama": 14, "gpt2": 8}[kind]
+    for weight in weights:
+        stored = nf4_format.pack(weight, nf4_format.unpack(weight, checkpoint.load, checkpoint.specs))
+        assert set(stored) == set(nf4_format.components(weight)) & set(checkpoint.specs)
+        for name, tensor in stored.items():
+            there = checkpoint.load(name)
+            if name.endswith("__nf4"):
+                one, two = (json.loads(bytes(raw.tolist())) for raw in (tensor, there))
+                assert {k: v for k, v in one.items() if k != "nested_offset"} == {k: v for k, v in two.items() if k != "nested_offset"}
+                assert torch.tensor(one.get("nested_offset", 0.0), dtype=torch.float32) == torch.tensor(two.get("nested_offset", 0.0), dtype=torch.float32)
+            else:
+                assert tensor.dtype == there.dtype and torch.equal(tensor, there), name
+
+
+@DOUBLE
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma2"])
+def test_base_weights_are_bitsandbytes(zoo, kind, double):
+    """A Conv1D left transposed, or nesting undone wrongly, in the reading of a whole base."""
+    folder = zoo.nf4(kind, double)
+    base, theirs = opened(folder), nf4_weights(folder)
+    assert {f"{name}.weight" for name in theirs} == set(base.quantized)
+    for name, weight in theirs.items():
+        assert torch.equal(base.weight(f"{name}.weight"), weight), name
+        assert base.shape(f"{name}.weight") == tuple(weight.shape)
+
+
+@DOUBLE
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_recipe_gives_the_codes_of_the_saved_model(zoo, kind, double):
+    """A float base quantized on the fly otherwise than ``load_in_4bit`` did while the adapter was trained: another base."""
+    fly, saved = opened(zoo.float(kind), recipe=read_nf4_recipe("double" if double else "single")), opened(zoo.nf4(kind, double))
+    assert set(fly.fly) == set(saved.quantized) and saved.names == fly.names
+    for name in saved.quantized:
+        one, two = fly.four_bit(name), saved.four_bit(name)
+        assert torch.equal(one.codes, two.codes) and torch.equal(one.state.absmax, two.state.absmax) and one.state.offset == two.state.offset, name
+        assert torch.equal(fly.weight(name), saved.weight(name)) and fly.shape(name) == saved.shape(name)
+
+
+def test_recipe_files(tmp_path):
+    """A recipe taken from a saved quantization_config losing its double quantization or block size."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"quantization_config": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "load_in_4bit": True}}))
+    assert read_nf4_recipe(str(path)) == Nf4Recipe(64, True, None)
+    path.write_text("blocksize: 128\ndouble_quant: false\ndtype: bfloat16\n")
+    assert read_nf4_recipe(str(path)) == Nf4Recipe(128, False, "bfloat16")
+    for wrong in ({"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True}, {"other": 1}, {"double_quant": True, "llm_int8_skip_modules": ["a"]}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UsageProblem):
+            read_nf4_recipe(str(path))
+
+
+def test_float_base_is_not_guessed(zoo):
+    """A float base taken for the one that the adapter was trained on: rounding errors that the adapter learnt to live with would be gone, unsaid."""
+    with pytest.raises(Refused) as caught:
+        opened(zoo.float("llama"))
+    assert caught.value.exit_code == 4 and all(word in str(caught.value) for word in ("must not be guessed", "--nf4-recipe", "--on original"))
+
+
+def test_original_base_is_read_as_it_is(zoo):
+    """``--on original`` quantizing anyway."""
+    base = opened(zoo.float("llama"), on="original")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not base.is_4bit(name) and torch.equal(base.weight(name), load_file(f"{zoo.float('llama')}/model.safetensors")[name].float())
+
+
+@pytest.mark.parametrize("options, says", [({"recipe": Nf4Recipe()}, "leave --nf4-recipe out"), ({"on": "original"}, "--original")])
+def test_serialized_base_refuses_flags_for_float_ones(zoo, options, says):
+    """A recipe that is silently ignored, or an original that is in fact 4-bit."""
+    with pytest.raises(Refused, match=says) as caught:
+        opened(zoo.nf4("llama"), **options)
+    assert caught.value.exit_code == 4
+
+
+def test_other_quantizations_are_refused_by_name(zoo, tmp_path):
+    """An int8 or gptq base read as float, or an fp4 base read as NF4."""
+    checkpoint = open_checkpoint(zoo.float("llama"))
+    object.__setattr__(checkpoint, "config", checkpoint.config | {"quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(Refused, match="quant_method awq"):
+        open_base(checkpoint, on="dequantized", recipe=None, linears={})
+    fp4 = open_checkpoint(zoo.nf4("llama"))
+    object.__setattr__(fp4, "specs", {name.replace("__nf4", "__fp4"): spec for name, spec in fp4.specs.items()})
+    with pytest.raises(Refused, match="not NF4"):
+        open_base(fp4, on="dequantized", recipe=None, linears={})
+
+
+@pytest.mark.parametrize("damage, says", [("absmax", "incomplete"), ("quant_map", "incomplete"), ("state", "cannot be read"), ("shape", "does not fit"), ("code", "code book")])
+def test_damaged_states_are_refused(damage, says):
+    """A weight decoded from half a state."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    stored = nf4_format.pack("w", quantize_as_bitsandbytes(weight, Nf4Recipe()))
+    key = "w.quant_state.bitsandbytes__nf4"
+    if damage in ("absmax", "quant_map"):
+        del stored[f"w.{damage}"]
+    elif damage == "state":
+        stored[key] = stored[key][:-3]
+    elif damage == "shape":
+        meta = json.loads(bytes(stored[key].tolist())) | {"shape": [64, 128]}
+        stored[key] = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
+    else:
+        stored["w.quant_map"] = stored["w.quant_map"].flip(0)
+    with pytest.raises(Refused, match=says):
+        nf4_format.unpack("w", stored.__getitem__, stored)
+
+
+@DOUBLE
+def test_rtn_is_what_bitsandbytes_rounds(double):
+    """The arm that shows naive rounding being better or worse than ``merge_and_unload`` in truth."""
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)) * 0.05
+    like = quantize_as_bitsandbytes(weight * 1.3, Nf4Recipe(64, double)).state
+    ours, theirs = round_to_nf4(weight, like), quantize_as_bitsandbytes(weight, Nf4Recipe(64, double))
+    assert torch.equal(ours.codes, theirs.codes)
+    torch.testing.assert_close(nf4.effective_absmax(ours.state), nf4.effective_absmax(theirs.state), rtol=1e-3, atol=1e-4)
+
+
+def test_shards_read_as_one_file(zoo, tmp_path):
+    """A base in shards whose quant states lie in another file than their weights."""
+    whole = load_file(f"{zoo.nf4('llama')}/model.safetensors")
+    names = sorted(whole)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({name: whole[name] for name in held}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: file for file, held in parts.items() for name in held}}))
+    (tmp_path / "config.json").write_text((open_checkpoint(zoo.nf4("llama")).path / "config.json").read_text())
+    one, two = opened(str(tmp_path)), opened(zoo.nf4("llama"))
+    assert one.names == two.names
+    assert all(torch.equal(one.weight(name), two.weight(name)) for name in one.names)

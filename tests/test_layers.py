@@ -1,0 +1,42 @@
+"""Imports point one way: a layer may use those before it in the list, never one behind it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "qmerge"
+ORDER = (("__init__", "types", "errors", "units", "device"), ("numerics",), ("store",), ("formats",), ("pipeline",), ("quality",), ("report",), ("cli", "__main__"))
+FORBIDDEN = {"quality": {"pipeline"}, "report": {"pipeline", "quality", "formats"}}
+RANK = {layer: rank for rank, layers in enumerate(ORDER) for layer in layers}
+
+
+def layer_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def imported(path: Path) -> set[str]:
+    """Layers of qmerge that a file imports, also inside functions and under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "qmerge" else [node.module or ""]
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "qmerge":
+                layer = rest.split(".")[0]
+                found.add(layer if layer in RANK else "__init__")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_one_way(path):
+    """An import that points up: soon nothing can be read or tested alone, and evidence is measured with the code that it judges."""
+    own = layer_of(path)
+    wrong = {other for other in imported(path) if RANK[other] > RANK[own] or other in FORBIDDEN.get(own, set())}
+    assert not wrong, f"qmerge/{own} must not import {', '.join(sorted(wrong))}"

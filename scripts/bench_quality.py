@@ -55,8 +55,7 @@ RETENTION = ("nf4", 0.96)  # at least
 METRICS = {"kl_mean": ("kl", True), "kl_p99": ("kl", False), "ppl": ("ppl", False), "top1_agreement": ("percent", False)}
 METRICS |= {"retention": ("percent", True)}
 """what the table shows: how it is written, and whether with its interval"""
-Case = namedtuple("Case", ["name", "base", "adapter", "calibration", "text"])
-"""a fine-tune, with text of its own domain to calibrate on and, disjoint, to measure on"""
+Case = namedtuple("Case", "name base adapter calibration text")  # the texts are of the adapter's domain, and disjoint
 MODELS, GSM8K = SHARED / "models", (SHARED / "data/gsm8k_train.jsonl", SHARED / "data/gsm8k_test.jsonl")
 CASES = (
     Case("strong", MODELS / "bench-llama-12m-nf4", MODELS / "adapter-gsm8k", *GSM8K),

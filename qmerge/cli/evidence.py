@@ -45,18 +45,19 @@ def evaluate_to(
     original: str | None, on: str, nf4_recipe: str | None, suite: str | None, budget: str, device: str, steps: Steps | None = None,
 ) -> dict[str, Any]:
     """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``."""
-    import torch  # noqa: F401  before transformers, so that its import is not counted as silence
-
     from qmerge.device import pick_device
     from qmerge.pipeline.recipe import read_nf4_recipe
     from qmerge.quality.compare import load_budget
     from qmerge.quality.evaluate import candidate_names, evaluate_with_scores
     from qmerge.quality.sidecar import write_results
+    from qmerge.store.hub import resolve
 
     limits = load_budget(budget)
     recipe = read_nf4_recipe(nf4_recipe)
+    base, adapter, original = (str(resolve(place)[0]) if place else None for place in (base, adapter, original))
+    named = candidate_names(str(resolve(place)[0]) for place in candidates)
     results, scores = evaluate_with_scores(
-        base, adapter, candidate_names(candidates), texts, tokens, on=on, nf4_recipe=recipe.to_json() if recipe else None, original=original,
+        base, adapter, named, texts, tokens, on=on, nf4_recipe=recipe.to_json() if recipe else None, original=original,
         also=tuple(part for part in also.split(",") if part), template=template, device=str(pick_device(device)), suite=suite, budget=limits,
         results_dir=out.parent, keep_tail=True, progress=(steps or Steps()).count,
     )

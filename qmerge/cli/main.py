@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 
@@ -39,6 +40,7 @@ def main() -> None:
     # set before transformers is imported: it reads this on import
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     loud = bool(os.environ.get("QMERGE_VERBOSE"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up and exit 75
     streams = None if loud else Streams()
     try:
         code = cli.main(standalone_mode=False, obj=streams)

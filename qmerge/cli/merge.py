@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from qmerge.cli.options import merge_options
-from qmerge.cli.output import Steps, result, result_json, say, warn
+from qmerge.cli.output import Steps, result, result_json, say
 from qmerge.errors import UsageProblem
 
 
@@ -29,8 +29,6 @@ def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: b
     from qmerge.pipeline.plan import describe_plan, plan
 
     found = plan(recipe)
-    for warning in found.warnings:
-        warn(warning)
     if dry_run:
         if as_json:
             result_json(found.to_json())

@@ -41,22 +41,20 @@ def run_command(
     found = plan(recipe)
     steps.step("planned")
     say(describe_plan(found))
-    for warning in found.warnings:
-        warn(warning)
     evidence = Path(recipe.out.rstrip("/") + ".eval")
-    documents, held_out = prepare_texts(found, named_texts(texts), allow_overlap)
+    calibration, held_out = prepare_texts(found, named_texts(texts), allow_overlap)
     if dry_run:
         result(describe_plan(found))
         say("dry run: nothing was written. Next: the same command without --dry-run")
         return
-    from qmerge.pipeline.run import calibration_for, run
+    from qmerge.pipeline.run import run
 
-    done = run(found, steps.step, calibration_for(found, documents))
+    done = run(found, steps.step, calibration)
     steps.step(f"wrote {done.out}")
     files = named_texts(texts) or {"held-out": str(_write_held_out(evidence, held_out))}
     context_length = getattr(found.skeleton.model.config.get_text_config(), "max_position_embeddings", None) or recipe.tokens
     results = evaluate_to(
-        evidence / "results.json", (str(done.out),), files, base=recipe.original if recipe.on == "original" and recipe.original else recipe.base, adapter=recipe.adapter,
+        evidence / "results.json", (str(done.out),), files, base=recipe.base, adapter=recipe.adapter,
         tokens=eval_tokens or min(recipe.tokens, context_length), template=recipe.template, also=also, original=recipe.original, on=recipe.on,
         nf4_recipe=recipe.nf4_recipe, suite=suite, budget=budget, device=recipe.device, steps=steps,
     )
@@ -70,37 +68,34 @@ def run_command(
     else:
         result(terminal_table(results))
         show_verdict(results["verdict"])
-        result("\n".join(f"{label:<11}{path}" for label, path in zip(("checkpoint", "report.md", "report.html"), [str(done.out), *pages], strict=True)))
+        result("\n".join(f"{label:<12}{path}" for label, path in zip(("checkpoint", "report.md", "report.html"), [str(done.out), *pages], strict=True)))
     say(f"Next: open {pages[1]}, or serve {done.out}")
     context.exit(exit_code(results["verdict"], strict))
 
 
-def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool) -> tuple[list | None, list]:
-    """(calibration documents or None where none are needed, documents held out for evaluation where no text was given). Refuses overlap before any work."""
-    from qmerge import formats
+def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool) -> tuple[Any, list]:
+    """(calibration or None where the format needs none, documents held out for evaluation where no text was given). Refuses overlap before any work."""
     from qmerge.errors import Refused
     from qmerge.pipeline.calibrate import hold_out, load_tokenizer
+    from qmerge.pipeline.run import calibration_for
     from qmerge.quality.evaluate import check_overlap
     from qmerge.store.texts import read_documents
 
     recipe = found.recipe
     tokenizer = load_tokenizer([found.adapter.path, found.checkpoint.path])
     evaluated = [document for path in texts.values() for document in read_documents(path, template=recipe.template, tokenizer=tokenizer)]
-    if recipe.calibration is None:
-        if not texts:
-            raise Refused("there is no text to measure on", where="--text", expected="held-out text", found="none", fix="--text FILE, or qmerge merge to write without measuring")
-        return None, []
-    documents = read_documents(recipe.calibration, template=recipe.template, tokenizer=tokenizer)
+    if not texts and recipe.calibration is None:
+        raise Refused("there is no text to measure on", where="--text", expected="held-out text", found="none", fix="--text FILE, or qmerge merge to write without measuring")
+    documents, kept = None, []
     if not texts:
-        documents, kept = hold_out(documents, recipe.seed)
+        documents, kept = hold_out(read_documents(recipe.calibration, template=recipe.template, tokenizer=tokenizer), recipe.seed)
         warn(f"no --text: {len(kept)} of the {len(kept) + len(documents)} calibration documents are held out to measure on")
-        return documents, kept
-    if recipe.format in formats.QUANTIZING and not recipe.rtn:
-        generic = read_documents(recipe.generic, tokenizer=tokenizer) if recipe.generic else []
-        shared = check_overlap(documents + generic, evaluated, allow=allow_overlap)
+    calibration = calibration_for(found, documents)
+    if calibration:
+        shared = check_overlap(calibration.documents, evaluated or kept, allow=allow_overlap)
         if shared:
             warn(f"calibration and evaluation text share {len(shared)} runs of 13 words; the figures flatter the merged model")
-    return documents, []
+    return calibration, kept
 
 
 def _write_held_out(folder: Path, documents: list) -> Path:

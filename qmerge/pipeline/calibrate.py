@@ -20,7 +20,8 @@ HELD_OUT_EVERY = 7
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token ids of the windows to solve on and of those to choose with, each int64 ``[windows, T]``; ``facts`` go into the manifest."""
+    """Token ids of the windows to solve on and of those to choose with, each int64 ``[windows, T]``; ``documents`` are the texts that were
+    drawn, ``facts`` go into the manifest."""
 
     train: torch.Tensor
     held_out: torch.Tensor
@@ -63,12 +64,12 @@ def load_calibration(
     """
     generic_wanted = round(samples * generic_share) if generic else 0
     documents = documents if documents is not None else read_documents(source, template=template, tokenizer=tokenizer)
-    own, facts = _windows(documents, tokenizer, samples - generic_wanted, tokens, seed, source)
+    own, used, facts = _windows(documents, tokenizer, samples - generic_wanted, tokens, seed, source)
     chosen, all_facts = list(own), {"in_domain": facts}
     if generic_wanted:
         others = read_documents(generic, template=template if template and _fits(generic, template) else None, tokenizer=tokenizer)
-        extra, all_facts["generic"] = _windows(others, tokenizer, generic_wanted, tokens, seed + 1, generic)
-        documents, chosen = documents + others, chosen + extra
+        extra, used_too, all_facts["generic"] = _windows(others, tokenizer, generic_wanted, tokens, seed + 1, generic)
+        used, chosen = used + used_too, chosen + extra
     if len(chosen) < 2:
         raise Refused("there is too little calibration text", where=source, expected=f"at least two windows of {tokens} tokens", found=f"{len(chosen)}", fix="give more text or smaller --tokens")
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -78,7 +79,7 @@ def load_calibration(
     train = train if len(mixed) >= HELD_OUT_EVERY else mixed[:-1]
     digest = hashlib.sha256(torch.stack(mixed).numpy().tobytes()).hexdigest()
     all_facts |= {"windows": len(train), "held_out_windows": len(held), "tokens_per_window": tokens, "token_ids_sha256": digest, "seed": seed}
-    return Calibration(torch.stack(train), torch.stack(held), tuple(documents), all_facts)
+    return Calibration(torch.stack(train), torch.stack(held), tuple(used), all_facts)
 
 
 def _fits(path: str, template: str) -> bool:
@@ -86,8 +87,8 @@ def _fits(path: str, template: str) -> bool:
     return not path.endswith(".txt") and "{text}" in template
 
 
-def _windows(documents: list[Document], tokenizer: Any, wanted: int, tokens: int, seed: int, source: str) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Documents in a seeded order, packed; only whole windows, and only as many documents as are needed."""
+def _windows(documents: list[Document], tokenizer: Any, wanted: int, tokens: int, seed: int, source: str) -> tuple[list[torch.Tensor], list[Document], dict[str, Any]]:
+    """Windows, the documents they come from, and facts: documents in a seeded order, packed; only whole windows, and only as many documents as are needed."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     taken, count = [], 0
     for index in order:
@@ -101,7 +102,7 @@ def _windows(documents: list[Document], tokenizer: Any, wanted: int, tokens: int
     if not windows:
         raise Refused("the calibration text is shorter than one window", where=source, expected=f"at least {tokens} tokens", found=f"{count} tokens",
                       fix=f"give more text, or --tokens {max(count // 2, 2)}")
-    return windows, {"source": _public_name(source), "documents": len(taken), "windows": len(windows), "wanted_windows": wanted}
+    return windows, [documents[index] for index in order[: len(taken)]], {"source": _public_name(source), "documents": len(taken), "windows": len(windows), "wanted_windows": wanted}
 
 
 def _public_name(source: str) -> str:

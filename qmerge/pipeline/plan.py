@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -75,6 +76,7 @@ def plan(recipe: Recipe) -> MergePlan:
     bytes_out = sum(_bytes_out(recipe, base, name, set(requantized), set(kept)) for name in base.names)
     if untied and untied not in base.names:
         bytes_out += _bytes_out(recipe, base, skeleton.input_embedding, set(), set())
+    check_room(Path(recipe.out), bytes_out)
     return MergePlan(
         recipe, base, adapter, skeleton, changed, requantized, kept, untied,
         checkpoint.weight_bytes + sum(spec.nbytes for spec in adapter.specs.values()), bytes_out, tuple(_warnings(recipe, base, adapter, skeleton)),
@@ -85,6 +87,14 @@ def check_calibration_given(recipe: Recipe) -> None:
     if recipe.format in formats.QUANTIZING and not recipe.calibration and not recipe.rtn:
         raise Refused(f"format {recipe.format} rounds to 4 bits, and no calibration text was given", where="--calibration",
                       expected="text like what the adapter was trained on", found="none", fix="--calibration FILE, or --rtn to round without it (this can erase a small adapter)")
+
+
+def check_room(out: Path, bytes_out: int) -> None:
+    """The whole output must fit beside an old one: it grows in a sibling folder and is swapped in at the end."""
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < bytes_out * 1.05:
+        raise Refused("the output does not fit on the disk", where=str(out), expected=f"{format_bytes(round(bytes_out * 1.05))} free", found=format_bytes(free), fix="make room, or choose another --out")
 
 
 def check_names(base: Base, skeleton: Skeleton) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from qmerge.device import in_parallel
 from qmerge.numerics import gptq, grids, nf4
+from qmerge.numerics.distances import weight_fit
 from qmerge.numerics.gptq import ElementGrid
 from qmerge.numerics.hessian import Factor, Statistics, factor
 from qmerge.numerics.polish import descend
@@ -64,6 +65,12 @@ class Solved:
     weight: torch.Tensor
     """fp32 ``[out, in]``, what a loader will compute with"""
     choice: Choice
+    distance: float
+    slope: float
+    """`weight_fit` of ``weight`` to W + ΔW, for the manifest: `verify` derives both again"""
+
+    def to_json(self) -> dict[str, Any]:
+        return self.choice.to_json() | {"distance": round(self.distance, 6), "slope": round(self.slope, 6)}
 
 
 def options(linear: Linear, grid: Grid, importance: torch.Tensor, model_dtype: torch.dtype, nf4_like: QuantState | None) -> list[Option]:
@@ -109,7 +116,7 @@ def requantize_group(
     in_parallel(lambda index: _polish(linears[index], train, held_out, best[index]), list(everyone), device)
     for index, linear in enumerate(linears):
         _keep_base_codes(linear, tables[index], factors[0], held_out, best[index])
-    return [_finish(found) for found in best]
+    return [_finish(linear, found) for linear, found in zip(linears, best, strict=True)]
 
 
 @dataclass
@@ -184,11 +191,11 @@ def _join(elements: list[ElementGrid]) -> ElementGrid:
     return ElementGrid(torch.cat([element.scale for element in elements], dim=1), zero, elements[0].top, elements[0].levels)
 
 
-def _finish(found: _Best) -> Solved:
+def _finish(linear: Linear, found: _Best) -> Solved:
     quantized = found.option.build(found.codes)
     weight = gptq.values(found.codes, found.option.element)
     choice = Choice(found.level.damp, *found.shift, found.option.label, found.polished, found.value)
-    return Solved(quantized, weight, choice)
+    return Solved(quantized, weight, choice, *weight_fit(weight, linear.merged))
 
 
 def round_to_nearest(linear: Linear, grid: Grid, model_dtype: torch.dtype, nf4_like: QuantState | None = None) -> Solved:
@@ -200,4 +207,5 @@ def round_to_nearest(linear: Linear, grid: Grid, model_dtype: torch.dtype, nf4_l
     else:
         codes = (work / element.scale).round_().add_(element.zero).clamp_(0, element.top)
     codes = codes.to(torch.uint8).T.contiguous()
-    return Solved(option.build(codes), gptq.values(codes, element), Choice(0.0, 0.0, 0.0, "searched, round to nearest", False, 0.0))
+    weight = gptq.values(codes, element)
+    return Solved(option.build(codes), weight, Choice(0.0, 0.0, 0.0, "searched, round to nearest", False, 0.0), *weight_fit(weight, linear.merged))

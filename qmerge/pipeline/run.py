@@ -130,7 +130,7 @@ def _untied_pair(plan: MergePlan, merged: Merged) -> Iterator[tuple[str, torch.T
 
 def _packed(plan: MergePlan, name: str, solved: Solved, records: dict) -> Iterator[tuple[str, torch.Tensor]]:
     module = name.removesuffix(".weight")
-    records[module] = solved.choice.to_json()
+    records[module] = solved.to_json()
     parts = gptq.pack(module, solved.quantized) if plan.recipe.format == "gptq" else nf4.pack(name, solved.quantized)
     yield from parts.items()
 

@@ -61,7 +61,11 @@ def compare(
         if "macro_accuracy_delta" in limits and results.get("tasks"):
             metric = results["arms"][arm].get("tasks", {}).get("macro_accuracy_delta", {})
             checks.append(_check(arm, "tasks", "macro_accuracy_delta", metric, limits["macro_accuracy_delta"]))
-    if "merged_floor_factor" in limits and "merged" in results["arms"]:
+    elsewhere = results.get("fingerprint", {}).get("merged_into") == "another base"
+    if "merged_floor_factor" in limits and elsewhere:
+        reason = "merged: the noise floor is not checked, as the merge is into another base than the reference's"
+        checks.append(_row("merged", "", "merged_floor_factor", {}, limits["merged_floor_factor"], "skipped", reason))
+    elif "merged_floor_factor" in limits and "merged" in results["arms"]:
         checks += [_merge_check(text, row["metrics"], limits["merged_floor_factor"]) for text, row in results["arms"]["merged"]["texts"].items()]
     if baseline is not None:
         checks += _baseline_checks(results, baseline, candidates, ignore_versions)

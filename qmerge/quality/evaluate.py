@@ -80,7 +80,8 @@ def evaluate_with_scores(
     _check_length(reference.model, tokens)
     foundation = dense_weights(reference.model) if original is None or on != "original" else dense_weights(loading.load_base(original, on="original").model)
     place(reference.model, device)
-    options = {"window_tokens": tokens, "keep_tail": keep_tail, "template": template, "doc_separator": doc_separator, "seed": seed, **how}
+    elsewhere = on == "original" and loading.quantization_method(base) != "none"
+    options = {"merged_into": "another base" if elsewhere else "the reference's base", "window_tokens": tokens, "keep_tail": keep_tail, "template": template, "doc_separator": doc_separator, "seed": seed, **how}
     fingerprint = protocol(reference.model, tokenizer, device, options) | {"texts": prints, "suite": tasks.content if tasks else None}
 
     run = _Run(reference, windows, device, tokenizer, tasks, results_dir, progress)

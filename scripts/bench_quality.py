@@ -44,6 +44,9 @@ from qmerge.store.texts import read_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED, DEMO = ROOT.parent / "shared", ROOT / "examples" / "demo"
+SOURCES = sorted(file for layer in ("numerics", "formats", "pipeline") for file in (ROOT / "qmerge" / layer).glob("*.py"))
+SOLVER = hashlib.sha256(b"".join(file.read_bytes() for file in SOURCES)).hexdigest()
+"""the code that decides a checkpoint's bytes, read now: the files may change while this process runs what it has loaded"""
 WINDOW, SAMPLES, SEED, ROUNDS = 256, 128, 0, 2000
 LABELS = {"rtn": "rtn (nearest NF4)", "gptqmodel": "gptqmodel defaults", "gptq": "qmerge gptq", "nf4": "qmerge nf4"}
 OURS: dict[str, dict[str, Any]] = {"gptq": {"format": "gptq"}, "nf4": {"format": "nf4"}}
@@ -125,7 +128,7 @@ def make_ours(recipe: Recipe, folder: Path) -> tuple[float, Any, Any, dict[str, 
     calibration = calibration_for(found)
     inputs = {"base": input_digests(found.checkpoint), "adapter": input_digests(found.adapter), "threads": torch.get_num_threads()}
     inputs |= {"windows": calibration.facts["token_ids_sha256"] if calibration else None}
-    key = {"recipe": recipe.to_json(), "code": solver_digest(), "device": recipe.device} | inputs
+    key = {"recipe": recipe.to_json(), "code": SOLVER, "device": recipe.device} | inputs
     return once(folder, key, lambda: run(found, calibration=calibration).elapsed_s), found, calibration, inputs
 
 
@@ -179,12 +182,6 @@ def once(folder: Path, key: dict[str, Any], work: Callable[[], float]) -> float:
     seconds = work()
     record.write_text(json.dumps({"seconds": seconds, "key": key}), encoding="utf-8")
     return seconds
-
-
-def solver_digest() -> str:
-    """Which code solved and wrote? sha256 over the layers that decide the bytes."""
-    files = sorted(file for layer in ("numerics", "formats", "pipeline") for file in (ROOT / "qmerge" / layer).glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def stored_bits(folder: Path, names: tuple[str, ...], weights: int) -> float:
@@ -249,7 +246,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     machine = {"cpu": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if args.device != "cpu":
         machine["gpu"] = torch.cuda.get_device_name(args.device)
-    return {"command": shlex.join(words), "versions": versions(), "solver_sha256": solver_digest(), "machine": machine}
+    return {"command": shlex.join(words), "versions": versions(), "solver_sha256": SOLVER, "machine": machine}
 
 
 def markdown(found: dict[str, Any]) -> str:

@@ -75,7 +75,7 @@ def save_float(folder: Path, config: Any) -> str:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:  # biases start at 0 and norms at 1 (Gemma: 0), where a lost one would not show
                 parameter.add_(0.05 * torch.randn_like(parameter))
     model = model.to(torch.bfloat16)
@@ -124,6 +124,7 @@ class Zoo:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._made: dict[str, str] = {}
+        self._asked: dict[str, Any] = {}
         self.calibration = write_rows(root / "calibration.jsonl", sentences(OWN, 60, 1))
         self.held_out = write_rows(root / "held_out.jsonl", sentences(OWN, 20, 2))
         self.other = write_rows(root / "other.jsonl", sentences(OTHER, 20, 3))
@@ -141,7 +142,9 @@ class Zoo:
 
     def adapter(self, kind: str, name: str = "plain", *, base: str | None = None, relative: float = 0.02, seed: int = 1, **lora: Any) -> str:
         lora = {"target_modules": TARGETS[kind]} | lora
-        return self._once(f"{kind}-adapter-{name}", lambda folder: save_adapter(self.float(kind), folder, base or self.nf4(kind), relative, seed, **lora))
+        key = f"{kind}-adapter-{name}-{relative:g}"
+        assert self._asked.setdefault(key, (base, seed, lora)) == (base, seed, lora), f"{key} was made with other settings"
+        return self._once(key, lambda folder: save_adapter(self.float(kind), folder, base or self.nf4(kind), relative, seed, **lora))
 
     def batch(self, rows: int = 2, tokens: int = 64) -> torch.Tensor:
         """Token ids of held-out text ``[rows, tokens]``."""
@@ -150,6 +153,12 @@ class Zoo:
         tokenizer = AutoTokenizer.from_pretrained(self.float("llama"))
         ids = [i for line in Path(self.held_out).read_text().splitlines() for i in [0, *tokenizer(json.loads(line)["text"])["input_ids"], 1]]
         return torch.tensor(ids[: rows * tokens]).reshape(rows, tokens)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eager() -> None:
+    """bitsandbytes and gptqmodel compile small functions of theirs for seconds; here they run as written."""
+    torch.compiler.set_stance("force_eager")
 
 
 @pytest.fixture(scope="session")

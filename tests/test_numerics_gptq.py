@@ -8,10 +8,11 @@ from oracles import gptq_slow
 
 from qmerge.errors import CheckFailed
 from qmerge.numerics import grids, nf4
-from qmerge.numerics.distances import token_divergence
+from qmerge.numerics.distances import weight_fit
 from qmerge.numerics.gptq import book_grid, int_grid, solve, values
 from qmerge.numerics.hessian import Statistics, factor
 from qmerge.numerics.lora import delta_survival, lora_delta, merge_error
+from qmerge.numerics.polish import descend
 from qmerge.numerics.shift import objective, shifted
 from qmerge.types import Grid
 
@@ -276,7 +277,35 @@ def test_delta_survival_by_hand():
     assert delta_survival(weight + delta / 4, weight, delta) == pytest.approx(0.25, abs=1e-3) and delta_survival(weight, weight, 0 * delta) != 0
 
 
-def test_divergence_of_a_shifted_head_is_zero():
-    """KL of unnormalized logits: adding a constant to every logit changes no probability."""
-    p = torch.randn(5, 50, generator=draws())
-    assert float(token_divergence(p, p + 3).abs().max()) < 1e-6 and float(token_divergence(p, 2 * p).min()) > 0
+@pytest.mark.parametrize("kind", GRIDS)
+def test_descent_never_raises_the_error(kind):
+    """A gradient that goes stale between columns: each move would be best for weights that are no longer there. Its optimum is one: a second descent moves nothing."""
+    weight, element, _ = problem(kind)
+    hessian = statistics(correlated()).hessian
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(IN)
+
+    def error(codes: torch.Tensor) -> float:
+        left = (values(codes, element) - weight).double()
+        return float((left @ damped.double() * left).sum())
+
+    start = solve(weight, factor(hessian, 0.01), element)
+    found = descend(start, weight, hessian, 0.01, element, sweeps=1)
+    settled = descend(found, weight, hessian, 0.01, element, sweeps=30)
+    assert error(settled) <= error(found) < error(start)
+    assert float((descend(settled, weight, hessian, 0.01, element) != settled).float().mean()) < 1 / 200
+
+
+def test_descent_block_size_is_only_speed():
+    """Moves of one block that the next one does not see."""
+    weight, element, _ = problem("nf4")
+    hessian = statistics(correlated()).hessian
+    start = solve(weight, factor(hessian, 0.01), element)
+    whole = descend(start, weight, hessian, 0.01, element, block=IN)
+    assert float((descend(start, weight, hessian, 0.01, element, block=5) != whole).float().mean()) < 1 / 200
+
+
+def test_weight_fit_by_hand():
+    """A scale that is 2 % off hidden in the distance of honest rounding; zero against zero called wrong."""
+    weight = torch.randn(8, 64, generator=draws())
+    assert weight_fit(weight, weight) == (0.0, pytest.approx(1.0)) and weight_fit(0 * weight, 0 * weight) == (0.0, 1.0)
+    assert weight_fit(1.02 * weight, weight) == (pytest.approx(0.02, rel=1e-3), pytest.approx(1.02)) and weight_fit(weight, 0 * weight)[0] == float("inf")

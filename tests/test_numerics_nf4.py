@@ -30,8 +30,7 @@ def dequantized_flat(packed, state) -> torch.Tensor:
     wrong values for [out, in] where 16 divides ``in`` and the block size does not."""
     shape, state.shape = state.shape, torch.Size((1, shape_count(state.shape)))
     try:
-        with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles its torch code, for seconds
-            return functional.dequantize_4bit(packed, state).reshape(shape)
+        return functional.dequantize_4bit(packed, state).reshape(shape)
     finally:
         state.shape = shape
 

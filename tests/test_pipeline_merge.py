@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, TARGETS
+from conftest import KINDS
 from oracles.dequantized import base_model, logits, nf4_weights, separate_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -53,7 +53,7 @@ def test_every_weight_is_one_cast_of_the_sum(zoo, written, kind):
     """Two roundings instead of one, or a sum in 16 bits: OUT must hold (W + s·B·A).bfloat16() exactly, W as bitsandbytes dequantizes it."""
     out, _ = written(kind, "bf16", adapter=zoo.adapter(kind, "plain", relative=0.05))
     theirs, tensors = nf4_weights(zoo.nf4(kind)), load_file(out / "model.safetensors")
-    lora = load_file(Path(zoo.adapter(kind, "plain")) / "adapter_model.safetensors")
+    lora = load_file(Path(zoo.adapter(kind, "plain", relative=0.05)) / "adapter_model.safetensors")
     untouched = 0
     for name, weight in theirs.items():
         a, b = (lora.get(f"base_model.model.{name}.lora_{side}.weight") for side in "AB")

@@ -11,6 +11,17 @@ import torch
 from qmerge.numerics.gptq import ElementGrid, values
 
 
+def lean(error: torch.Tensor, delta: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much of the adapter's effect is lost, per row, as ``<E, ΔW>_H / <ΔW, ΔW>_H`` (-1: all of it; 0: none on balance), and that effect's size ``<ΔW, ΔW>_H``; both ``[out, 1]``.
+
+    Rounding that starts on a grid which holds the base exactly stops early on the way from W to W + ΔW: what is left of its error points back to W.
+    In one linear that is small beside the rest; over the blocks it adds up, because it has one direction.
+    """
+    seen = delta @ hessian
+    size = (seen * delta).sum(1, keepdim=True)
+    return (seen * error).sum(1, keepdim=True) / size.clamp(min=1e-30), size
+
+
 def descend(codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, sweeps: int = 3, block: int = 64) -> torch.Tensor:
     """Codes uint8 ``[out, in]`` after ``sweeps`` passes that lower ``tr(E (H + λI) Eᵀ)``, ``E = Q - target``; ``hessian`` ``[in, in]``, ``damp`` = λ / mean(diag H).
 

@@ -34,6 +34,14 @@ class Merged:
             weight = self._merge(module, weight)
         return weight.to(self.device)
 
+    def delta(self, name: str) -> torch.Tensor | None:
+        """What the adapter adds to a linear, fp32 ``[out, in]``, or None where it adds nothing."""
+        pair = self.adapter.pairs.get(name.removesuffix(".weight"))
+        if pair is None:
+            return None
+        a, b = self.adapter.load_pair(pair.module)
+        return lora_delta(a.to(self.device), b.to(self.device), pair.scaling)
+
     def untouched(self, name: str) -> bool:
         return name not in self.adapter.saved and not (name.endswith(".weight") and name.removesuffix(".weight") in self.adapter.pairs)
 

@@ -70,7 +70,10 @@ def build_recipe(file: str | None, settings: tuple[str, ...], flags: dict[str, A
         if not sign:
             faults.append(f"--set {setting}: expected key=value")
         else:
-            given[key.strip().replace("-", "_")] = yaml.safe_load(value)
+            try:
+                given[key.strip().replace("-", "_")] = yaml.safe_load(value)
+            except (yaml.YAMLError, RecursionError) as problem:
+                faults.append(f"--set {setting}: not YAML: {str(problem).splitlines()[0]}")
     given |= {key: value for key, value in flags.items() if value is not None}
     recipe = _check(given, faults)
     if faults:

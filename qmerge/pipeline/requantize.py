@@ -17,22 +17,24 @@ from qmerge.numerics import gptq, grids, nf4
 from qmerge.numerics.distances import weight_fit
 from qmerge.numerics.gptq import ElementGrid
 from qmerge.numerics.hessian import Factor, Statistics, factor
-from qmerge.numerics.polish import descend
+from qmerge.numerics.polish import descend, lean
 from qmerge.numerics.shift import objective, shifted
 from qmerge.types import Grid, QuantizedWeight, QuantState
 
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 SHIFTS = (0.0, 0.5, 1.0)
 BASES = "base's"
+LEAN_ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear to requantize. ``merged`` fp32 ``[out, in]``; ``base`` is its NF4 form before the merge, where it had one."""
+    """One linear to requantize. ``merged`` fp32 ``[out, in]``; ``base`` is its NF4 form before the merge, where it had one; ``delta`` what the adapter added."""
 
     name: str
     merged: torch.Tensor
     base: QuantizedWeight | None
+    delta: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,11 @@ def options(linear: Linear, grid: Grid, importance: torch.Tensor, model_dtype: t
 
 
 def requantize_group(
-    linears: list[Linear], grid: Grid, train: Statistics, held_out: Statistics, model_dtype: torch.dtype, nf4_like: QuantState | None = None
+    linears: list[Linear], grid: Grid, train: Statistics, held_out: Statistics, model_dtype: torch.dtype, nf4_like: QuantState | None = None, blocks: int = 1
 ) -> list[Solved]:
-    """Solve every linear of a group. ``train`` sums the tokens that are solved on, ``held_out`` those that choose.
+    """Solve every linear of a group. ``train`` sums the tokens that are solved on, ``held_out`` those that choose. ``blocks``: how many the model has.
 
-    Two rounds: every grid at every damping with the target fully shifted; then the other shifts at what won.
+    Two rounds: every grid at every damping with the target fully shifted; then the other shifts at what won. Then polish.
     """
     device = train.hessian.device
     importance = torch.diagonal(train.hessian)
@@ -113,9 +115,9 @@ def requantize_group(
     rounds = [(level, [(index, tables[index][number], first) for index in everyone]) for number in range(len(tables[0])) for level in factors]
     _try(rounds, linears, train, held_out, best, device)
     _try(_other_shifts(first, factors, best, train), linears, train, held_out, best, device)
-    in_parallel(lambda index: _polish(linears[index], train, held_out, best[index]), list(everyone), device)
+    in_parallel(lambda index: _polish(linears[index], train, held_out, best[index], blocks), list(everyone), device)
     for index, linear in enumerate(linears):
-        _keep_base_codes(linear, tables[index], factors[0], held_out, best[index])
+        _keep_base_codes(linear, tables[index], factors[0], held_out, best[index], blocks)
     return [_finish(linear, found) for linear, found in zip(linears, best, strict=True)]
 
 
@@ -164,22 +166,41 @@ def _try(rounds: list[tuple[Factor, list[Plan]]], linears: list[Linear], train: 
                 found.value, found.option, found.level, found.shift, found.codes = value, option, level, shift, codes
 
 
-def _polish(linear: Linear, train: Statistics, held_out: Statistics, best: _Best) -> None:
-    """Coordinate descent from the winner's codes towards the winner's target, kept only where the held-out objective falls."""
+def _polish(linear: Linear, train: Statistics, held_out: Statistics, best: _Best, blocks: int) -> None:
+    """Coordinate descent from the winner's codes; then the target is moved against the lean of what is left, and the descent goes on.
+
+    Each result is kept only where the held-out objective falls, the lean counted once for every block that it adds up over.
+    """
+    element = best.option.element
     target = shifted(linear.merged, train, best.level, *best.shift)
-    codes = descend(best.codes, target, train.hessian, best.level.damp, best.option.element)
-    value = objective(gptq.values(codes, best.option.element), linear.merged, held_out)
-    if value < best.value:
-        best.value, best.codes, best.polished = value, codes, True
+    best.value = _with_lean(best.codes, linear, held_out, element, blocks)
+    codes, aim = best.codes, target
+    for _ in range(1 + (LEAN_ROUNDS if linear.delta is not None else 0)):
+        codes = descend(codes, aim, train.hessian, best.level.damp, element)
+        value = _with_lean(codes, linear, held_out, element, blocks)
+        if value < best.value:
+            best.value, best.codes, best.polished = value, codes, True
+        if linear.delta is not None:
+            aim = aim - lean(gptq.values(codes, element) - target, linear.delta, train.hessian)[0] * linear.delta
 
 
-def _keep_base_codes(linear: Linear, table: list[Option], level: Factor, held_out: Statistics, best: _Best) -> None:
+def _with_lean(codes: torch.Tensor, linear: Linear, held_out: Statistics, element: ElementGrid, blocks: int) -> float:
+    weight = gptq.values(codes, element)
+    value = objective(weight, linear.merged, held_out)
+    if linear.delta is None:
+        return value
+    share, size = lean(weight - linear.merged, linear.delta, held_out.hessian)
+    total = float(size.sum())
+    return value + blocks * (float((share * size).sum()) ** 2 / total if total > 0 else 0.0)
+
+
+def _keep_base_codes(linear: Linear, table: list[Option], level: Factor, held_out: Statistics, best: _Best, blocks: int) -> None:
     """On the NF4 grid a linear that the adapter does not touch may be best left byte for byte as it is."""
     kept = next((option for option in table if option.label == BASES), None)
     if kept is None:
         return
     codes = linear.base.codes.to(linear.merged.device)
-    value = objective(gptq.values(codes, kept.element), linear.merged, held_out)
+    value = _with_lean(codes, linear, held_out, kept.element, blocks)
     if value < best.value:
         best.value, best.option, best.level, best.shift, best.codes, best.polished = value, kept, level, (0.0, 0.0), codes, False
 

@@ -47,8 +47,8 @@ def requantize_blocks(
         for group in pair.groups:
             names = [f"{prefix}.{module}.weight" for module in group.modules]
             conv = [skeleton.linears[name] for name in names]
-            linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name)) for name, module, turned in zip(names, group.modules, conv, strict=True)]
-            found = requantize_group(linears, plan.recipe.grid, *pair.statistics(group), model_dtype, nf4_like)
+            linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name), merged.delta(name)) for name, module, turned in zip(names, group.modules, conv, strict=True)]
+            found = requantize_group(linears, plan.recipe.grid, *pair.statistics(group), model_dtype, nf4_like, len(skeleton.blocks))
             for module, turned, result in zip(group.modules, conv, found, strict=True):
                 set_weight(pair.runtime, f"{module}.weight", result.weight.T.contiguous() if turned else result.weight)
             solved |= dict(zip(names, found, strict=True))

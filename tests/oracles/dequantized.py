@@ -12,18 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 def nf4_weights(folder: str) -> dict[str, torch.Tensor]:
     """Module name -> fp32 ``[out, in]`` of every 4-bit linear, through transformers' loader and bitsandbytes' dequantization."""
-    from bitsandbytes import functional
     from transformers import AutoModelForCausalLM
 
-    found = {}
-    for name, module in AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}).named_modules():
-        if type(module).__name__ == "Linear4bit":
-            state = copy.copy(module.weight.quant_state)
-            out, inputs = state.shape
-            # as one row: bitsandbytes' AVX512 kernel (0.50.2) is wrong for [out, in] where 16 divides ``in`` and the block size does not
-            state.dtype, state.shape = torch.float32, torch.Size((1, out * inputs))
-            found[name] = functional.dequantize_4bit(module.weight.data, state).reshape(out, inputs)
-    return found
+    return loaded_weights(AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}))
 
 
 def fill(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -58,3 +49,35 @@ def divergence(reference: torch.Tensor, candidate: torch.Tensor) -> float:
     """Mean KL(reference ‖ candidate) in nats per token."""
     p, q = reference.double().log_softmax(-1), candidate.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def load_public(folder: str, kernel: str | None = "gptq_torch") -> nn.Module:
+    """A finished checkpoint as a user loads it. gptq: gptqmodel's plain torch kernel, unless ``kernel`` is None; its other CPU kernels compile for minutes first."""
+    import json
+    from pathlib import Path
+
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    method = json.loads((Path(folder) / "config.json").read_text()).get("quantization_config", {}).get("quant_method")
+    options = {"quantization_config": GPTQConfig(bits=4, backend=kernel)} if method == "gptq" and kernel else {}
+    return AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, **options).eval()
+
+
+def loaded_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Module name -> fp32 ``[out, in]`` of every quantized linear of a freshly loaded model, as bitsandbytes and gptqmodel themselves dequantize it."""
+    from bitsandbytes import functional
+
+    found = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            state = copy.copy(module.weight.quant_state)
+            out, inputs = state.shape
+            # as one row: bitsandbytes' AVX512 kernel (0.50.2) is wrong for [out, in] where 16 divides ``in`` and the block size does not
+            state.dtype, state.shape = torch.float32, torch.Size((1, out * inputs))
+            found[name] = functional.dequantize_4bit(module.weight.data, state).reshape(out, inputs)
+        elif hasattr(module, "qweight"):
+            kept = module.scales.data
+            module.scales.data = kept.float()
+            found[name] = type(module).dequantize_weight(module).T.float().contiguous()
+            module.scales.data = kept
+    return found

@@ -10,7 +10,7 @@ import torch
 
 from qmerge.types import Grid
 
-SHRINK_INT = tuple(round(1.05 - 0.02 * step, 4) for step in range(36))
+SHRINK_INT = tuple(round(1.06 - 0.02 * step, 4) for step in range(36))
 SHRINK_NF4 = tuple(round(1.10 - 0.02 * step, 4) for step in range(26))
 
 

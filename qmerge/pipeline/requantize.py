@@ -197,7 +197,7 @@ def _with_lean(codes: torch.Tensor, linear: Linear, held_out: Statistics, elemen
 def _keep_base_codes(linear: Linear, table: list[Option], level: Factor, held_out: Statistics, best: _Best, blocks: int) -> None:
     """On the NF4 grid a linear that the adapter does not touch may be best left byte for byte as it is."""
     kept = next((option for option in table if option.label == BASES), None)
-    if kept is None:
+    if kept is None or (linear.delta is not None and bool(linear.delta.any())):
         return
     codes = linear.base.codes.to(linear.merged.device)
     value = _with_lean(codes, linear, held_out, kept.element, blocks)

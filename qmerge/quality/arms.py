@@ -112,7 +112,14 @@ def load_candidate(name: str, path: str) -> Arm:
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     elif method not in ("none", "bitsandbytes"):
         raise Refused("evaluation does not know this quantization", where=_label(path), expected="none, bitsandbytes, gptq, compressed-tensors", found=method)
-    return Arm(name, method, make_plain(_from_pretrained(path, **options)), weight_bytes(path), path)
+    try:
+        model = _from_pretrained(path, **options)
+    except AttributeError as problem:
+        # transformers 5.23 initializes a packed Conv1D (GPT-2) anew and stops; gptqmodel's own loader reads the file
+        if method != "gptq":
+            raise
+        model = _from_gptqmodel(path, problem)
+    return Arm(name, method, make_plain(model), weight_bytes(path), path)
 
 
 def attach(model: nn.Module, adapter: str, device: str = "cpu") -> nn.Module:
@@ -177,6 +184,16 @@ def full_recipe(recipe: dict[str, Any] | None) -> dict[str, Any]:
 def _from_pretrained(path: str, dtype: torch.dtype | str = torch.float32, **options: Any) -> nn.Module:
     # On the CPU always: arms are read exactly there, and moved when they are measured.
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=False, **options)
+
+
+def _from_gptqmodel(path: str, problem: Exception) -> nn.Module:
+    from gptqmodel import GPTQModel
+
+    try:
+        return GPTQModel.load(path, device="cpu", backend="gptq_torch").model.eval()
+    except (ValueError, RuntimeError, NotImplementedError) as second:
+        raise Refused("no public loader reads this gptq checkpoint", where=_label(path), found=f"transformers: {problem}; gptqmodel: {str(second).splitlines()[0]}",
+                      fix="use --sym, or --format nf4") from second
 
 
 def _plain_kernel(path: str, method: str) -> dict[str, Any]:

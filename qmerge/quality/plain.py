@@ -99,7 +99,8 @@ def _dequantize(codes: torch.Tensor, state: object) -> torch.Tensor:
     from bitsandbytes import functional
 
     exact = copy.copy(state)
-    exact.dtype = torch.float32
+    # As one row: bitsandbytes 0.50's AVX512 kernel misreads weights whose width is no multiple of the block size.
+    exact.dtype, exact.shape = torch.float32, torch.Size((1, state.shape.numel()))
     return functional.dequantize_4bit(codes, quant_state=exact).reshape(tuple(state.shape)).float()
 
 

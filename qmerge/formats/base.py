@@ -6,7 +6,7 @@ trained under (quantized on the fly by bitsandbytes itself); a float checkpoint 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,12 +73,15 @@ class Base:
             return nf4_format.unpack(name, self.checkpoint.load, self.checkpoint.specs, self.quantized[name])
         return quantize_as_bitsandbytes(self._oriented(name), self.recipe, device)
 
-    def weight(self, name: str) -> torch.Tensor:
-        """fp32 ``[out, in]`` (linears) or the tensor in fp32: what the adapter was trained on."""
+    def weight(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """fp32 ``[out, in]`` (linears) or the tensor in fp32, on ``device``: what the adapter was trained on.
+
+        NF4 is decoded by plain torch on a CPU and by bitsandbytes' kernels on CUDA; both give the same bits.
+        """
         if self.is_4bit(name):
-            found = self.four_bit(name)
-            return nf4.dequantize(found.codes, found.state)
-        return self._oriented(name).float()
+            found = self.four_bit(name, device)
+            return nf4.dequantize(found.codes, found.state) if torch.device(device).type == "cpu" else decode_with_bitsandbytes(found, device)
+        return self._oriented(name).float().to(device)
 
     def _oriented(self, name: str) -> torch.Tensor:
         tensor = self.checkpoint.load(name)
@@ -155,8 +158,15 @@ def quantize_as_bitsandbytes(weight: torch.Tensor, recipe: Nf4Recipe, device: to
     return QuantizedWeight(codes, Grid("nf4", 4, recipe.block_size, True, recipe.double_quant), state=own)
 
 
-def round_to_nf4(weight: torch.Tensor, like: QuantState) -> QuantizedWeight:
-    """Plain round-to-nearest of fp32 ``[out, in]`` in the manner of ``like``: what ``merge_and_unload`` on a 4-bit model does."""
-    state = nf4.with_absmax(replace(like), nf4.block_maxima(weight, like.block_size))
-    codes = nf4.nearest(weight, nf4.block_maxima(weight, like.block_size), like.code, like.block_size)
-    return QuantizedWeight(codes, Grid("nf4", 4, like.block_size, True, like.nested), state=state)
+def decode_with_bitsandbytes(weight: QuantizedWeight, device: torch.device | str) -> torch.Tensor:
+    """fp32 ``[out, in]`` on ``device`` by bitsandbytes' kernels, nested absmax undone by them too."""
+    import bitsandbytes.functional as bnb
+
+    own, nested = weight.state, None
+    if own.nested:
+        nested = bnb.QuantState(own.nested_absmax.to(device), code=own.nested_code.to(device), blocksize=own.nested_block_size, dtype=torch.float32)
+    state = bnb.QuantState(
+        own.absmax.to(device), shape=torch.Size((1, weight.codes.numel())), code=own.code.to(device), blocksize=own.block_size, quant_type=own.quant_type,
+        dtype=torch.float32, offset=torch.tensor(own.offset, device=device) if own.nested else None, state2=nested,
+    )
+    return bnb.dequantize_4bit(nf4.pack_nibbles(weight.codes).to(device), quant_state=state).reshape(own.shape)

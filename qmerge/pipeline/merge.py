@@ -27,7 +27,7 @@ class Merged:
         """fp32; ``[out, in]`` for linears. W + ΔW where the adapter has a pair, its replacement where it saved the module, else W."""
         if name in self.adapter.saved:
             return self._replacement(name).float()
-        weight = self.base.weight(name)
+        weight = self.base.weight(name, self.device)
         check_finite(f"{self.base.checkpoint.name}: {name}", weight)
         module = name.removesuffix(".weight")
         if module in self.adapter.pairs and name.endswith(".weight"):

@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from qmerge.cli.options import named_texts
-from qmerge.cli.output import Steps, result, result_json, say, warn
+from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 
 
-@click.command("eval")
+@click.command("eval", cls=QuietCommand)
 @click.option("--base", required=True, metavar="P", help="The base that the adapter was trained on.")
 @click.option("--adapter", required=True, metavar="P", help="The adapter, kept separate: base + adapter is the reference.")
 @click.option("--candidate", "candidates", required=True, multiple=True, metavar="P", help="A checkpoint to measure. Repeatable.")
@@ -66,7 +66,7 @@ def evaluate_to(
     return results
 
 
-@click.command("compare")
+@click.command("compare", cls=QuietCommand)
 @click.argument("results", metavar="results.json")
 @click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
 @click.option("--baseline", metavar="results.json", help="Older results to hold the candidates against.")
@@ -96,7 +96,7 @@ def show_verdict(verdict: dict[str, Any]) -> None:
         warn("the text is too little to tell, or the adapter's gain on it too small: give more held-out text")
 
 
-@click.command("report")
+@click.command("report", cls=QuietCommand)
 @click.argument("results", metavar="results.json")
 @click.option("--out", required=True, metavar="DIR", help="Folder for report.md and report.html.")
 @click.option("--json", "as_json", is_flag=True, help="The paths as JSON on stdout.")

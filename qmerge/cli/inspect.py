@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from qmerge.cli.output import result, result_json, say
+from qmerge.cli.output import QuietCommand, result, result_json, say
 
 
-@click.command("inspect")
+@click.command("inspect", cls=QuietCommand)
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
 def inspect_command(path: str, as_json: bool) -> None:

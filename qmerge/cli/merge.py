@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from qmerge.cli.options import merge_options
-from qmerge.cli.output import Steps, result, result_json, say
+from qmerge.cli.output import QuietCommand, Steps, result, result_json, say
 from qmerge.errors import UsageProblem
 
 
-@click.command("merge")
+@click.command("merge", cls=QuietCommand)
 @merge_options
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run (not built yet: a run is absent or whole).")

@@ -19,10 +19,21 @@ class Streams:
 
     def __init__(self) -> None:
         self.out, self.err, self.talk = sys.stdout, sys.stderr, io.StringIO()
+
+    def keep(self) -> None:
         sys.stdout = sys.stderr = self.talk
 
     def restore(self) -> None:
         sys.stdout, sys.stderr = self.out, self.err
+
+
+class QuietCommand(click.Command):
+    """A command whose body runs with the libraries' talk kept away; its parsing and its ``--help`` do not."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if streams := ctx.find_object(Streams):
+            streams.keep()
+        return super().invoke(ctx)
 
 
 def _streams() -> tuple[TextIO, TextIO]:

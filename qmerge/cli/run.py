@@ -10,10 +10,10 @@ import click
 
 from qmerge.cli.evidence import evaluate_to, show_verdict
 from qmerge.cli.options import merge_options, named_texts
-from qmerge.cli.output import Steps, result, result_json, say, warn
+from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 
 
-@click.command("run")
+@click.command("run", cls=QuietCommand)
 @merge_options
 @click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Held-out text to measure on; without it a fifth of the calibration documents is held out.")
 @click.option("--eval-tokens", type=int, help="Tokens per evaluation window (--tokens, capped by the model's context).")

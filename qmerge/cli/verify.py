@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from qmerge.cli.output import result, result_json, say
+from qmerge.cli.output import QuietCommand, result, result_json, say
 from qmerge.errors import CheckFailed, UsageProblem
 
 
-@click.command("verify")
+@click.command("verify", cls=QuietCommand)
 @click.argument("out")
 @click.option("--base", metavar="P", help="The base it was made from: then every tensor is derived again.")
 @click.option("--adapter", metavar="P", help="The adapter it was made from.")

@@ -1,0 +1,41 @@
+"""Does the command as a process show what it should, where it should? In-process runners do not see the streams that it swaps."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def _run(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "qmerge", *words], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("words", [(), ("run",), ("merge",), ("eval",), ("compare",), ("report",), ("verify",), ("inspect",)])
+def test_help_is_shown(words):
+    """Keeping the libraries' banners away must not keep the help away."""
+    found = _run(*words, "--help")
+    assert found.returncode == 0 and "Usage: " in found.stdout and found.stderr == ""
+
+
+def test_version_is_shown():
+    """A wrapper that asks for the version gets an empty line."""
+    assert _run("--version").stdout.startswith("qmerge, version 0.")
+
+
+def test_a_malformed_command_speaks_on_stderr_and_exits_2():
+    """Scripts read stdout: a usage message there would be taken for a result."""
+    found = _run("merge", "--no-such-option")
+    assert found.returncode == 2 and found.stdout == "" and "--no-such-option" in found.stderr
+
+
+def test_a_refusal_says_what_where_and_what_was_written(tmp_path):
+    """The one message that a person acts on must reach the terminal, without a traceback."""
+    found = _run("merge", "--base", str(tmp_path), "--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--rtn")
+    assert found.returncode == 4 and found.stdout == "" and "Traceback" not in found.stderr
+    assert "what to do:" in found.stderr and "written:    nothing" in found.stderr
+
+
+def test_help_starts_without_torch():
+    """`qmerge --help` must not wait for torch."""
+    code = "import sys; from qmerge.cli.main import cli\ntry:\n cli.main(['--help'])\nexcept SystemExit:\n pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

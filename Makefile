@@ -20,7 +20,7 @@ ifdef BASE
   SIZES  = $(if $(TOKENS),--tokens $(TOKENS)) $(if $(SAMPLES),--samples $(SAMPLES)) $(if $(BUDGET),--budget "$(BUDGET)") $(if $(OVERWRITE),--overwrite)
 else
   INPUTS = --base $(DEMO)/base-nf4 --adapter $(DEMO)/adapter --calibration $(DEMO)/calibration.jsonl --generic $(DEMO)/generic.jsonl --text prose=$(DEMO)/eval-prose.jsonl --text code=$(DEMO)/eval-code.jsonl
-  SIZES  = --tokens $(or $(TOKENS),256) $(if $(SAMPLES),--samples $(SAMPLES)) --budget $(or $(BUDGET),default) --also rtn --overwrite
+  SIZES  = --tokens $(or $(TOKENS),256) $(if $(SAMPLES),--samples $(SAMPLES)) --budget $(or $(BUDGET),default) --also rtn $(if $(or $(OVERWRITE),$(filter out/demo,$(OUT))),--overwrite)
 endif
 
 .DEFAULT_GOAL := help

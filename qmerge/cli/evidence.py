@@ -10,6 +10,7 @@ import click
 
 from qmerge.cli.options import named_texts
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.errors import UsageProblem
 
 
 @click.command("eval", cls=QuietCommand)
@@ -52,6 +53,7 @@ def evaluate_to(
     from qmerge.quality.sidecar import write_results
     from qmerge.store.hub import resolve
 
+    check_target(out)
     limits = load_budget(budget)
     recipe = read_nf4_recipe(nf4_recipe)
     base, adapter, original = (str(resolve(place)[0]) if place else None for place in (base, adapter, original))
@@ -64,6 +66,14 @@ def evaluate_to(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_results(results, scores, out)
     return results
+
+
+def check_target(out: Path) -> None:
+    """Refuse a results file that cannot be written, before anything is measured."""
+    if out.is_dir():
+        raise UsageProblem("--out names a folder", where=str(out), expected="a file to write", found="a folder", fix=f"--out {out / 'results.json'}")
+    if out.parent.exists() and not out.parent.is_dir():
+        raise UsageProblem("--out lies below a file", where=str(out.parent), expected="a folder", found="a file")
 
 
 @click.command("compare", cls=QuietCommand)
@@ -105,6 +115,8 @@ def report_command(results: str, out: str, as_json: bool) -> None:
     from qmerge.report.load import load_results
     from qmerge.report.write import write_report
 
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UsageProblem("--out names a file", where=out, expected="a folder for report.md and report.html", found="a file")
     pages = [str(page) for page in write_report(load_results(results), out)]
     result(json.dumps(pages) if as_json else "\n".join(pages))
     say(f"Next: open {pages[1]}")

@@ -57,6 +57,8 @@ def _explain(problem: BaseException, streams: Streams | None, loud: bool) -> int
     """Say what happened on stderr and give the exit code. Errors that are not ours keep their traceback, with what the libraries said last."""
     if isinstance(problem, click.exceptions.Exit):
         return problem.exit_code
+    if isinstance(problem, SystemExit):  # click's own way out where the reader of stdout has gone away
+        return problem.code if isinstance(problem.code, int) else 1
     if isinstance(problem, (click.exceptions.Abort, KeyboardInterrupt)):
         _print_error("interrupted\n  written:    nothing\n  what to do: run the same command again")
         return 75

@@ -36,8 +36,14 @@ def run_command(
     steps = Steps()
     from qmerge.pipeline.plan import describe_plan, plan
     from qmerge.quality.compare import exit_code, load_budget
+    from qmerge.quality.evaluate import candidate_names, check_request
+    from qmerge.quality.tasks import load_suite
 
+    # all that measuring would refuse, before hours of merging
     load_budget(budget)
+    check_request(candidate_names((recipe.out,)), named_texts(texts) or {"held-out": ""}, [part for part in also.split(",") if part], recipe.original)
+    if suite:
+        load_suite(suite)
     found = plan(recipe)
     steps.step("planned")
     say(describe_plan(found))
@@ -53,6 +59,7 @@ def run_command(
     steps.step(f"wrote {done.out}")
     files = named_texts(texts) or {"held-out": str(_write_held_out(evidence, held_out))}
     context_length = getattr(found.skeleton.model.config.get_text_config(), "max_position_embeddings", None) or recipe.tokens
+    say(f"         the checkpoint is whole; should measuring it fail, qmerge eval --candidate {done.out} … does that part again")
     results = evaluate_to(
         evidence / "results.json", (str(done.out),), files, base=recipe.base, adapter=recipe.adapter,
         tokens=eval_tokens or min(recipe.tokens, context_length), template=recipe.template, also=also, original=recipe.original, on=recipe.on,

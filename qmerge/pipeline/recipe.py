@@ -77,7 +77,8 @@ def build_recipe(file: str | None, settings: tuple[str, ...], flags: dict[str, A
     given |= {key: value for key, value in flags.items() if value is not None}
     recipe = _check(given, faults)
     if faults:
-        raise UsageProblem("the recipe has faults" if len(faults) > 1 else faults[0], fix="\n              ".join(faults) if len(faults) > 1 else "see qmerge merge --help")
+        many = len(faults) > 1
+        raise UsageProblem(f"{len(faults)} things are wrong with what was asked for" if many else faults[0], found="\n              ".join(faults) if many else None, fix="see --help of this command")
     return recipe
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qmerge.errors import QmergeError
+from qmerge.errors import QmergeError, Refused
 from qmerge.formats import dense, gptq
 from qmerge.formats import nf4 as nf4_format
 from qmerge.formats.base import Nf4Recipe, open_base
@@ -21,9 +21,9 @@ from qmerge.numerics.distances import weight_fit
 from qmerge.pipeline.calibrate import load_tokenizer
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.skeleton import Skeleton, build_skeleton
-from qmerge.store.adapter import open_adapter
+from qmerge.store.adapter import LoraAdapter, open_adapter
 from qmerge.store.checkpoint import Checkpoint, open_checkpoint
-from qmerge.store.manifest import input_digests, read_manifest, verify_files
+from qmerge.store.manifest import MANIFEST, input_digests, read_manifest, verify_files
 from qmerge.types import Grid
 
 SAME = 2e-5
@@ -40,7 +40,12 @@ class Check:
 def verify(out: str, base: str | None = None, adapter: str | None = None) -> list[Check]:
     """All checks in order. Raises `QmergeError` only where there is nothing to check (no folder, no manifest)."""
     folder = Path(out)
+    if not folder.is_dir():
+        raise Refused("there is no such folder", where=out, expected="a checkpoint that qmerge wrote", found="nothing" if not folder.exists() else "a file")
+    if not (folder / MANIFEST).is_file():
+        raise Refused("qmerge did not write this folder", where=out, expected=MANIFEST, found="none", fix="verify checks what qmerge merge and qmerge run wrote")
     manifest = read_manifest(folder)
+    inputs = (open_checkpoint(base), open_adapter(adapter)) if base and adapter else None
     problems = verify_files(folder)
     checks = [Check("files", not problems, "; ".join(problems[:5]) or f"{len(manifest['files'])} files have the size and SHA-256 of the manifest")]
     try:
@@ -50,10 +55,10 @@ def verify(out: str, base: str | None = None, adapter: str | None = None) -> lis
         checks.append(Check("config", True, f"transformers builds {type(skeleton.model).__name__} from it"))
         checks.append(_weights(checkpoint, skeleton))
         checks.append(_tokenizer(folder))
-        if base and adapter:
-            checks += _inputs(manifest, checkpoint, skeleton, base, adapter)
+        if inputs:
+            checks += _inputs(manifest, checkpoint, skeleton, *inputs)
     except QmergeError as problem:
-        checks.append(Check("reading", False, str(problem)))
+        checks.append(Check("reading", False, f"{problem.what} ({problem.where})"))
     return checks
 
 
@@ -101,9 +106,8 @@ def _weights(checkpoint: Checkpoint, skeleton: Skeleton) -> Check:
     return Check("weights", True, f"{len(written.linears)} quantized linears unpack, {len(floats)} float tensors, all finite")
 
 
-def _inputs(manifest: dict[str, Any], checkpoint: Checkpoint, skeleton: Skeleton, base_path: str, adapter_path: str) -> list[Check]:
+def _inputs(manifest: dict[str, Any], checkpoint: Checkpoint, skeleton: Skeleton, source: Checkpoint, adapter: LoraAdapter) -> list[Check]:
     recipe = manifest["recipe"]
-    source, adapter = open_checkpoint(base_path), open_adapter(adapter_path)
     checks = []
     for role, found in (("base", source), ("adapter", adapter)):
         same = {n: f["sha256"] for n, f in input_digests(found)["files"].items()} == {n: f["sha256"] for n, f in manifest["inputs"][role]["files"].items()}
@@ -112,7 +116,8 @@ def _inputs(manifest: dict[str, Any], checkpoint: Checkpoint, skeleton: Skeleton
     base = open_base(source, on=recipe["on"], recipe=Nf4Recipe(**fly) if fly else None, linears=skeleton.linears)
     merged = Merged(base, adapter, torch.device("cpu"))
     written = Written(checkpoint)
-    return checks + [_floats(written, merged, recipe["format"], skeleton), _linears(written, merged, manifest.get("linears") or {})]
+    checks.append(_floats(written, merged, recipe["format"], skeleton))
+    return checks + ([_linears(written, merged, manifest.get("linears") or {})] if written.linears else [])
 
 
 def _floats(written: Written, merged: Merged, fmt: str, skeleton: Skeleton) -> Check:

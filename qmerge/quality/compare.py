@@ -176,7 +176,7 @@ def _interval(metric: dict[str, Any]) -> str:
 def _number(x: float | None) -> str:
     if x is None:
         return "?"
-    return f"{x:.2e}" if x and abs(x) < 1e-3 else f"{x:.4g}"
+    return f"{x:.2e}" if x and abs(x) < 1e-3 else f"{x:.4f}" if 0.1 <= abs(x) < 10 else f"{x:.4g}"
 
 
 def _budget_faults(content: Any) -> list[str]:

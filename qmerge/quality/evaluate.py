@@ -69,7 +69,7 @@ def evaluate_with_scores(
     ``also``: ``rtn`` and ``original`` (which needs the ``original`` folder). Paths in the results are relative to ``results_dir``, or folder names.
     """
     started = time.perf_counter()
-    _check_names(candidates, texts, also, original)
+    check_request(candidates, texts, also, original)
     tasks = load_suite(suite) if suite else None
     limits = budget or load_budget("default")
     lora = open_adapter(adapter)
@@ -227,7 +227,8 @@ def _check_length(model: torch.nn.Module, tokens: int) -> None:
         raise UsageProblem("the windows are longer than the model's context", expected=f"--tokens up to {longest}", found=tokens)
 
 
-def _check_names(candidates: dict[str, str], texts: dict[str, str], also: Sequence[str], original: str | None) -> None:
+def check_request(candidates: dict[str, str], texts: dict[str, str], also: Sequence[str], original: str | None) -> None:
+    """Raise ``UsageProblem`` for names and extra arms that an evaluation would refuse; costs nothing, so that callers can ask before long work."""
     for what, names in (("candidate", candidates), ("text", texts)):
         for name in names:
             if not NAME.fullmatch(name) or (what == "candidate" and name in (*REFERENCE_ARMS, "served")):

@@ -19,13 +19,12 @@ def load_results(path: str | Path) -> dict[str, Any]:
     """
     given = Path(path).expanduser()
     tried = [given] if given.is_absolute() else [Path.cwd() / given, Path.cwd() / "eval" / given]
+    folder = next((place for place in tried if place.is_dir()), None)
+    if folder is not None:
+        raise UsageProblem("This is a folder, not results.", where=str(path), expected="a results.json", found="a folder", fix=f"did you mean {given / 'results.json'}?")
     found = next((place for place in tried if place.is_file()), None)
     if found is None:
-        raise UsageProblem(
-            "There are no results to show.",
-            where=str(path),
-            fix="Run qmerge with evaluation text first, or point QMERGE_RESULTS at a results.json.",
-        )
+        raise UsageProblem("There is no such results file.", where=str(path), expected="a results.json that qmerge run or qmerge eval wrote", found="nothing")
     if found.stat().st_size > MAX_BYTES:
         raise Refused("This results.json is too large to be one.", where=found.name, expected=f"at most {MAX_BYTES} bytes")
     try:

@@ -63,6 +63,9 @@ def evaluate_to(
         also=tuple(part for part in also.split(",") if part), template=template, device=str(pick_device(device)), suite=suite, budget=limits,
         results_dir=out.parent, keep_tail=True, progress=(steps or Steps()).count,
     )
+    for name, arm in results["arms"].items():
+        if arm.get("loader"):
+            warn(f"{name} was read by {arm['loader']}")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_results(results, scores, out)
     return results

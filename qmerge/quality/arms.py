@@ -39,6 +39,8 @@ class Arm:
     nbytes: int | None
     path: str | None = None
     bytes_note: str | None = None
+    loader: str | None = None
+    """said where a checkpoint could not be loaded by transformers and another public loader read it"""
 
 
 def load_base(base: str, *, on: str = "dequantized", nf4_recipe: dict[str, Any] | None = None) -> Arm:
@@ -112,14 +114,15 @@ def load_candidate(name: str, path: str) -> Arm:
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     elif method not in ("none", "bitsandbytes"):
         raise Refused("evaluation does not know this quantization", where=_label(path), expected="none, bitsandbytes, gptq, compressed-tensors", found=method)
+    loader = None
     try:
         model = _from_pretrained(path, **options)
     except AttributeError as problem:
         # transformers 5.23 initializes a packed Conv1D (GPT-2) anew and stops; gptqmodel's own loader reads the file
         if method != "gptq":
             raise
-        model = _from_gptqmodel(path, problem)
-    return Arm(name, method, make_plain(model), weight_bytes(path), path)
+        model, loader = _from_gptqmodel(path, problem), f"GPTQModel.load; transformers stops with: {problem}"
+    return Arm(name, method, make_plain(model), weight_bytes(path), path, loader=loader)
 
 
 def attach(model: nn.Module, adapter: str, device: str = "cpu") -> nn.Module:

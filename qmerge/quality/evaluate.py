@@ -186,7 +186,7 @@ class _Run:
 
     def _describe(self, arm: loading.Arm) -> None:
         row = {"kind": arm.kind, "path": public_path(arm.path, self.results_dir), "bytes": arm.nbytes}
-        self.about[arm.name] = row | ({"bytes_note": arm.bytes_note} if arm.bytes_note else {})
+        self.about[arm.name] = row | ({"bytes_note": arm.bytes_note} if arm.bytes_note else {}) | ({"loader": arm.loader} if arm.loader else {})
 
 
 def public_path(path: str | None, results_dir: str | Path | None) -> str | None:

@@ -43,6 +43,11 @@ def peak_device_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
+def worker_threads(device: torch.device) -> int:
+    """How many threads a stream of small independent jobs should use: one per core on a CPU, two on a GPU (one copies while one computes)."""
+    return torch.get_num_threads() if device.type == "cpu" else 2
+
+
 def in_parallel(work: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
     """``[work(item) for item in items]``, on a CPU with one thread per item at a time and as many items as there are threads.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def format_bytes(count: int) -> str:
     """Decimal bytes: ``format_bytes(8_106_936) == "8.11 MB"``."""
@@ -20,3 +22,13 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def parse_bytes(text: str) -> int:
+    """``parse_bytes("5GB") == 5_000_000_000``, ``parse_bytes("1MiB") == 1_048_576``. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)\s*", text)
+    if not match:
+        raise ValueError(f"no size in bytes: {text!r}")
+    unit = match[2].removesuffix("B")
+    power = "kMGT".index(unit[0]) + 1 if unit else 0
+    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)

@@ -10,7 +10,7 @@ from bitsandbytes import functional
 from oracles.dequantized import nf4_weights
 from safetensors.torch import load_file, save_file
 
-from qmerge.errors import Refused, UsageProblem
+from qmerge.errors import Refused
 from qmerge.formats import nf4 as nf4_format
 from qmerge.formats.base import Nf4Recipe, decode_with_bitsandbytes, open_base, quantize_as_bitsandbytes
 from qmerge.numerics import nf4
@@ -99,19 +99,6 @@ def test_recipe_gives_the_codes_of_the_saved_model(zoo, kind, double):
         assert torch.equal(fly.weight(name), saved.weight(name)) and fly.shape(name) == saved.shape(name)
 
 
-def test_recipe_files(tmp_path):
-    """A recipe taken from a saved quantization_config losing its double quantization or block size."""
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"quantization_config": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "load_in_4bit": True}}))
-    assert read_nf4_recipe(str(path)) == Nf4Recipe(64, True, None)
-    path.write_text("blocksize: 128\ndouble_quant: false\ndtype: bfloat16\n")
-    assert read_nf4_recipe(str(path)) == Nf4Recipe(128, False, "bfloat16")
-    for wrong in ({"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True}, {"other": 1}, {"double_quant": True, "llm_int8_skip_modules": ["a"]}):
-        path.write_text(json.dumps(wrong))
-        with pytest.raises(UsageProblem):
-            read_nf4_recipe(str(path))
-
-
 def test_float_base_is_not_guessed(zoo):
     """A float base taken for the one that the adapter was trained on: rounding errors that the adapter learnt to live with would be gone, unsaid."""
     with pytest.raises(Refused) as caught:
@@ -134,16 +121,15 @@ def test_serialized_base_refuses_flags_for_float_ones(zoo, options, says):
     assert caught.value.exit_code == 4
 
 
-def test_other_quantizations_are_refused_by_name(zoo, tmp_path):
-    """An int8 or gptq base read as float, or an fp4 base read as NF4."""
-    checkpoint = open_checkpoint(zoo.float("llama"))
-    object.__setattr__(checkpoint, "config", checkpoint.config | {"quantization_config": {"quant_method": "awq"}})
-    with pytest.raises(Refused, match="quant_method awq"):
-        open_base(checkpoint, on="dequantized", recipe=None, linears={})
-    fp4 = open_checkpoint(zoo.nf4("llama"))
-    object.__setattr__(fp4, "specs", {name.replace("__nf4", "__fp4"): spec for name, spec in fp4.specs.items()})
-    with pytest.raises(Refused, match="not NF4"):
-        open_base(fp4, on="dequantized", recipe=None, linears={})
+def test_types_are_not_mixed_up(zoo):
+    """An fp4 base read as NF4, or a type of tomorrow as one of today's."""
+    for kind, says in (("fp4", "not FP4"), ("af4", "af4")):
+        checkpoint = open_checkpoint(zoo.nf4("llama"))
+        object.__setattr__(checkpoint, "specs", {name.replace("__nf4", f"__{kind}"): spec for name, spec in checkpoint.specs.items()})
+        for name in [name for name in checkpoint.specs if name.endswith(kind)]:
+            object.__setattr__(checkpoint.specs[name], "name", name)
+        with pytest.raises(Refused, match=says):
+            open_base(checkpoint, on="dequantized", recipe=None, linears={}).weight("model.layers.0.mlp.up_proj.weight")
 
 
 @pytest.mark.parametrize("damage, says", [("absmax", "incomplete"), ("quant_map", "incomplete"), ("state", "cannot be read"), ("shape", "does not fit"), ("code", "code book")])

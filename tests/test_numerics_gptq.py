@@ -11,7 +11,7 @@ from qmerge.numerics import grids, nf4
 from qmerge.numerics.distances import weight_fit
 from qmerge.numerics.gptq import book_grid, int_grid, solve, values
 from qmerge.numerics.hessian import Statistics, factor
-from qmerge.numerics.lora import delta_survival, lora_delta, merge_error
+from qmerge.numerics.lora import delta_survival
 from qmerge.numerics.polish import descend
 from qmerge.numerics.shift import objective, shifted
 from qmerge.types import Grid
@@ -244,30 +244,6 @@ def test_important_channels_decide_the_scale():
         others = [c for c in range(64) if c != 3]
         plain = nf4.nf4_code()[nf4.nearest(weight, nf4.block_maxima(weight, 64), nf4.nf4_code(), 64).long()] * nf4.block_maxima(weight, 64)[:, None]
         assert float((rounded - weight)[:, others].norm()) < 0.8 * float((plain - weight)[:, others].norm()), search
-
-
-def test_lora_delta_by_hand():
-    """A and B in the wrong order, or the scaling forgotten."""
-    a, b = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[10.0], [20.0]])
-    assert torch.equal(lora_delta(a, b, 0.5), torch.tensor([[5.0, 10.0, 15.0], [10.0, 20.0, 30.0]]))
-
-
-def test_merge_error_sees_every_way_to_merge_wrongly():
-    """A proof that passes a merge without scaling, with B transposed, of another linear's pair, or done twice."""
-    size, scaling = 32, 2.0
-    weight = torch.randn(size, size, generator=draws(1))
-    a, b = torch.randn(4, size, generator=draws(2)) * 0.01, torch.randn(size, 4, generator=draws(3))
-    delta = lora_delta(a, b, scaling)
-    assert merge_error(weight, weight + delta, a, b, scaling) < 1e-4
-    wrong = {"no scaling": delta / scaling, "transposed": delta.T, "twice": 2 * delta, "not at all": 0 * delta, "other": lora_delta(a.flip(0), b, scaling)}
-    for name, added in wrong.items():
-        assert merge_error(weight, weight + added, a, b, scaling) > 0.1, name
-
-
-def test_merge_error_of_an_empty_delta():
-    """B is zero where training never moved it: nothing may be added, and 0 / 0 is no proof."""
-    weight, a, b = torch.randn(8, 8, generator=draws()), torch.randn(2, 8, generator=draws(1)), torch.zeros(8, 2)
-    assert merge_error(weight, weight, a, b, 1.0) == 0 and merge_error(weight, weight + 1e-3, a, b, 1.0) == float("inf")
 
 
 def test_delta_survival_by_hand():

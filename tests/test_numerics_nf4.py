@@ -51,6 +51,18 @@ def test_dequantize_is_bitsandbytes(shape, block_size, nested):
         assert torch.equal(ours, functional.dequantize_4bit(packed, state))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape, block_size", [*CASES, ((7, 65), 64), ((600, 1024), 64), ((3, 100), 96)])
+def test_decode_is_dequantize(shape, block_size, kind):
+    """Decoding two codes at a time, in pieces, giving another bit than one code after the other: swapped halves of a byte, a piece that ends inside a block."""
+    count = shape_count(shape)
+    packed = torch.randint(0, 256, ((count + 1) // 2,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    state = QuantState(torch.rand(-(-count // block_size)), nf4.code_book(kind), block_size, shape, "float32", kind)
+    wanted = nf4.dequantize(nf4.unpack_nibbles(packed, count), state).reshape(-1)
+    found = nf4.decode(packed, state.absmax, nf4.pair_table(state.code), block_size, count)
+    assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
+
+
 def assert_same_codes(ours, theirs, scaled, levels) -> None:
     """Equal but for a few, where bitsandbytes' C++ (0.50) takes a level up to 3.2e-5 farther than the nearest: it looks codes up in 2^16 bins of [-1, 1]."""
     assert float((ours != theirs).float().mean()) < 0.02

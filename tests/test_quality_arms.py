@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from qmerge.errors import Refused, UsageProblem
 from qmerge.quality import arms
-from qmerge.quality.merging import linear_rows, merge_in_memory
+from qmerge.quality.attach import as_set
+from qmerge.quality.merging import linear_rows, merge_in_memory, model_edits
 from qmerge.quality.plain import dense_weights, make_plain, move, place, round_trip_nf4
 from qmerge.quality.served import as_served
-from qmerge.store.adapter import open_adapter
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TEXT = [f"the cat number {i} sat on mat {i % 7} and then ran to tree {i % 5} where {i} birds sang a song" for i in range(60)]
@@ -114,9 +114,10 @@ def test_rtn_arm_rounds_merged_weights(tiny):
 
 def test_merging_on_the_original_float_base(tiny):
     """Arms C and E must start from the float weights then, and C must ask for them."""
-    float_weights, adapter = dense_weights(arms.load_base(tiny.float, on="original").model), open_adapter(tiny.adapter)
+    below = arms.load_base(tiny.float, on="original").model
+    float_weights, edits = dense_weights(below), model_edits(below, as_set(tiny.adapter))
     for arm in (arms.load_merged(tiny.nf4, tiny.adapter, on="original", original=tiny.float), arms.load_original(tiny.float, tiny.adapter)):
-        rows = linear_rows(float_weights, dense_weights(arm.model), adapter)
+        rows = linear_rows(float_weights, dense_weights(arm.model), edits)
         assert all(row["delta_survival"] == pytest.approx(1.0, abs=1e-4) and row["error_ratio"] < 1e-4 for row in rows.values())
     with pytest.raises(UsageProblem, match="original"):
         arms.load_merged(tiny.nf4, tiny.adapter, on="original")
@@ -126,9 +127,9 @@ def test_linear_rows_know_base_merged_and_half(tiny):
     """Survival must be 0 for the base, 1 for merged, ½ in the middle, whatever the error."""
     base, merged = (dense_weights(f.model) for f in (arms.load_base(tiny.nf4), arms.load_merged(tiny.nf4, tiny.adapter)))
     half = {name: (base[name] + merged[name]) / 2 for name in base}
-    adapter = open_adapter(tiny.adapter)
+    edits = model_edits(arms.load_base(tiny.nf4).model, as_set(tiny.adapter))
     for weights, survival, error in ((base, 0.0, 1.0), (merged, 1.0, 0.0), (half, 0.5, 0.5)):
-        rows = linear_rows(base, weights, adapter)
+        rows = linear_rows(base, weights, edits)
         assert len(rows) == 14
         for row in rows.values():
             assert (row["delta_survival"], row["error_ratio"]) == pytest.approx((survival, error), abs=1e-4)

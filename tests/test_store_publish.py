@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from qmerge import __version__
+from qmerge.adapters.adapter import open_adapter
 from qmerge.errors import Refused
 from qmerge.store import hub, publish
-from qmerge.store.adapter import open_adapter
 from qmerge.store.checkpoint import open_checkpoint
 from qmerge.store.manifest import build_manifest, digest_files, input_digests, portable, read_manifest, verify_files
 from qmerge.store.publish import OutputFolder, check_output

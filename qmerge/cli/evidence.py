@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmerge.cli.options import named_texts
+from qmerge.cli.options import adapter_options, adapter_set, named_texts
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 from qmerge.errors import UsageProblem
+
+if TYPE_CHECKING:
+    from qmerge.adapters.several_adapters import AdapterSet
 
 
 @click.command("eval", cls=QuietCommand)
 @click.option("--base", required=True, metavar="P", help="The base that the adapter was trained on.")
-@click.option("--adapter", required=True, metavar="P", help="The adapter, kept separate: base + adapter is the reference.")
+@adapter_options
 @click.option("--candidate", "candidates", required=True, multiple=True, metavar="P", help="A checkpoint to measure. Repeatable.")
 @click.option("--text", "texts", required=True, multiple=True, metavar="[NAME=]FILE", help="Text to measure on. Repeatable; the adapter's own domain first.")
 @click.option("--tokens", type=int, default=256, show_default=True, help="Tokens per window.")
@@ -31,7 +34,8 @@ from qmerge.errors import UsageProblem
 @click.option("--json", "as_json", is_flag=True, help="The results as JSON on stdout too.")
 def eval_command(candidates: tuple[str, ...], texts: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
     """Measure what a candidate lost against base + separate adapter, on text."""
-    results = evaluate_to(Path(out), candidates, named_texts(texts), **options)
+    adapter = adapter_set(options)
+    results = evaluate_to(Path(out), candidates, named_texts(texts), adapter=adapter, **options)
     if as_json:
         result_json(results)
     else:
@@ -42,7 +46,7 @@ def eval_command(candidates: tuple[str, ...], texts: tuple[str, ...], out: str, 
 
 
 def evaluate_to(
-    out: Path, candidates: tuple[str, ...], texts: dict[str, str], *, base: str, adapter: str, tokens: int, template: str | None, also: str,
+    out: Path, candidates: tuple[str, ...], texts: dict[str, str], *, base: str, adapter: AdapterSet, tokens: int, template: str | None, also: str,
     original: str | None, on: str, nf4_recipe: str | None, suite: str | None, budget: str, device: str, steps: Steps | None = None,
 ) -> dict[str, Any]:
     """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``."""
@@ -56,7 +60,7 @@ def evaluate_to(
     check_target(out)
     limits = load_budget(budget)
     recipe = read_nf4_recipe(nf4_recipe)
-    base, adapter, original = (str(resolve(place)[0]) if place else None for place in (base, adapter, original))
+    base, original = (str(resolve(place)[0]) if place else None for place in (base, original))
     named = candidate_names(str(resolve(place)[0]) for place in candidates)
     results, scores = evaluate_with_scores(
         base, adapter, named, texts, tokens, on=on, nf4_recipe=recipe.to_json() if recipe else None, original=original,

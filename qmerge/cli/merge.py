@@ -26,24 +26,30 @@ def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: b
     from qmerge.pipeline.recipe import build_recipe
 
     recipe = build_recipe(recipe_file, settings, flags)
-    from qmerge.pipeline.plan import describe_plan, plan
+    from qmerge.pipeline.plan import describe_plan, plan, plan_each
 
-    found = plan(recipe)
+    plans = plan_each(recipe) if recipe.each else [plan(recipe)]
     if dry_run:
         if as_json:
-            result_json(found.to_json())
+            result_json([found.to_json() for found in plans] if recipe.each else plans[0].to_json())
         else:
-            result(describe_plan(found))
+            result("\n".join(describe_plan(found) for found in plans))
             say("dry run: nothing was written. Next: the same command without --dry-run")
         return
-    from qmerge.pipeline.run import run
+    from qmerge.pipeline.run import run, run_dense
     from qmerge.units import format_bytes, format_seconds
 
-    say(describe_plan(found))
-    done = run(found, Steps().step)
+    for found in plans:
+        say(describe_plan(found))
+    steps = Steps()
+    done = run_dense(plans, steps.step, steps.count) if recipe.each else [run(plans[0], steps.step, None, steps.count)]
+    rows = [
+        {"out": str(one.out), "elapsed_s": round(one.elapsed_s, 2), "peak_rss_bytes": one.peak_rss_bytes, **found.to_json()} for one, found in zip(done, plans, strict=True)
+    ]
     if as_json:
-        result_json({"out": str(done.out), "elapsed_s": round(done.elapsed_s, 2), "peak_rss_bytes": done.peak_rss_bytes, **found.to_json()})
+        result_json(rows if recipe.each else rows[0])
     else:
-        result(str(done.out))
-    say(f"merged in {format_seconds(done.elapsed_s)}, peak memory {format_bytes(done.peak_rss_bytes)}")
-    say(f"Next: qmerge eval --base {recipe.base} --adapter {recipe.adapter} --candidate {recipe.out} --text FILE --out results.json")
+        result("\n".join(row["out"] for row in rows))
+    say(f"merged in {format_seconds(done[0].elapsed_s)}, peak memory {format_bytes(done[0].peak_rss_bytes)}")
+    adapters = " ".join(f"--adapter {text}" for text in plans[0].recipe.adapter)
+    say(f"Next: qmerge eval --base {recipe.base} {adapters} --candidate {plans[0].recipe.out} --text FILE --out results.json")

@@ -23,9 +23,13 @@ def stack(*options: Callable[[Command], Command]) -> Callable[[Command], Command
 
 merge_options = stack(
     click.option("--base", metavar="P", help="NF4 checkpoint, or a float one with --nf4-recipe: a folder or a hub id."),
-    click.option("--adapter", metavar="P", help="PEFT LoRA adapter: a folder or a hub id."),
+    click.option("--adapter", metavar="P[=W]", multiple=True, help="PEFT adapter: a folder or a hub id; P#NAME picks one of several in a folder. Repeat it to merge several, with weights."),
+    click.option("--combine", metavar="HOW", help="Several adapters: sum (default: the exact weighted sum of their deltas), or PEFT's svd, ties, dare_ties, magnitude_prune, …"),
+    click.option("--density", type=float, help="Share of values that ties, dare_* and magnitude_prune* keep."),
+    click.option("--combine-rank", type=int, help="Rank of the result of *svd (default: the largest of the adapters')."),
+    click.option("--each", is_flag=True, default=None, help="Write one checkpoint per adapter, OUT/<adapter>, in one pass over the base (float formats)."),
     click.option("--out", metavar="P", help="Folder to create. It appears whole at the end, or not at all."),
-    click.option("--format", "format", metavar="F", help="gptq (default), nf4, bf16, fp16. Known and not built yet: fp4, fp32, compressed-tensors, awq."),
+    click.option("--format", "format", metavar="F", help="gptq (default), nf4, bf16, fp16, fp32. Known and not built yet: fp4, compressed-tensors, awq."),
     click.option("--bits", type=int, help="gptq: bits per weight (4)."),
     click.option("--group-size", type=int, help="gptq: inputs per scale, 128, 64, 32 or -1 for a whole row (128)."),
     click.option("--sym/--asym", "symmetric", default=None, help="gptq: symmetric grid (default; what Marlin kernels take) or asymmetric."),
@@ -39,12 +43,34 @@ merge_options = stack(
     click.option("--rtn", is_flag=True, default=None, help="Round to nearest without calibration. Can erase a small adapter."),
     click.option("--on", type=click.Choice(["dequantized", "original"]), help="Merge into the dequantized NF4 base (default) or into the float one."),
     click.option("--original", metavar="P", help="The float base for --on original, where --base names the NF4 one."),
-    click.option("--nf4-recipe", metavar="R", help="For a float base: how the adapter's training quantized it, double, single, or a config file."),
+    click.option("--nf4-recipe", metavar="R", help="For a float base: how the adapter's training quantized it, double, single, or a config file (bitsandbytes, Axolotl, LLaMA-Factory, TRL)."),
+    click.option("--residual-base", is_flag=True, default=None, help="The base is the one that the adapter's initialisation (PiSSA, OLoRA, LoftQ, …) left behind."),
+    click.option("--allow-pickle", is_flag=True, default=None, help="Read an adapter_model.bin, in a child process with weights_only."),
+    click.option("--shard-size", metavar="S", help="Largest weight file, such as 5GB (default) or 500MB."),
     click.option("--device", metavar="D", help="cpu, cuda, cuda:N or auto (default)."),
     click.option("--overwrite", is_flag=True, default=None, help="Replace an OUT that qmerge wrote, by a swap after success."),
     click.option("--recipe", "recipe_file", metavar="FILE", help="YAML with these settings; flags win over it."),
     click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="One setting by name."),
 )
+
+
+adapter_options = stack(
+    click.option("--adapter", metavar="P[=W]", multiple=True, required=True, help="The adapter, kept separate: base + adapter is the reference. Several, with weights, as in the merge."),
+    click.option("--combine", metavar="HOW", default="sum", show_default=True, help="How several adapters were combined."),
+    click.option("--density", type=float, help="As in the merge."),
+    click.option("--combine-rank", type=int, help="As in the merge."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of a combination that drops values at random."),
+    click.option("--residual-base", is_flag=True, help="As in the merge."),
+    click.option("--allow-pickle", is_flag=True, help="Read an adapter_model.bin, in a child process with weights_only."),
+)
+
+
+def adapter_set(options: dict[str, Any]) -> Any:
+    """Take `adapter_options` out of ``options``, as an ``AdapterSet``."""
+    from qmerge.adapters.several_adapters import AdapterSet, Combination, parse_choice
+
+    combination = Combination(options.pop("combine"), options.pop("density"), options.pop("combine_rank"), options.pop("seed"))
+    return AdapterSet(tuple(parse_choice(text) for text in options.pop("adapter")), combination, options.pop("residual_base"), options.pop("allow_pickle"))
 
 
 def named_texts(values: tuple[str, ...]) -> dict[str, str]:

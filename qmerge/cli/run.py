@@ -11,6 +11,7 @@ import click
 from qmerge.cli.evidence import evaluate_to, show_verdict
 from qmerge.cli.options import merge_options, named_texts
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.errors import UsageProblem
 
 
 @click.command("run", cls=QuietCommand)
@@ -33,6 +34,8 @@ def run_command(
     from qmerge.pipeline.recipe import build_recipe
 
     recipe = build_recipe(recipe_file, settings, flags)
+    if recipe.each:
+        raise UsageProblem("--each writes several checkpoints, and run measures one", where="--each", fix="qmerge merge --each …, then qmerge eval for each of them")
     steps = Steps()
     from qmerge.pipeline.plan import describe_plan, plan
     from qmerge.quality.compare import exit_code, load_budget
@@ -55,13 +58,13 @@ def run_command(
         return
     from qmerge.pipeline.run import run
 
-    done = run(found, steps.step, calibration)
+    done = run(found, steps.step, calibration, steps.count)
     steps.step(f"wrote {done.out}")
     files = named_texts(texts) or {"held-out": str(_write_held_out(evidence, held_out))}
-    context_length = getattr(found.skeleton.model.config.get_text_config(), "max_position_embeddings", None) or recipe.tokens
+    context_length = found.context_length or recipe.tokens
     say(f"         the checkpoint is whole; should measuring it fail, qmerge eval --candidate {done.out} … does that part again")
     results = evaluate_to(
-        evidence / "results.json", (str(done.out),), files, base=recipe.base, adapter=recipe.adapter,
+        evidence / "results.json", (str(done.out),), files, base=recipe.base, adapter=recipe.adapter_set,
         tokens=eval_tokens or min(recipe.tokens, context_length), template=recipe.template, also=also, original=recipe.original, on=recipe.on,
         nf4_recipe=recipe.nf4_recipe, suite=suite, budget=budget, device=recipe.device, steps=steps,
     )
@@ -89,7 +92,7 @@ def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool) -> tup
     from qmerge.store.texts import read_documents
 
     recipe = found.recipe
-    tokenizer = load_tokenizer([found.adapter.path, found.checkpoint.path])
+    tokenizer = load_tokenizer([*(adapter.path for adapter in found.adapters), found.checkpoint.path])
     evaluated = [document for path in texts.values() for document in read_documents(path, template=recipe.template, tokenizer=tokenizer)]
     if not texts and recipe.calibration is None:
         raise Refused("there is no text to measure on", where="--text", expected="held-out text", found="none", fix="--text FILE, or qmerge merge to write without measuring")

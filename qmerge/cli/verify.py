@@ -11,15 +11,16 @@ from qmerge.errors import CheckFailed, UsageProblem
 @click.command("verify", cls=QuietCommand)
 @click.argument("out")
 @click.option("--base", metavar="P", help="The base it was made from: then every tensor is derived again.")
-@click.option("--adapter", metavar="P", help="The adapter it was made from.")
+@click.option("--adapter", "adapters", metavar="P", multiple=True, help="The adapter it was made from; several in the order of the merge.")
+@click.option("--allow-pickle", is_flag=True, help="Read an adapter_model.bin, in a child process with weights_only.")
 @click.option("--json", "as_json", is_flag=True, help="The checks as JSON on stdout.")
-def verify_command(out: str, base: str | None, adapter: str | None, as_json: bool) -> None:
+def verify_command(out: str, base: str | None, adapters: tuple[str, ...], allow_pickle: bool, as_json: bool) -> None:
     """Re-hash OUT, unpack its codes, check its configs; with --base and --adapter also derive it again from them. Exit 1 where a check fails."""
-    if (base is None) != (adapter is None):
+    if (base is None) != (not adapters):
         raise UsageProblem("--base and --adapter go together", where="qmerge verify", fix="give both, or neither")
     from qmerge.pipeline.verify import verify
 
-    checks = verify(out, base, adapter)
+    checks = verify(out, base, adapters, allow_pickle)
     failed = [check for check in checks if not check.passed]
     if as_json:
         result_json([{"check": check.name, "passed": check.passed, "detail": check.detail} for check in checks])

@@ -1,6 +1,6 @@
 """On-disk weight formats: one small file each, and the list of what can be written."""
 
-BUILT = ("gptq", "nf4", "bf16", "fp16")
+BUILT = ("gptq", "nf4", "bf16", "fp16", "fp32")
 """formats that this version writes"""
 
 KNOWN = ("gptq", "nf4", "fp4", "bf16", "fp16", "fp32", "compressed-tensors", "awq")

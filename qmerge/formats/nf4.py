@@ -1,6 +1,7 @@
 """How does bitsandbytes store a 4-bit weight in a checkpoint?
 
-``<w>`` uint8 ``[n / 2, 1]``, ``<w>.absmax``, ``<w>.quant_map``, with double quantization also ``<w>.nested_absmax`` and
+``<w>`` uint8 ``[n / 2, 1]`` (or the same bytes as another dtype), NF4 or FP4, ``<w>.absmax``, ``<w>.quant_map``, with double quantization also
+``<w>.nested_absmax`` and
 ``<w>.nested_quant_map``, and the rest as JSON bytes in ``<w>.quant_state.bitsandbytes__nf4``.
 """
 
@@ -13,7 +14,10 @@ from typing import Any
 import torch
 
 from qmerge.errors import Refused
+from qmerge.formats.rows import Reader, four_bit_reader
 from qmerge.numerics import nf4
+from qmerge.store.checkpoint import Checkpoint
+from qmerge.store.tensors import read_bytes
 from qmerge.types import Grid, QuantizedWeight, QuantState
 
 STATE_KEY = ".quant_state.bitsandbytes__"
@@ -35,25 +39,24 @@ def components(weight: str, quant_type: str = "nf4") -> tuple[str, ...]:
     return (weight, *(weight + part for part in _PARTS), f"{weight}{STATE_KEY}{quant_type}")
 
 
-def unpack(weight: str, load: Callable[[str], torch.Tensor], names: Iterable[str], quant_type: str = "nf4") -> QuantizedWeight:
-    """Codes and state of one stored weight. ``load`` gives a tensor by name. Raises `Refused` where the parts do not fit each other."""
+def read_state(weight: str, load: Callable[[str], torch.Tensor], names: Iterable[str], quant_type: str = "nf4") -> QuantState:
+    """Everything of one stored weight but its codes. ``load`` gives a tensor by name. Raises `Refused` where parts are missing or do not fit each other."""
     held = set(names)
     state_name = f"{weight}{STATE_KEY}{quant_type}"
     missing = [name for name in (weight, weight + ".absmax", weight + ".quant_map", state_name) if name not in held]
     if missing:
         raise Refused("a 4-bit weight is incomplete", where=weight, expected=", ".join(missing), found="no such tensor")
     meta = _read_meta(load(state_name), state_name)
-    shape = tuple(int(size) for size in meta["shape"])
-    count = shape[0] * shape[1] if len(shape) == 2 else 0
     code = load(weight + ".quant_map").float()
-    if quant_type == "nf4" and (code.numel() != 16 or not torch.allclose(code, nf4.nf4_code(), atol=1e-6)):
-        raise Refused("a 4-bit weight brings a code book that is not NF4's", where=weight + ".quant_map", fix="bitsandbytes itself would ignore it")
+    if code.numel() != 16 or not torch.allclose(code, nf4.code_book(quant_type), atol=1e-6):
+        raise Refused(f"a 4-bit weight brings a code book that is not {quant_type.upper()}'s", where=weight + ".quant_map",
+                      fix="bitsandbytes itself would ignore it")
     nested = weight + ".nested_absmax" in held
     state = QuantState(
         absmax=load(weight + ".absmax"),
         code=code,
         block_size=int(meta["blocksize"]),
-        shape=shape,
+        shape=tuple(int(size) for size in meta["shape"]),
         dtype=str(meta["dtype"]),
         quant_type=quant_type,
         nested_absmax=load(weight + ".nested_absmax").float() if nested else None,
@@ -61,20 +64,58 @@ def unpack(weight: str, load: Callable[[str], torch.Tensor], names: Iterable[str
         nested_block_size=int(meta.get("nested_blocksize", 256)),
         offset=_as_fp32(meta.get("nested_offset", 0.0)),
     )
+    _check_state(weight, state)
+    return state
+
+
+def _check_state(weight: str, state: QuantState) -> None:
+    if state.nested and state.absmax.dtype != torch.uint8:
+        raise Refused("a doubly quantized 4-bit weight has block maxima that are no codes", where=weight + ".absmax", expected="uint8",
+                      found=str(state.absmax.dtype))
+    blocks = -(-state.shape[0] * state.shape[1] // state.block_size)
+    nested_blocks = -(-blocks // state.nested_block_size)
+    found = f"{state.absmax.numel()} block maxima" + (f", {state.nested_absmax.numel()} nested ones" if state.nested else "")
+    if state.absmax.numel() != blocks or (state.nested and (state.nested_absmax.numel() != nested_blocks or state.nested_code.numel() != 256)):
+        raise Refused("a 4-bit weight does not fit its own quant state", where=weight, found=found,
+                      expected=f"{blocks} block maxima for shape {state.shape}" + (f", {nested_blocks} nested ones" if state.nested else ""))
+
+
+def _check_codes(weight: str, state: QuantState, nbytes: int) -> None:
+    wanted = -(-state.shape[0] * state.shape[1] // 2)
+    if nbytes != wanted:
+        raise Refused("a 4-bit weight does not fit its own quant state", where=weight, expected=f"{wanted} bytes of codes for shape {state.shape}",
+                      found=f"{nbytes} bytes")
+
+
+def unpack(weight: str, load: Callable[[str], torch.Tensor], names: Iterable[str], quant_type: str = "nf4") -> QuantizedWeight:
+    """Codes and state of one stored weight. ``load`` gives a tensor by name. Raises `Refused` where the parts do not fit each other."""
+    state = read_state(weight, load, names, quant_type)
     packed = load(weight).reshape(-1).view(torch.uint8)
-    blocks = -(-count // state.block_size)
-    if not count or packed.numel() != -(-count // 2) or state.absmax.numel() != blocks:
-        raise Refused("a 4-bit weight does not fit its own quant state", where=weight, expected=f"{count} codes and {blocks} block maxima for shape {shape}",
-                      found=f"{packed.numel() * 2} codes and {state.absmax.numel()} block maxima")
-    codes = nf4.unpack_nibbles(packed, count).reshape(shape)
-    return QuantizedWeight(codes, Grid(quant_type, 4, state.block_size, True, nested), state=state)
+    _check_codes(weight, state, packed.numel())
+    codes = nf4.unpack_nibbles(packed, state.shape[0] * state.shape[1]).reshape(state.shape)
+    return QuantizedWeight(codes, Grid(quant_type, 4, state.block_size, True, state.nested), state=state)
+
+
+def open_rows(weight: str, checkpoint: Checkpoint, quant_type: str = "nf4") -> Reader:
+    """Rows of one stored weight: the state is read now, codes as they are asked for, whatever dtype ``bnb_4bit_quant_storage`` gave them."""
+    state, spec = read_state(weight, checkpoint.load, checkpoint.specs, quant_type), checkpoint.specs[weight]
+    _check_codes(weight, state, spec.nbytes)
+    return four_bit_reader(state, lambda start, stop: read_bytes(checkpoint.path, spec, start, stop))
+
+
+def read_meta(weight: str, load: Callable[[str], torch.Tensor], quant_type: str = "nf4") -> dict[str, Any]:
+    """``shape``, ``dtype``, ``blocksize`` and the rest of the JSON state. Raises `Refused` where it cannot be read."""
+    name = f"{weight}{STATE_KEY}{quant_type}"
+    return _read_meta(load(name), name)
 
 
 def _read_meta(raw: torch.Tensor, where: str) -> dict[str, Any]:
     try:
         meta = json.loads(bytes(raw.to(torch.uint8).tolist()).decode())
-        if not isinstance(meta, dict) or not {"blocksize", "dtype", "shape"} <= meta.keys() or len(meta["shape"]) != 2 or int(meta["blocksize"]) < 1:
+        if not isinstance(meta, dict) or not {"blocksize", "dtype", "shape"} <= meta.keys() or len(meta["shape"]) != 2:
             raise ValueError("blocksize, dtype and a two-dimensional shape are needed")
+        if int(meta["blocksize"]) < 2 or int(meta["blocksize"]) % 2:
+            raise ValueError(f"a block size of {meta['blocksize']}")
     except (ValueError, TypeError) as problem:
         raise Refused("a quant state cannot be read", where=where, found=str(problem)) from problem
     return meta

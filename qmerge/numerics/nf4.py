@@ -1,4 +1,4 @@
-"""How do NF4 codes and block maxima become weights, and back?
+"""How do 4-bit codes (NF4, FP4) and block maxima become weights, and back?
 
 The plain-torch reading of bitsandbytes' 4-bit layout, on any device. Source: QLoRA (Dettmers et al., 2023) for the code
 book and the double quantization; bitsandbytes for the byte order (the even element sits in the high nibble).
@@ -33,10 +33,20 @@ NF4_LEVELS = (
 )
 """The 16 quantiles of a normal distribution, scaled to [-1, 1]; level 7 is exactly zero."""
 
+FP4_LEVELS = tuple(sign * level / 12 for sign in (1.0, -1.0) for level in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+"""bitsandbytes' 4-bit float: a sign bit and eight magnitudes, not sorted"""
+
+_PIECE = 1 << 18  # codes looked up at once: the indices of a piece stay in a core's cache
+
+
+def code_book(quant_type: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The levels of ``nf4`` or ``fp4`` by code, fp32 ``[16]``."""
+    return torch.tensor({"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}[quant_type], dtype=torch.float32, device=device)
+
 
 def nf4_code(device: torch.device | str = "cpu") -> torch.Tensor:
     """The code book as fp32 ``[16]``."""
-    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+    return code_book("nf4", device)
 
 
 def unpack_nibbles(packed: torch.Tensor, count: int) -> torch.Tensor:
@@ -57,8 +67,11 @@ def effective_absmax(state: QuantState) -> torch.Tensor:
     """The fp32 block maxima ``[blocks]`` that a loader sees, nested quantization undone first."""
     if not state.nested:
         return state.absmax.float()
-    blocks = state.nested_code[state.absmax.long()]
-    return blocks * spread(state.nested_absmax, state.nested_block_size, blocks.numel()) + state.offset
+    blocks = torch.empty(state.absmax.numel(), dtype=torch.float32, device=state.absmax.device)
+    for codes, out in zip(state.absmax.reshape(-1).split(_PIECE), blocks.split(_PIECE), strict=True):
+        torch.index_select(state.nested_code.float(), 0, codes.int(), out=out)
+    _scale(blocks, state.nested_absmax, state.nested_block_size)
+    return blocks.add_(state.offset)
 
 
 def spread(per_block: torch.Tensor, block_size: int, count: int) -> torch.Tensor:
@@ -71,6 +84,33 @@ def dequantize(codes: torch.Tensor, state: QuantState, dtype: torch.dtype = torc
     flat = state.code[codes.reshape(-1).long()]
     scale = spread(effective_absmax(state), state.block_size, flat.numel())
     return (flat * scale).reshape(state.shape).to(dtype)
+
+
+def pair_table(code: torch.Tensor) -> torch.Tensor:
+    """What `decode` looks bytes up in: int64 ``[256]``, the bits of the two fp32 levels that a byte stands for."""
+    return torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1).contiguous().view(torch.int64).reshape(-1)
+
+
+def decode(packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int, count: int) -> torch.Tensor:
+    """uint8 ``packed`` ``[ceil(count / 2)]`` and fp32 block maxima to weights fp32 ``[count]``: the bits of `dequantize`, without one integer per code.
+
+    ``table`` is `pair_table` of the code book. The first code must begin a block.
+    """
+    flat = torch.empty(packed.numel() * 2, dtype=torch.float32, device=packed.device)
+    piece = max(_PIECE // (2 * block_size), 1) * 2 * block_size  # whole blocks and bytes
+    for start in range(0, flat.numel(), piece):
+        part = flat[start : start + piece]
+        torch.index_select(table, 0, packed[start // 2 : (start + piece) // 2].int(), out=part.view(torch.int64))
+        _scale(part, absmax[start // block_size :], block_size)
+    return flat[:count]
+
+
+def _scale(flat: torch.Tensor, absmax: torch.Tensor, block_size: int) -> None:
+    """Multiply runs of ``block_size`` in place; the last one may be short."""
+    whole = flat.numel() // block_size
+    flat[: whole * block_size].view(whole, block_size).mul_(absmax[:whole].unsqueeze(1))
+    if flat.numel() % block_size:
+        flat[whole * block_size :].mul_(absmax[whole])
 
 
 def double_quantize(absmax: torch.Tensor, nested_code: torch.Tensor, nested_block_size: int = 256) -> tuple[torch.Tensor, torch.Tensor, float]:

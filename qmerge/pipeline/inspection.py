@@ -7,14 +7,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from qmerge.adapters.adapter import open_adapter
+from qmerge.adapters.config import changed_base
 from qmerge.errors import QmergeError
 from qmerge.formats import nf4 as nf4_format
 from qmerge.formats.base import Base
 from qmerge.pipeline.skeleton import build_skeleton
-from qmerge.store.adapter import open_adapter
 from qmerge.store.checkpoint import Checkpoint, open_checkpoint
 from qmerge.store.hub import resolve
 from qmerge.units import format_bytes
+
+FEATURES = ("use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "target_parameters", "layer_replication", "use_bdlora")
 
 
 def inspect(path: str) -> dict[str, Any]:
@@ -25,7 +28,7 @@ def inspect(path: str) -> dict[str, Any]:
 
 def _adapter(path: str) -> dict[str, Any]:
     try:
-        adapter = open_adapter(path)
+        adapter = open_adapter(path, residual_base=True)
     except QmergeError as problem:
         return {"what": "adapter", "problems": [str(problem)]}
     config = adapter.config
@@ -40,10 +43,11 @@ def _adapter(path: str) -> dict[str, Any]:
         "by_kind": dict(sorted(kinds.items())),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "scalings": sorted({pair.scaling for pair in adapter.pairs.values()}),
-        "features": sorted(key for key in ("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(key)),
+        "peft_type": adapter.kind,
+        "features": sorted(key for key in FEATURES if config.get(key)) + ([f"bias={config['bias']}"] if config.get("bias") in ("all", "lora_only") else []),
         "replaced_tensors": sorted(adapter.saved),
         "bytes": adapter.weight_bytes,
-        "problems": [],
+        "problems": [f"its initialisation ({init}) changed the base: give the base that it left behind (--residual-base), or the adapter before training beside it"] if (init := changed_base(config)) else [],
     }
 
 

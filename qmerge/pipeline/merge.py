@@ -1,93 +1,170 @@
-"""What is each tensor of the merged model, in fp32, and is the merge right?"""
+"""What is each tensor of the merged model, in fp32, and is the merge right?
+
+Rows are merged in stretches whose size depends on the tensor's shape alone, each by one thread: the same bits come out whatever the number of threads, the shard size or the
+caller. Each stretch that an adapter changes is proved by another route.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
 import torch
 
+from qmerge.adapters.adapter import Adapter
+from qmerge.adapters.edits import Change, Proof
 from qmerge.errors import CheckFailed, Refused
 from qmerge.formats.base import Base
-from qmerge.numerics.lora import lora_delta, merge_error
-from qmerge.store.adapter import LoraAdapter, check_finite
+from qmerge.formats.dense import cast
+from qmerge.numerics.finite import all_finite
+from qmerge.pipeline.pieces import Piece, Pieces
+from qmerge.store.adapter import check_finite
 from qmerge.types import QuantizedWeight
+
+STRETCH = 1 << 20
+"""elements of a tensor that are merged at a time: 4 MB in fp32, which stays near a core and is quickly allocated"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A merged stretch in fp32; where an edit changed it, the base's rows, what was added to them, and the proof."""
+
+    start: int
+    merged: torch.Tensor
+    before: torch.Tensor | None = None
+    added: torch.Tensor | None = None
+    proof: Proof | None = None
+
+
+def stretches(shape: tuple[int, ...], step: int = 1) -> list[tuple[int, int]]:
+    """Row ranges of about ``STRETCH`` elements, starts at multiples of ``step``; a scalar is one row."""
+    if not shape:
+        return [(0, 1)]
+    rows = max(1, STRETCH // max(prod(shape[1:]), 1) // step) * step
+    return [(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)] or [(0, 0)]
+
+
+class OpenPiece:
+    """One tensor being merged: its base reader and the adapter's factors are in memory. Stretches may be asked for from several threads."""
+
+    def __init__(self, piece: Piece, base: Base, device: torch.device) -> None:
+        self.piece, self.device = piece, device
+        self.change: Change | None = piece.edit.load(device) if piece.edit is not None else None
+        self.reader = base.reader(piece.source) if piece.source is not None and (piece.edit is None or piece.edit.needs_base) else None
+        self.label = f"{base.checkpoint.name}: {piece.source}"
+        whole = self.change is not None and not self.change.rowwise
+        self.step = piece.shape[0] if whole else base.row_step(piece.source) if self.reader is not None else 1
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The stretches, first to last."""
+        return stretches(self.piece.shape, self.step)
+
+    def rows(self, start: int, stop: int, before: torch.Tensor | None = None) -> Rows:
+        """Rows ``start`` … ``stop``, finite; ``before``: the base's, where the caller has read them. Raises Refused for NaN, Inf and overflow."""
+        before = self.before(start, stop) if before is None or self.reader is None else before
+        if self.change is None:
+            return Rows(start, before)
+        merged = self.change.apply(before, start)
+        if not all_finite(merged):
+            raise Refused("a merged weight is not finite in fp32", where=self.piece.name, found="overflow", fix="check the adapter's scaling", written="nothing")
+        if self.reader is None:
+            return Rows(start, merged, proof=self.change.prove(before, merged, start))
+        added = merged - before
+        return Rows(start, merged, before, added, self.change.prove(before, merged, start, added))
+
+    def before(self, start: int, stop: int) -> torch.Tensor:
+        if self.reader is None:
+            return torch.empty(stop - start, *self.piece.shape[1:], device=self.device)
+        before = self.reader.rows(start, stop, self.device)
+        if not all_finite(before):
+            check_finite(self.label, before)
+        return before
+
+
+def is_nf4(base: Base, name: str) -> bool:
+    """Does the base hold (or does its recipe make) the weight in NF4?"""
+    return base.quantized.get(name) == "nf4" or (name in base.fly and base.recipe is not None and base.recipe.quant_type == "nf4")
 
 
 class Merged:
-    """The merged model as tensors, computed when asked for and proved right each time. ``used`` counts what the adapter gave."""
+    """The merged model as tensors, by output name, computed when asked for."""
 
-    def __init__(self, base: Base, adapter: LoraAdapter, device: torch.device) -> None:
-        self.base, self.adapter, self.device = base, adapter, device
-        self.used: dict[str, int] = {}
+    def __init__(self, base: Base, pieces: Pieces, adapters: tuple[Adapter, ...], device: torch.device) -> None:
+        self.base, self.pieces, self.adapters, self.device = base, pieces, adapters, device
+        self.used: set[str] = set()
         self.proofs: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.pieces.table)
+
+    def open(self, name: str) -> OpenPiece:
+        return OpenPiece(self.pieces.table[name], self.base, self.device)
+
+    def stretches(self, name: str) -> Iterator[Rows]:
+        """All of a tensor, one stretch after the other; the whole is proved at the end."""
+        opened, proof = self.open(name), None
+        for start, stop in opened.spans():
+            found = opened.rows(start, stop)
+            proof = found.proof if proof is None else proof + found.proof
+            yield found
+        if proof is not None:
+            self.settle(name, proof)
+
+    def settle(self, name: str, proof: Proof) -> None:
+        """Judge a tensor's proof and note that the adapter's tensors went into it. Raises CheckFailed."""
+        if proof.relative > proof.limit:
+            raise CheckFailed("a merge could not be proved", where=name, expected=f"a relative error of at most {proof.limit:.1e}", found=f"{proof.relative:.1e}", written="nothing")
+        with self._lock:
+            self.proofs[name] = proof.relative
+            self.used |= set(self.pieces.table[name].edit.keys)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """fp32; ``[out, in]`` for linears."""
+        parts = [found.merged for found in self.stretches(name)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def four_bit(self, name: str) -> QuantizedWeight | None:
         """The base's own NF4 form of a weight, or None where it has none."""
-        return self.base.four_bit(name, self.device) if self.base.is_4bit(name) else None
-
-    def weight(self, name: str) -> torch.Tensor:
-        """fp32; ``[out, in]`` for linears. W + ΔW where the adapter has a pair, its replacement where it saved the module, else W."""
-        if name in self.adapter.saved:
-            return self._replacement(name).float()
-        weight = self.base.weight(name, self.device)
-        check_finite(f"{self.base.checkpoint.name}: {name}", weight)
-        module = name.removesuffix(".weight")
-        if module in self.adapter.pairs and name.endswith(".weight"):
-            weight = self._merge(module, weight)
-        return weight.to(self.device)
+        source = self.pieces.table[name].source
+        return self.base.four_bit(source, self.device) if source is not None and is_nf4(self.base, source) else None
 
     def delta(self, name: str) -> torch.Tensor | None:
-        """What the adapter adds to a linear, fp32 ``[out, in]``, or None where it adds nothing."""
-        pair = self.adapter.pairs.get(name.removesuffix(".weight"))
-        if pair is None:
+        """What the adapter changes of a linear, fp32 ``[out, in]``, or None where it changes nothing."""
+        if self.untouched(name):
             return None
-        a, b = self.adapter.load_pair(pair.module)
-        return lora_delta(a.to(self.device), b.to(self.device), pair.scaling)
+        return torch.cat([found.added if found.added is not None else found.merged for found in self.stretches(name)])
 
     def untouched(self, name: str) -> bool:
-        return name not in self.adapter.saved and not (name.endswith(".weight") and name.removesuffix(".weight") in self.adapter.pairs)
+        return self.pieces.table[name].edit is None
+
+    def out_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor that stays float: the base's."""
+        return self.base.dtype(self.pieces.table[name].source)
 
     def float_tensor(self, name: str) -> torch.Tensor:
-        """A tensor that stays float, in the base's dtype and file order: stored bytes where untouched, the replacement in that dtype otherwise."""
-        stored = None if self.base.is_4bit(name) else self.base.stored(name)
-        if stored is not None and self.untouched(name):
+        """A tensor that stays float, in the base's dtype and file order: stored bytes where untouched, one cast otherwise. Raises Refused where the cast overflows."""
+        source = self.pieces.table[name].source
+        if self.untouched(name) and not self.base.encoded(source):
+            stored = self.base.stored(source)
+            check_finite(f"{self.base.checkpoint.name}: {source}", stored)
             return stored
-        if name in self.adapter.saved:
-            return self._replacement(name).to(stored.dtype).contiguous()
-        merged = self.in_file_order(name, self.weight(name))
-        return merged.to(stored.dtype if stored is not None else torch.bfloat16).contiguous()
+        return cast(name, self.in_file_order(name, self.weight(name)), self.out_dtype(name)).cpu()
+
+    def is_conv(self, name: str) -> bool:
+        """Does a float checkpoint of this model store the weight ``[in, out]``?"""
+        return self.pieces.table[name].source in self.base.conv
 
     def in_file_order(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """``[out, in]`` to the order in which a float checkpoint of this model stores the weight."""
-        return weight.T if name in self.base.conv else weight
-
-    def _replacement(self, name: str) -> torch.Tensor:
-        key = self.adapter.saved[name]
-        tensor = self.adapter.load(key)
-        check_finite(f"{self.adapter.name}: {key}", tensor)
-        self.used[key] = self.used.get(key, 0) + 1
-        return tensor
-
-    def _merge(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        pair = self.adapter.pairs[module]
-        a, b = self.adapter.load_pair(module)
-        check_finite(f"{self.adapter.name}: {pair.a}", a)
-        check_finite(f"{self.adapter.name}: {pair.b}", b)
-        weight, a, b = weight.to(self.device), a.to(self.device), b.to(self.device)
-        delta = lora_delta(a, b, pair.scaling)
-        merged = weight + delta
-        if not torch.isfinite(merged).all():
-            raise Refused("a merged weight is not finite in fp32", where=f"{module}.weight", found="overflow", fix="check the adapter's scaling")
-        error = merge_error(weight, merged, a, b, pair.scaling)
-        # one fp32 rounding of W + ΔW is 2^-24 of |W|; seen against |ΔW| it grows with ‖W‖ / ‖ΔW‖
-        limit = 1e-5 + 1e-6 * float(weight.norm() / delta.norm().clamp(min=1e-30)) if error else 0.0
-        if error > limit:
-            raise CheckFailed("a merge could not be proved", where=f"{module}.weight", expected=f"a relative error of at most {limit:.1e}", found=f"{error:.1e}", written="nothing")
-        self.proofs[module] = error
-        for key in (pair.a, pair.b):
-            self.used[key] = self.used.get(key, 0) + 1
-        return merged
+        return weight.T.contiguous() if self.is_conv(name) else weight
 
     def check_all_used(self) -> None:
-        """Every tensor of the adapter must have gone into the output."""
-        idle = sorted(set(self.adapter.specs) - set(self.used))
-        if idle:
-            raise CheckFailed("an adapter tensor went into nothing", where=f"{self.adapter.name}: {idle[0]}", found=f"{len(idle)} such tensors", written="nothing")
+        """Every tensor of every adapter must have gone into the output, or be one that only training used."""
+        for adapter in self.adapters:
+            wanted = set(adapter.specs) - set(adapter.idle)
+            if idle := sorted(wanted - self.used):
+                raise CheckFailed("an adapter tensor went into nothing", where=f"{adapter.name}: {idle[0]}", found=f"{len(idle)} such tensors", written="nothing")

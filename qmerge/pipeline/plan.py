@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from qmerge import formats
+from qmerge.adapters.adapter import Adapter
+from qmerge.adapters.claims import EMBEDDINGS
+from qmerge.adapters.several_adapters import SUM, check_several, joint_edits
 from qmerge.errors import Refused
 from qmerge.formats import gptq as gptq_format
 from qmerge.formats import nf4 as nf4_format
-from qmerge.formats.base import Base, open_base
+from qmerge.formats.base import Base, Nf4Recipe, open_base
 from qmerge.formats.dense import DTYPES
-from qmerge.pipeline.recipe import Recipe, read_nf4_recipe
-from qmerge.pipeline.skeleton import Skeleton, build_skeleton
-from qmerge.store.adapter import LoraAdapter, open_adapter
+from qmerge.pipeline.merge import is_nf4
+from qmerge.pipeline.naming import Names, foreign_modules
+from qmerge.pipeline.pieces import Pieces, expanded_config, make_pieces
+from qmerge.pipeline.recipe import Recipe, nf4_recipe_of
+from qmerge.pipeline.skeleton import Skeleton, build_skeleton, may_hold_conv1d
 from qmerge.store.checkpoint import Checkpoint, open_checkpoint
 from qmerge.store.publish import check_output
 from qmerge.units import format_bytes
 
-FLOAT_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
-
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The whole job. ``requantized`` are weight names that become 4-bit; ``kept_4bit`` stay as the base stores them, byte for byte."""
+    """The whole job. ``requantized`` are weight names that become 4-bit; ``kept_4bit`` stay as the base stores them, byte for byte. ``skeleton`` is None where the
+    merge works on tensors alone. ``config`` is the base's with what the adapter changed (tokens, layers, tying)."""
 
     recipe: Recipe
     base: Base
-    adapter: LoraAdapter
-    skeleton: Skeleton
-    changed: tuple[str, ...]
+    adapters: tuple[Adapter, ...]
+    skeleton: Skeleton | None
+    pieces: Pieces
+    config: dict[str, Any]
     requantized: tuple[str, ...]
     kept_4bit: tuple[str, ...]
-    untied: str | None
     bytes_in: int
     bytes_out: int
     warnings: tuple[str, ...]
@@ -44,12 +49,27 @@ class MergePlan:
     def checkpoint(self) -> Checkpoint:
         return self.base.checkpoint
 
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Output tensors that the adapters change."""
+        return self.pieces.edited
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model can see, where its config says so."""
+        inner = next((value for value in self.config.values() if isinstance(value, dict) and "max_position_embeddings" in value), {})
+        found = self.config.get("max_position_embeddings") or self.config.get("n_positions") or inner.get("max_position_embeddings")
+        if found is None and self.skeleton is not None:
+            found = getattr(self.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+        return found
+
     def to_json(self) -> dict[str, Any]:
         return {
             "base": self.checkpoint.name,
-            "adapter": self.adapter.name,
+            "adapter": self.adapters[0].name,
+            "adapters": {adapter.name: choice.weight for adapter, choice in zip(self.adapters, self.recipe.choices, strict=True)},
             "format": self.recipe.format,
-            "linears_changed_by_the_adapter": len(self.changed),
+            "tensors_changed_by_the_adapter": len(self.changed),
             "linears_requantized": len(self.requantized),
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
@@ -60,27 +80,99 @@ class MergePlan:
 def plan(recipe: Recipe) -> MergePlan:
     """Read headers and configs, check everything against everything, and say what would be done. Writes nothing."""
     check_calibration_given(recipe)
-    adapter = open_adapter(recipe.adapter)
+    found = read_inputs(recipe)
+    check_output(Path(recipe.out), [found.checkpoint.path, *(adapter.path for adapter in found.adapters)], recipe.overwrite)
+    return _with_outputs(found)
+
+
+def read_inputs(recipe: Recipe, trained_with: Nf4Recipe | None = None) -> MergePlan:
+    """The plan without its output: what the merged model consists of. ``trained_with`` overrides the recipe's own word on how a float base was quantized."""
+    adapters = recipe.adapter_set.open()
+    warnings = check_several(adapters, recipe.adapter_set.combination)
     checkpoint = open_checkpoint(recipe.original if recipe.on == "original" and recipe.original else recipe.base)
-    check_output(Path(recipe.out), [checkpoint.path, adapter.path], recipe.overwrite)
-    skeleton = build_skeleton(checkpoint)
-    base = open_base(checkpoint, on=recipe.on, recipe=read_nf4_recipe(recipe.nf4_recipe), linears=skeleton.linears)
-    check_names(base, skeleton)
-    check_adapter(base, adapter, skeleton)
-    changed = tuple(f"{module}.weight" for module in adapter.pairs)
-    requantized, kept = _split(recipe, base, skeleton, set(changed))
-    untied = _untied(base, adapter, skeleton)
+    if recipe.on == "original" and recipe.original and (dora := next((adapter for adapter in adapters if adapter.config.get("use_dora")), None)):
+        raise Refused("DoRA's magnitudes were trained over the quantized base, so they do not belong on the float one.", where=dora.name, expected="--on dequantized", found="--on original --original …",
+                      fix="leave --on and --original out")
+    four_bit = trained_with or nf4_recipe_of(recipe, adapters)
+    skeleton = build_skeleton(checkpoint) if four_bit is not None or _skeleton_needed(recipe, checkpoint, adapters) else None
+    base = open_base(checkpoint, on=recipe.on, recipe=four_bit, linears=skeleton.linears if skeleton else _conv_by_adapter(adapters),
+                     head=skeleton.output_embedding if skeleton and not skeleton.tied else None)
+    if skeleton is None and foreign_modules(adapters, base.names):
+        skeleton = _skeleton_or_none(checkpoint)
+    pieces, skeleton = _pieces(recipe, base, adapters, skeleton)
+    config = expanded_config(checkpoint.config, pieces)
+    if skeleton is not None and recipe.format in formats.QUANTIZING and (pieces.layers or pieces.vocabulary):
+        skeleton = build_skeleton(checkpoint, config)
+    return MergePlan(recipe, base, adapters, skeleton, pieces, config, (), (), 0, 0, tuple(warnings + _warnings(recipe, base, adapters, pieces)))
+
+
+def plan_each(recipe: Recipe) -> list[MergePlan]:
+    """One plan per adapter, each into a folder of its own below OUT, named after the adapter."""
+    labels = Counter(_label(choice.place) for choice in recipe.choices)
+    if twice := [label for label, count in labels.items() if count > 1]:
+        raise Refused("two adapters would be written to one folder", where=f"--each --out {recipe.out}", found=f"{twice[0]}, twice", fix="rename a folder, or merge them one by one")
+    return [plan(replace(recipe, adapter=(text,), each=False, out=str(Path(recipe.out) / _label(choice.place)))) for text, choice in zip(recipe.adapter, recipe.choices, strict=True)]
+
+
+def _label(place: str) -> str:
+    return place.rstrip("/").replace("#", "/").rsplit("/", 1)[-1]
+
+
+def _skeleton_needed(recipe: Recipe, checkpoint: Checkpoint, adapters: tuple[Adapter, ...]) -> bool:
+    """Has the model class to be asked? To requantize, to know which linears a recipe would round, where Conv1D may turn weights, where a tie may break, and
+    for adapters that go through PEFT."""
+    touches_ends = any(name.rpartition(".")[2] in EMBEDDINGS for adapter in adapters for name in (*adapter.claims.modules, *(saved.rpartition(".")[0] for saved in adapter.saved)))
+    return (
+        recipe.format in formats.QUANTIZING or touches_ends or any(adapter.kind != "LORA" or adapter.config.get("target_parameters") for adapter in adapters)
+        or recipe.combine != SUM or (may_hold_conv1d(checkpoint.config) and _known(checkpoint))
+    )
+
+
+def _known(checkpoint: Checkpoint) -> bool:
+    """Does transformers have this architecture? Where it has not, a dense merge goes by the file's own order."""
+    from transformers import CONFIG_MAPPING
+
+    return checkpoint.config.get("model_type") in CONFIG_MAPPING
+
+
+def _skeleton_or_none(checkpoint: Checkpoint) -> Skeleton | None:
+    """The model class where transformers has one: its names may explain the adapter's. Without it the adapter's names must be the file's."""
+    try:
+        return build_skeleton(checkpoint)
+    except Refused:
+        return None
+
+
+def _conv_by_adapter(adapters: tuple[Adapter, ...]) -> dict[str, bool] | None:
+    """Weights that a float file stores ``[in, out]`` by the adapter's own word, where no model class is at hand."""
+    turned = {f"{module}.weight": True for adapter in adapters if adapter.config.get("fan_in_fan_out") for module, pair in adapter.pairs.items() if not pair.embedding}
+    return turned or None
+
+
+def _pieces(recipe: Recipe, base: Base, adapters: tuple[Adapter, ...], skeleton: Skeleton | None) -> tuple[Pieces, Skeleton | None]:
+    where = ", ".join(adapter.name for adapter in adapters)
+    names = Names(base, skeleton)
+    model = skeleton.model if skeleton else None
+    edits = joint_edits(adapters, recipe.adapter_set.weights, recipe.adapter_set.combination, names.shapes(adapters), model)
+    edits = names.on_disk(edits, where)
+    by_class = None
+    if recipe.format in formats.QUANTIZING:
+        by_class = names.by_class()
+        back = {source: name for name, source in by_class.items()}
+        edits = {back.get(name, name): edit for name, edit in edits.items()}
+    return make_pieces(base, edits, [adapter.config for adapter in adapters], skeleton, where, by_class), skeleton
+
+
+def _with_outputs(found: MergePlan) -> MergePlan:
+    recipe, base, pieces = found.recipe, found.base, found.pieces
+    requantized, kept = _split(recipe, base, found.skeleton, pieces)
     if recipe.format == "gptq":
         for name in requantized:
-            gptq_format.check_shape(name.removesuffix(".weight"), base.shape(name), recipe.grid)
-    bytes_out = sum(_bytes_out(recipe, base, name, set(requantized), set(kept)) for name in base.names)
-    if untied and untied not in base.names:
-        bytes_out += _bytes_out(recipe, base, skeleton.input_embedding, set(), set())
+            gptq_format.check_shape(name.removesuffix(".weight"), pieces.table[name].shape, recipe.grid)
+    bytes_out = sum(_bytes_out(recipe, base, pieces, name, set(requantized) | set(kept)) for name in pieces.table)
     check_room(Path(recipe.out), bytes_out)
-    return MergePlan(
-        recipe, base, adapter, skeleton, changed, requantized, kept, untied,
-        checkpoint.weight_bytes + sum(spec.nbytes for spec in adapter.specs.values()), bytes_out, tuple(_warnings(recipe, base, adapter, skeleton)),
-    )
+    bytes_in = base.checkpoint.weight_bytes + sum(spec.nbytes for adapter in found.adapters for spec in adapter.specs.values())
+    return replace(found, requantized=requantized, kept_4bit=kept, bytes_in=bytes_in, bytes_out=bytes_out)
 
 
 def check_calibration_given(recipe: Recipe) -> None:
@@ -97,93 +189,53 @@ def check_room(out: Path, bytes_out: int) -> None:
         raise Refused("the output does not fit on the disk", where=str(out), expected=f"{format_bytes(round(bytes_out * 1.05))} free", found=format_bytes(free), fix="make room, or choose another --out")
 
 
-def check_names(base: Base, skeleton: Skeleton) -> None:
-    """The file must hold what the model class holds, under the class's names."""
-    wanted = {name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)}
-    tied = {skeleton.output_embedding} if skeleton.tied and skeleton.output_embedding else set()
-    missing = sorted(wanted - set(base.names) - tied)
-    if missing:
-        raise Refused("the base lacks a tensor that its model class has", where=base.checkpoint.name, expected=missing[0], found=f"{len(missing)} such tensors are missing")
-
-
-def check_adapter(base: Base, adapter: LoraAdapter, skeleton: Skeleton) -> None:
-    """Every pair must land on a weight of the base with its shape, every replacement on a tensor of its shape."""
-    names = set(base.names)
-    for module, pair in adapter.pairs.items():
-        weight = f"{module}.weight"
-        if weight not in names and weight == skeleton.output_embedding and skeleton.tied:
-            raise Refused("the adapter has a LoRA pair on a head that this base ties to its embeddings, which this version does not merge", where=f"{adapter.name}: {pair.a}",
-                          expected="pairs on linears that the base stores", found=f"{weight}, stored as {skeleton.input_embedding} only", fix="keep this adapter separate")
-        if weight not in names:
-            raise Refused("the adapter was made for another base: it changes a module that this base lacks", where=f"{adapter.name}: {pair.a}", expected=f"a tensor {weight} in {base.checkpoint.name}", found="none")
-        out, inputs = base.shape(weight)
-        found = [adapter.specs[pair.b].shape[0], adapter.specs[pair.a].shape[1]]
-        if found != [out, inputs]:
-            raise Refused("the adapter was made for another base: the shapes differ", where=f"{adapter.name}: {pair.a}, {pair.b}", expected=f"[out, in] = [{out}, {inputs}] as in {base.checkpoint.name}", found=f"{found}")
-    for name, tensor in adapter.saved.items():
-        if name not in names and not name.startswith("lm_head."):
-            raise Refused("the adapter replaces a tensor that this base lacks", where=f"{adapter.name}: {tensor}", expected=f"{name} in {base.checkpoint.name}", found="none")
-        if base.is_4bit(name):
-            raise Refused("the adapter replaces a tensor that the base holds in 4 bits", where=f"{adapter.name}: {tensor}", expected="a float tensor", found="an NF4 weight", fix="this version merges modules_to_save of float modules only")
-        shape = tuple(adapter.specs[tensor].shape)
-        if name in names and shape != tuple(base.checkpoint.specs[name].shape):
-            raise Refused("the adapter replaces a tensor by one of another shape (a resized vocabulary, perhaps)", where=f"{adapter.name}: {tensor}", expected=str(list(base.checkpoint.specs[name].shape)), found=str(list(shape)),
-                          fix="this version does not resize vocabularies")
-
-
-def _split(recipe: Recipe, base: Base, skeleton: Skeleton, changed: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _split(recipe: Recipe, base: Base, skeleton: Skeleton | None, pieces: Pieces) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Which weights become 4-bit anew, and which stay as they are stored."""
     if recipe.format not in formats.QUANTIZING:
         return (), ()
-    inside = set(skeleton.inside)
-    source = [name for name in skeleton.linears if base.is_4bit(name)] if (base.quantized or base.fly) else list(skeleton.inside)
+    inside, table = set(skeleton.inside), pieces.table
+    rounded = [name for name in skeleton.linears if name in table and table[name].source is not None and base.encoded(table[name].source)]
+    source = rounded or list(skeleton.inside)
     outside = [name for name in source if name not in inside]
     if recipe.format == "gptq":
         return tuple(name for name in source if name in inside), ()
-    touched = [name for name in outside if name in changed]
+    touched = [name for name in outside if table[name].edit is not None or not is_nf4(base, table[name].source)]
     if touched and not recipe.rtn:
         raise Refused("the adapter changes a linear outside the decoder blocks, which calibration does not reach", where=touched[0], expected="linears inside " + skeleton.blocks_name, found=f"{len(touched)} outside", fix="use --rtn, --format gptq (which keeps it in float) or --format bf16")
-    return tuple(name for name in source if name in inside or name in touched), tuple(name for name in outside if name not in changed)
+    return tuple(name for name in source if name in inside or name in touched), tuple(name for name in outside if name not in touched)
 
 
-def _untied(base: Base, adapter: LoraAdapter, skeleton: Skeleton) -> str | None:
-    """The head's name where the adapter changes one side of a tied pair, so that the output must hold both (some files hold both all the same)."""
-    head, entrance = skeleton.output_embedding, skeleton.input_embedding
-    if not skeleton.tied or head == entrance:
-        return None
-    changed = adapter.saved.keys() | {f"{module}.weight" for module in adapter.pairs}
-    return head if head in changed or entrance in changed else None
-
-
-def _bytes_out(recipe: Recipe, base: Base, name: str, requantized: set[str], kept: set[str]) -> int:
-    shape = base.shape(name)
-    if name in requantized or name in kept:
+def _bytes_out(recipe: Recipe, base: Base, pieces: Pieces, name: str, quantized: set[str]) -> int:
+    piece = pieces.table[name]
+    if name in quantized:
         if recipe.format == "gptq":
-            return gptq_format.stored_bytes(shape, recipe.grid)
+            return gptq_format.stored_bytes(piece.shape, recipe.grid)
         block, double = 64, True
         if base.recipe:
             block, double = base.recipe.block_size, base.recipe.double_quant
-        elif name in base.quantized:
-            double = f"{name}.nested_absmax" in base.checkpoint.specs
-        return nf4_format.stored_bytes(shape, block, double)
-    if recipe.format in DTYPES:
-        return prod(shape) * DTYPES[recipe.format].itemsize
-    return prod(shape) * (2 if base.is_4bit(name) else FLOAT_BYTES.get(base.checkpoint.specs[name].dtype, 2))
+        elif piece.source in base.quantized:
+            double = f"{piece.source}.nested_absmax" in base.checkpoint.specs
+        return nf4_format.stored_bytes(piece.shape, block, double)
+    stored = base.dtype(piece.source)
+    return prod(piece.shape) * (DTYPES[recipe.format] if recipe.format in DTYPES and stored.is_floating_point else stored).itemsize
 
 
-def _warnings(recipe: Recipe, base: Base, adapter: LoraAdapter, skeleton: Skeleton) -> list[str]:
+def _warnings(recipe: Recipe, base: Base, adapters: tuple[Adapter, ...], pieces: Pieces) -> list[str]:
     found = []
-    trained_on = str(adapter.config.get("base_model_name_or_path") or "").rstrip("/").rsplit("/", 1)[-1]
-    if trained_on and trained_on != base.checkpoint.name.rstrip("/").rsplit("/", 1)[-1]:
-        found.append(f"the adapter says it was trained on {trained_on!r}, and this base is {base.checkpoint.name!r}: shapes fit, but only you can know whether the weights do")
-    if recipe.on == "original":
-        found.append("merging into the float base: the adapter was trained on the 4-bit one, whose rounding error it has learnt to live with")
-    if recipe.rtn:
-        found.append("rounding to nearest without calibration: a small adapter can be erased by it")
-    if recipe.calibration and not recipe.generic and recipe.format in formats.QUANTIZING:
-        found.append("no --generic text: the model may drift on text unlike the calibration text")
-    if _untied(base, adapter, skeleton):
+    for adapter in adapters:
+        trained_on = str(adapter.config.get("base_model_name_or_path") or "").rstrip("/").rsplit("/", 1)[-1]
+        if trained_on and trained_on != base.checkpoint.name.rstrip("/").rsplit("/", 1)[-1]:
+            found.append(f"{adapter.name} says it was trained on {trained_on!r}, and this base is {base.checkpoint.name!r}: shapes fit, but only you can know whether the weights do")
+        if adapter.initial is not None:
+            found.append(f"{adapter.name} was initialised from the base's own components; what that took out is put back from {adapter.initial.name!r}")
+    if pieces.untied:
         found.append("the adapter changes one side of tied embeddings: the output holds both, and tie_word_embeddings becomes false")
+    if pieces.vocabulary is not None:
+        found.append(f"the adapter resizes the vocabulary: vocab_size becomes {pieces.vocabulary}")
+    if pieces.layers is not None:
+        found.append(f"the adapter replicates layers: the output has {len(pieces.layers)}, made from base layers {', '.join(map(str, pieces.layers))}")
+    if recipe.residual_base:
+        found.append("--residual-base: taken at your word that this base is the one that the adapter's initialisation left behind")
     return found
 
 
@@ -192,8 +244,17 @@ def describe_plan(found: MergePlan) -> str:
     recipe = found.recipe
     target = {"gptq": f"gptq, {recipe.bits} bits, group size {recipe.group_size}, {'symmetric' if recipe.symmetric else 'asymmetric'}", "nf4": "nf4 (bitsandbytes)"}.get(recipe.format, recipe.format)
     rows = [
-        f"base      {found.checkpoint.name}: {len(found.base.quantized) or len(found.base.fly)} linears in NF4, {format_bytes(found.checkpoint.weight_bytes)}",
-        f"adapter   {found.adapter.name}: changes {len(found.changed)} linears" + (f", replaces {len(found.adapter.saved)} tensors" if found.adapter.saved else ""),
+        f"base      {found.checkpoint.name}: {_kind(found.base)}, {format_bytes(found.checkpoint.weight_bytes)}",
+        f"adapter   {', '.join(_named(found))}: changes {len(found.changed)} tensors",
         f"output    {target}: {len(found.requantized)} linears requantized, about {format_bytes(found.bytes_out)}",
     ]
     return "\n".join(rows + [f"note      {warning}" for warning in found.warnings])
+
+
+def _named(found: MergePlan) -> list[str]:
+    return [adapter.name + (f" × {choice.weight:g}" if choice.weight != 1.0 else "") for adapter, choice in zip(found.adapters, found.recipe.choices, strict=True)]
+
+
+def _kind(base: Base) -> str:
+    packed = sum(base.encoded(name) for name in base.names)
+    return f"{packed} quantized weights" if packed else "float"

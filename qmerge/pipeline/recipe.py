@@ -8,13 +8,19 @@ from typing import Any
 
 import yaml
 
+from qmerge.adapters.adapter import Adapter
+from qmerge.adapters.several_adapters import SUM, AdapterSet, Choice, Combination, parse_choice
 from qmerge.errors import UsageProblem
 from qmerge.formats import BUILT, KNOWN, QUANTIZING
 from qmerge.formats.base import Nf4Recipe
+from qmerge.formats.training import recipe_from_adapter, recipe_from_file
 from qmerge.types import Grid
+from qmerge.units import parse_bytes
 
 MAX_RECIPE_BYTES = 1_000_000
 GROUP_SIZES = (128, 64, 32, -1)
+COMBINATIONS = ("svd", "linear", "cat", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")
+"""PEFT's names; `qmerge.adapters.combine` refuses two of them with the reason"""
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Recipe:
     """A merge job. Paths are folders or hub ids; ``tokens`` is the length of a calibration window."""
 
     base: str = ""
-    adapter: str = ""
+    adapter: tuple[str, ...] = ()
     out: str = ""
     format: str = "gptq"
     bits: int = 4
@@ -41,6 +47,26 @@ class Recipe:
     nf4_recipe: str | None = None
     device: str = "auto"
     overwrite: bool = False
+    combine: str = "sum"
+    density: float | None = None
+    combine_rank: int | None = None
+    each: bool = False
+    residual_base: bool = False
+    allow_pickle: bool = False
+    shard_size: str = "5GB"
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """The adapters with their weights."""
+        return tuple(parse_choice(text) for text in self.adapter)
+
+    @property
+    def adapter_set(self) -> AdapterSet:
+        return AdapterSet(self.choices, Combination(self.combine, self.density, self.combine_rank, self.seed), self.residual_base, self.allow_pickle)
+
+    @property
+    def shard_bytes(self) -> int:
+        return parse_bytes(self.shard_size)
 
     @property
     def grid(self) -> Grid:
@@ -52,10 +78,13 @@ class Recipe:
         """The fields that decide the result: no paths, no device."""
         quantizing = {"bits", "group_size", "symmetric"} if self.format == "gptq" else set()
         calibrated = {"template", "generic_share", "samples", "tokens", "seed"} if self.format in QUANTIZING and not self.rtn else set()
-        wanted = {"format", "on", "nf4_recipe", "rtn"} | quantizing | calibrated
+        combined = {"combine", "density", "combine_rank", "seed"} if self.combine != SUM else set()
+        wanted = {"format", "on", "nf4_recipe", "rtn", "residual_base"} | quantizing | calibrated | combined
         row = {field.name: getattr(self, field.name) for field in fields(self) if field.name in wanted}
         if self.nf4_recipe and self.nf4_recipe not in ("double", "single"):
             row["nf4_recipe"] = Path(self.nf4_recipe).name
+        if self.combine != SUM or any(choice.weight != 1.0 for choice in self.choices) or len(self.choices) > 1:
+            row["weights"] = [choice.weight for choice in self.choices]
         return row
 
 
@@ -74,7 +103,7 @@ def build_recipe(file: str | None, settings: tuple[str, ...], flags: dict[str, A
                 given[key.strip().replace("-", "_")] = yaml.safe_load(value)
             except (yaml.YAMLError, RecursionError) as problem:
                 faults.append(f"--set {setting}: not YAML: {str(problem).splitlines()[0]}")
-    given |= {key: value for key, value in flags.items() if value is not None}
+    given |= {key: value for key, value in flags.items() if value not in (None, ())}
     recipe = _check(given, faults)
     if faults:
         many = len(faults) > 1
@@ -101,11 +130,18 @@ def _read_file(file: str, faults: list[str]) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,), "str | None": (str, type(None))}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,), "float": (float, int), "bool": (bool,), "str": (str,), "str | None": (str, type(None)), "float | None": (float, int, type(None)),
+    "int | None": (int, type(None)), "tuple[str, ...]": (tuple,),
+}  # fmt: skip
 
 
 def _check(given: dict[str, Any], faults: list[str]) -> Recipe:
     known = {field.name: str(field.type) for field in fields(Recipe)}
+    if isinstance(given.get("adapter"), str):
+        given["adapter"] = (given["adapter"],)
+    elif isinstance(given.get("adapter"), list) and all(isinstance(item, str) for item in given["adapter"]):
+        given["adapter"] = tuple(given["adapter"])
     for key in sorted(given.keys() - known.keys()):
         faults.append(f"unknown setting {key!r}; known: {', '.join(known)}")
     for key, kind in known.items():
@@ -140,28 +176,46 @@ def _check_values(recipe: Recipe, faults: list[str]) -> None:
         faults.append(f"--samples {recipe.samples}: expected at least 2 (some are held out to choose with)")
     if recipe.tokens < 2:
         faults.append(f"--tokens {recipe.tokens}: expected at least 2")
+    _check_adapters(recipe, faults)
     if recipe.rtn and recipe.calibration:
         faults.append("--rtn uses no calibration text, and --calibration was given: leave one of them out")
 
 
+def _check_adapters(recipe: Recipe, faults: list[str]) -> None:
+    try:
+        choices = recipe.choices
+    except UsageProblem as problem:
+        faults.append(f"{problem.where}: {problem.what}")
+        return
+    if recipe.combine != SUM and recipe.combine not in COMBINATIONS:
+        faults.append(f"--combine {recipe.combine}: expected {', '.join((SUM, *COMBINATIONS))}")
+    if recipe.combine != SUM and len(choices) < 2:
+        faults.append(f"--combine {recipe.combine} needs at least two adapters")
+    if recipe.combine == SUM and (recipe.density is not None or recipe.combine_rank is not None):
+        faults.append("--density and --combine-rank belong to --combine ties, dare_*, magnitude_prune* and *svd")
+    if recipe.each and (len(choices) < 2 or recipe.combine != SUM):
+        faults.append("--each writes one checkpoint per adapter: give several --adapter and no --combine")
+    if recipe.each and recipe.format in QUANTIZING:
+        faults.append(f"--each shares one pass over the base, which --format {recipe.format} cannot: it solves each adapter on its own. Run them one by one, or use --format bf16")
+    try:
+        if recipe.shard_bytes < 1:
+            raise ValueError
+    except ValueError:
+        faults.append(f"--shard-size {recipe.shard_size}: expected a size such as 5GB or 500MB")
+
+
 def read_nf4_recipe(value: str | None) -> Nf4Recipe | None:
-    """``double``, ``single``, or a JSON/YAML file with bitsandbytes' names (``bnb_4bit_use_double_quant``, …, also inside ``quantization_config``)."""
+    """``double``, ``single``, or a file that says how the base was quantized while training: bitsandbytes' JSON, or a training config of Axolotl, LLaMA-Factory or TRL."""
     if value is None:
         return None
     if value in ("double", "single"):
         return Nf4Recipe(double_quant=value == "double")
-    faults: list[str] = []
-    content = _read_file(value, faults)
-    if faults:
-        raise UsageProblem(faults[0].replace("--recipe", "--nf4-recipe"), expected="double, single, or a file")
-    content = content.get("quantization_config", content)
-    kind = content.get("bnb_4bit_quant_type", "nf4")
-    if kind != "nf4":
-        raise UsageProblem("the NF4 recipe names another 4-bit type", where=f"--nf4-recipe {value}", expected="nf4", found=str(kind))
-    known = {"bnb_4bit_use_double_quant", "bnb_4bit_blocksize", "blocksize", "block_size", "double_quant", "dtype"}
-    if not known & content.keys():
-        raise UsageProblem("the NF4 recipe names nothing that qmerge knows", where=f"--nf4-recipe {value}", expected=", ".join(sorted(known)), found=", ".join(map(str, content)) or "nothing")
-    if content.get("llm_int8_skip_modules"):
-        raise UsageProblem("the NF4 recipe skips modules, which this version does not read from a file", where=f"--nf4-recipe {value}", fix="quantize the base once, save it, and give that folder")
-    size = content.get("bnb_4bit_blocksize", content.get("blocksize", content.get("block_size", 64)))
-    return Nf4Recipe(int(size), bool(content.get("bnb_4bit_use_double_quant", content.get("double_quant", False))), content.get("dtype"))
+    return recipe_from_file(value)
+
+
+def nf4_recipe_of(recipe: Recipe, adapters: tuple[Adapter, ...]) -> Nf4Recipe | None:
+    """What the user said, else what an adapter's folder says about its training, where that is no guess."""
+    if recipe.nf4_recipe is not None or recipe.on == "original":
+        return read_nf4_recipe(recipe.nf4_recipe)
+    found = {told for adapter in adapters if (told := recipe_from_adapter(adapter.config, adapter.path)) is not None}
+    return found.pop() if len(found) == 1 else None

@@ -17,6 +17,7 @@ from qmerge.numerics import gptq, grids, nf4
 from qmerge.numerics.distances import weight_fit
 from qmerge.numerics.gptq import ElementGrid
 from qmerge.numerics.hessian import Factor, Statistics, factor
+from qmerge.numerics.lora import delta_survival
 from qmerge.numerics.polish import descend, lean
 from qmerge.numerics.shift import objective, shifted
 from qmerge.types import Grid, QuantizedWeight, QuantState
@@ -70,9 +71,12 @@ class Solved:
     distance: float
     slope: float
     """`weight_fit` of ``weight`` to W + ΔW, for the manifest: `verify` derives both again"""
+    survival: float | None = None
+    """``<W_out - W, ΔW> / <ΔW, ΔW>``, where the adapter changes the linear"""
 
     def to_json(self) -> dict[str, Any]:
-        return self.choice.to_json() | {"distance": round(self.distance, 6), "slope": round(self.slope, 6)}
+        kept = {} if self.survival is None else {"delta_survival": round(self.survival, 6)}
+        return self.choice.to_json() | {"distance": round(self.distance, 6), "slope": round(self.slope, 6)} | kept
 
 
 def options(linear: Linear, grid: Grid, importance: torch.Tensor, model_dtype: torch.dtype, nf4_like: QuantState | None) -> list[Option]:
@@ -216,7 +220,14 @@ def _finish(linear: Linear, found: _Best) -> Solved:
     quantized = found.option.build(found.codes)
     weight = gptq.values(found.codes, found.option.element)
     choice = Choice(found.level.damp, *found.shift, found.option.label, found.polished, found.value)
-    return Solved(quantized, weight, choice, *weight_fit(weight, linear.merged))
+    return Solved(quantized, weight, choice, *weight_fit(weight, linear.merged), _survival(linear, weight))
+
+
+def _survival(linear: Linear, weight: torch.Tensor) -> float | None:
+    if linear.delta is None:
+        return None
+    found = delta_survival(weight, linear.merged - linear.delta, linear.delta)
+    return None if found != found else found
 
 
 def round_to_nearest(linear: Linear, grid: Grid, model_dtype: torch.dtype, nf4_like: QuantState | None = None) -> Solved:
@@ -229,4 +240,4 @@ def round_to_nearest(linear: Linear, grid: Grid, model_dtype: torch.dtype, nf4_l
         codes = (work / element.scale).round_().add_(element.zero).clamp_(0, element.top)
     codes = codes.to(torch.uint8).T.contiguous()
     weight = gptq.values(codes, element)
-    return Solved(option.build(codes), weight, Choice(0.0, 0.0, 0.0, "searched, round to nearest", False, 0.0), *weight_fit(weight, linear.merged))
+    return Solved(option.build(codes), weight, Choice(0.0, 0.0, 0.0, "searched, round to nearest", False, 0.0), *weight_fit(weight, linear.merged), _survival(linear, weight))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from qmerge.device import exact_matmuls, peak_rss_bytes, pick_device
 from qmerge.formats import dense, gptq, nf4
 from qmerge.formats.base import Nf4Recipe, quantize_as_bitsandbytes
 from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokenizer
+from qmerge.pipeline.dense import DenseJob, write_dense
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Linear, Solved, round_to_nearest
@@ -44,32 +47,92 @@ def quiet(_: str) -> None:
     """No progress."""
 
 
-def run(plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: Calibration | None = None) -> RunReport:
-    """Write ``plan`` to its OUT: absent or whole, never half. Raises `qmerge.errors.QmergeError` kinds only for what the inputs can cause."""
+def run(plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: Calibration | None = None, count: Callable[[str, int, int], None] | None = None) -> RunReport:
+    """Write ``plan`` to its OUT: absent or whole, never half. Raises `qmerge.errors.QmergeError` kinds only for what the inputs can cause.
+
+    ``progress`` gets a line per step, ``count`` a label, what is done and what there is to do.
+    """
+    if plan.recipe.format in dense.DTYPES:
+        return run_dense([plan], progress, count)[0]
     began = time.perf_counter()
+    check_adapters(plan)
     recipe = plan.recipe
     device = pick_device(recipe.device)
     exact_matmuls()
     if calibration is None:
         calibration = calibration_for(plan)
-    merged = Merged(plan.base, plan.adapter, device)
-    out = Path(recipe.out)
+    merged = Merged(plan.base, plan.pieces, plan.adapters, device)
     records: dict[str, dict[str, Any]] = {}
-    with OutputFolder(out, [plan.checkpoint.path, plan.adapter.path], recipe.overwrite) as folder:
-        writer = ShardWriter(folder.path)
+    with Digests(plan) as inputs, _output(plan) as folder:
+        writer = ShardWriter(folder.path, recipe.shard_bytes)
         with torch.no_grad():
             for name, tensor in tensors(plan, merged, calibration, records, progress):
                 writer.add(name, tensor)
         writer.finish()
         merged.check_all_used()
-        config = output_config(plan)
-        (folder.path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if recipe.format == "gptq":
-            (folder.path / "quantize_config.json").write_text(json.dumps(config["quantization_config"], indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        copy_side_files(plan.checkpoint.path, plan.adapter.path, folder.path)
-        progress("hashing and publishing")
-        folder.commit(manifest(plan, calibration, records, folder.path))
-    return RunReport(out, time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), records)
+        _finish(plan, folder, manifest(plan, calibration, records, inputs), {}, progress)
+    return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), records)
+
+
+def run_dense(plans: list[MergePlan], progress: Callable[[str], None] = quiet, count: Callable[[str, int, int], None] | None = None) -> list[RunReport]:
+    """Write float checkpoints, streaming: one pass over the base for all plans (which share it). Each OUT is absent or whole."""
+    began = time.perf_counter()
+    for plan in plans:
+        check_adapters(plan)
+    device = pick_device(plans[0].recipe.device)
+    exact_matmuls()
+    with contextlib.ExitStack() as stack:
+        inputs = [stack.enter_context(Digests(plan)) for plan in plans]
+        folders = [stack.enter_context(_output(plan)) for plan in plans]
+        jobs = [
+            DenseJob(Merged(plan.base, plan.pieces, plan.adapters, device), dense.DTYPES[plan.recipe.format], folder.path, plan.recipe.shard_bytes)
+            for plan, folder in zip(plans, folders, strict=True)
+        ]
+        write_dense(jobs, device, count or (lambda *_: None))
+        for plan, job, folder, found in zip(plans, jobs, folders, inputs, strict=True):
+            job.merged.check_all_used()
+            _finish(plan, folder, manifest(plan, None, job.records, found), job.digests, progress)
+    return [RunReport(Path(plan.recipe.out), time.perf_counter() - began, peak_rss_bytes(), (), job.records) for plan, job in zip(plans, jobs, strict=True)]
+
+
+def check_adapters(plan: MergePlan) -> None:
+    """Read every adapter once and refuse NaN and Inf by name, before anything is written: adapters are small beside the base."""
+    for adapter in plan.adapters:
+        for key in adapter.specs:
+            adapter.source.fp32(key)
+
+
+def _output(plan: MergePlan) -> OutputFolder:
+    return OutputFolder(Path(plan.recipe.out), [plan.checkpoint.path, *(adapter.path for adapter in plan.adapters)], plan.recipe.overwrite)
+
+
+def _finish(plan: MergePlan, folder: OutputFolder, facts: dict[str, Any], digests: dict[str, dict[str, Any]], progress: Callable[[str], None]) -> None:
+    """Configs and side files beside the weights, then the manifest and the name."""
+    config = output_config(plan)
+    (folder.path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if plan.recipe.format == "gptq":
+        (folder.path / "quantize_config.json").write_text(json.dumps(config["quantization_config"], indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    copy_side_files(plan.checkpoint.path, plan.adapters[0].path, folder.path)
+    progress("publishing")
+    folder.commit(build_manifest(folder.path, known=digests, **facts))
+
+
+class Digests:
+    """The inputs' digests, computed in a thread of their own while the work goes on; asked for at the commit point."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        self._sources = {"base": plan.checkpoint} | {("adapter" if index == 0 else f"adapter_{index + 1}"): adapter for index, adapter in enumerate(plan.adapters)}
+        self._pool = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Digests:
+        self._found = self._pool.submit(lambda: {role: input_digests(source) for role, source in self._sources.items()})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def result(self) -> dict[str, Any]:
+        return self._found.result()
 
 
 def calibration_for(plan: MergePlan, documents: list | None = None) -> Calibration | None:
@@ -77,8 +140,8 @@ def calibration_for(plan: MergePlan, documents: list | None = None) -> Calibrati
     recipe = plan.recipe
     if recipe.format not in formats.QUANTIZING or recipe.rtn:
         return None
-    tokenizer = load_tokenizer([plan.adapter.path, plan.checkpoint.path])
-    context = getattr(plan.skeleton.model.config.get_text_config(), "max_position_embeddings", None) or recipe.tokens
+    tokenizer = load_tokenizer([*(adapter.path for adapter in plan.adapters), plan.checkpoint.path])
+    context = plan.context_length or recipe.tokens
     return load_calibration(
         recipe.calibration, recipe.generic, tokenizer, template=recipe.template, generic_share=recipe.generic_share,
         samples=recipe.samples, tokens=min(recipe.tokens, context), seed=recipe.seed, documents=documents,
@@ -90,42 +153,22 @@ def tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the output by name, each once. ``records`` fills with what was chosen per linear."""
     packed = set(plan.requantized)
-    for name in plan.base.names:
-        if name not in packed:
-            yield from _float_or_kept(plan, merged, name)
-    yield from _untied_pair(plan, merged)
+    for name in merged.names:
+        if name in plan.kept_4bit:
+            yield from nf4.pack(name, merged.four_bit(name)).items()
+        elif name not in packed:
+            yield name, merged.float_tensor(name)
     model_dtype = _model_dtype(plan)
     like = _nf4_template(plan) if plan.recipe.format == "nf4" else None
     if calibration is None:
         for number, name in enumerate(plan.requantized):
-            yield from _packed(plan, name, round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name)), plan.recipe.grid, model_dtype, like), records)
+            yield from _packed(plan, name, round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like), records)
             if number % 50 == 0:
                 progress(f"linear {number + 1}/{len(plan.requantized)}")
         return
     for _, solved in requantize_blocks(plan, merged, calibration, model_dtype, like, progress):
         for name, result in solved.items():
             yield from _packed(plan, name, result, records)
-
-
-def _float_or_kept(plan: MergePlan, merged: Merged, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    fmt = plan.recipe.format
-    if name in plan.kept_4bit:
-        yield from nf4.pack(name, merged.four_bit(name)).items()
-    elif fmt in dense.DTYPES:
-        tensor = merged.in_file_order(name, merged.weight(name)) if merged.base.is_4bit(name) or not merged.untouched(name) else merged.base.stored(name)
-        yield from dense.pack(name, tensor, fmt).items() if tensor.is_floating_point() else ((name, tensor),)
-    else:
-        yield name, merged.float_tensor(name)
-
-
-def _untied_pair(plan: MergePlan, merged: Merged) -> Iterator[tuple[str, torch.Tensor]]:
-    """The head of a pair that is no longer tied: its own replacement, or the embedding as it was."""
-    if not plan.untied or plan.untied in plan.base.names:
-        return
-    head, entrance = plan.untied, plan.skeleton.input_embedding
-    original = merged.base.stored(entrance)
-    tensor = merged.weight(head).to(original.dtype) if head in merged.adapter.saved else original
-    yield from dense.pack(head, tensor, plan.recipe.format).items() if plan.recipe.format in dense.DTYPES else ((head, tensor),)
 
 
 def _packed(plan: MergePlan, name: str, solved: Solved, records: dict) -> Iterator[tuple[str, torch.Tensor]]:
@@ -137,7 +180,7 @@ def _packed(plan: MergePlan, name: str, solved: Solved, records: dict) -> Iterat
 
 def _model_dtype(plan: MergePlan) -> torch.dtype:
     """The dtype that a loader will give the model: scales are made to fit it."""
-    config = plan.checkpoint.config
+    config = plan.config
     named = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype") or "bfloat16"
     return getattr(torch, str(named).removeprefix("torch."))
 
@@ -152,32 +195,29 @@ def _nf4_template(plan: MergePlan) -> QuantState:
 def output_config(plan: MergePlan) -> dict[str, Any]:
     """The base's config without anything of the old quantization, and with the new one's."""
     recipe = plan.recipe
-    config = {key: value for key, value in plan.checkpoint.config.items() if key not in NEVER_COPIED}
+    config = {key: value for key, value in plan.config.items() if key not in NEVER_COPIED}
     named = str(_model_dtype(plan)).removeprefix("torch.")
     config["dtype"] = dense.CONFIG_NAMES.get(recipe.format, named)
-    if plan.untied:
-        config["tie_word_embeddings"] = False
     if recipe.format == "gptq":
         prefix = plan.skeleton.blocks_name + "."
         short = sorted({name.removeprefix(prefix).partition(".")[2].removesuffix(".weight") for name in plan.requantized})
         kept = [short] if len(plan.requantized) != len(plan.skeleton.inside) else None
         config["quantization_config"] = gptq.config(recipe.grid, plan.skeleton.blocks_name, kept, __version__)
     elif recipe.format == "nf4":
-        double = _nf4_template(plan).nested if not plan.base.quantized else True
-        old = plan.checkpoint.config.get("quantization_config") if plan.base.quantized else None
-        config["quantization_config"] = nf4.config(old, double, named)
+        old = plan.checkpoint.config.get("quantization_config") if plan.base.quantized and set(plan.base.quantized.values()) == {"nf4"} else None
+        config["quantization_config"] = nf4.config(old, _nf4_template(plan).nested, named) | {"bnb_4bit_quant_storage": "uint8"}
     return config
 
 
-def manifest(plan: MergePlan, calibration: Calibration | None, records: dict, folder: Path) -> dict[str, Any]:
+def manifest(plan: MergePlan, calibration: Calibration | None, records: dict, digests: Digests) -> dict[str, Any]:
     """What is known at the commit point: inputs with digests, recipe, versions, choices per linear."""
-    inputs = {"base": input_digests(plan.checkpoint), "adapter": input_digests(plan.adapter)}
+    inputs = digests.result()
     if calibration:
         inputs["calibration"] = calibration.facts
-    recipe = plan.recipe.to_json() | {"merged_on": "float base" if plan.recipe.on == "original" else "dequantized NF4 base"}
+    recipe = plan.recipe.to_json() | {"merged_on": "float base" if plan.recipe.on == "original" else "dequantized base"}
     if plan.base.recipe:
         recipe["nf4"] = plan.base.recipe.to_json()
-    return build_manifest(folder, inputs=inputs, recipe=recipe, versions=versions(), extra={"linears": records, "warnings": list(plan.warnings)})
+    return {"inputs": inputs, "recipe": recipe, "versions": versions(), "extra": {"linears": records, "warnings": list(plan.warnings)}}
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,11 @@ this tree: the decoder's ``ModuleList``, linears by type, which of them store th
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,14 +39,40 @@ class Skeleton:
     def tied(self) -> bool:
         return bool(getattr(self.model.config.get_text_config(), "tie_word_embeddings", False))
 
+    @property
+    def tied_names(self) -> frozenset[str]:
+        """The head's name where it shares the embedding's tensor: a file may leave it out."""
+        tied = self.tied and self.output_embedding not in (None, self.input_embedding)
+        return frozenset({self.output_embedding}) if tied else frozenset()
 
-def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
-    """Raises `Refused` where transformers has no causal LM for this config, or the decoder is not one ``ModuleList``. Never runs remote code."""
+
+def may_hold_conv1d(config: dict[str, Any]) -> bool:
+    """Might linears of this architecture store their weights ``[in, out]``? Answered from the text of transformers' source, which imports nothing.
+
+    True also where the text cannot be found: then the model class has to be asked.
+    """
+    found = importlib.util.find_spec("transformers")
+    if found is None or found.origin is None:
+        return True
+    kinds = [str(part["model_type"]) for part in (config, *(value for value in config.values() if isinstance(value, dict))) if part.get("model_type")]
+    for kind in kinds or [""]:
+        folder = Path(found.origin).parent / "models" / kind.replace("-", "_")
+        sources = sorted(folder.glob("modeling_*.py")) if kind and "/" not in kind and ".." not in kind else []
+        if not sources or any("Conv1D" in source.read_text(encoding="utf-8") for source in sources):
+            return True
+    return False
+
+
+def build_skeleton(checkpoint: Checkpoint, changed: dict[str, Any] | None = None) -> Skeleton:
+    """``changed``: the config of the output, where the adapter changes it (more tokens or layers).
+
+    Raises `Refused` where transformers has no causal LM for this config, or the decoder is not one ``ModuleList``. Never runs remote code.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+        config = _config(checkpoint.path if changed is None else changed, AutoConfig)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
@@ -53,6 +83,14 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
                       found=str(problem).splitlines()[0][:200], fix="qmerge never runs remote code; the architecture must be one that transformers has") from problem
     model.eval().requires_grad_(False)
     return describe(model, checkpoint.name)
+
+
+def _config(source: Path | dict[str, Any], loader: Any) -> Any:
+    if isinstance(source, Path):
+        return loader.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+    with tempfile.TemporaryDirectory() as folder:  # transformers reads configs from folders
+        (Path(folder) / "config.json").write_text(json.dumps(source), encoding="utf-8")
+        return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def describe(model: nn.Module, where: str) -> Skeleton:

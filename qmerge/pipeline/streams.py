@@ -104,10 +104,10 @@ def _start(plan: MergePlan, merged: Merged, calibration: Calibration) -> list[_B
     skeleton = plan.skeleton
     model = skeleton.model
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
-        if not name.startswith(skeleton.blocks_name + ".") and name in merged.base.names:
+        if not name.startswith(skeleton.blocks_name + ".") and name in merged.pieces.table:
             set_weight(model, name, merged.in_file_order(name, merged.weight(name)))
     head = skeleton.output_embedding
-    if head and head not in merged.base.names:  # tied: the recorder's forward ends in the head, so it needs some weight
+    if head and head not in merged.pieces.table:  # tied: the recorder's forward ends in the head, so it needs some weight
         set_weight(model, head, model.get_input_embeddings().weight)
     _move_buffers(model, merged.device)
     parts: list[tuple[torch.Tensor, bool]] = []

@@ -6,24 +6,29 @@ W + ΔW derived anew, and the distance and slope between the two must be what th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qmerge.adapters.several_adapters import SUM, Choice
 from qmerge.errors import QmergeError, Refused
 from qmerge.formats import dense, gptq
 from qmerge.formats import nf4 as nf4_format
-from qmerge.formats.base import Nf4Recipe, open_base
+from qmerge.formats.base import Nf4Recipe
 from qmerge.numerics import nf4
 from qmerge.numerics.distances import weight_fit
 from qmerge.pipeline.calibrate import load_tokenizer
-from qmerge.pipeline.merge import Merged
+from qmerge.pipeline.merge import Merged, stretches
+from qmerge.pipeline.plan import MergePlan, read_inputs
+from qmerge.pipeline.recipe import Recipe
 from qmerge.pipeline.skeleton import Skeleton, build_skeleton
-from qmerge.store.adapter import LoraAdapter, open_adapter
 from qmerge.store.checkpoint import Checkpoint, open_checkpoint
+from qmerge.store.headers import rows_of
 from qmerge.store.manifest import MANIFEST, input_digests, read_manifest, verify_files
+from qmerge.store.tensors import read_tensor
 from qmerge.types import Grid
 
 SAME = 2e-5
@@ -37,29 +42,57 @@ class Check:
     detail: str
 
 
-def verify(out: str, base: str | None = None, adapter: str | None = None) -> list[Check]:
-    """All checks in order. Raises `QmergeError` only where there is nothing to check (no folder, no manifest)."""
+def verify(out: str, base: str | None = None, adapters: Sequence[str] = (), allow_pickle: bool = False) -> list[Check]:
+    """All checks in order. ``adapters``: places, in the order of the merge; weights are taken from the manifest. Raises `QmergeError` only where there is nothing to check (no folder, no manifest)."""
     folder = Path(out)
     if not folder.is_dir():
         raise Refused("there is no such folder", where=out, expected="a checkpoint that qmerge wrote", found="nothing" if not folder.exists() else "a file")
     if not (folder / MANIFEST).is_file():
         raise Refused("qmerge did not write this folder", where=out, expected=MANIFEST, found="none", fix="verify checks what qmerge merge and qmerge run wrote")
     manifest = read_manifest(folder)
-    inputs = (open_checkpoint(base), open_adapter(adapter)) if base and adapter else None
+    inputs = _plan_again(manifest, base, adapters, allow_pickle) if base and adapters else None
     problems = verify_files(folder)
     checks = [Check("files", not problems, "; ".join(problems[:5]) or f"{len(manifest['files'])} files have the size and SHA-256 of the manifest")]
     try:
         checkpoint = open_checkpoint(out)
         checks.append(Check("headers", True, f"{len(checkpoint.specs)} tensors, headers and index agree"))
-        skeleton = build_skeleton(checkpoint)
-        checks.append(Check("config", True, f"transformers builds {type(skeleton.model).__name__} from it"))
+        skeleton = _class_of(checkpoint)
+        checks.append(Check("config", True, f"transformers builds {type(skeleton.model).__name__} from it" if skeleton else "transformers has no class for it, so names are not held against one"))
         checks.append(_weights(checkpoint, skeleton))
         checks.append(_tokenizer(folder))
         if inputs:
-            checks += _inputs(manifest, checkpoint, skeleton, *inputs)
+            checks += _inputs(manifest, checkpoint, inputs)
     except QmergeError as problem:
         checks.append(Check("reading", False, f"{problem.what} ({problem.where})"))
     return checks
+
+
+def _class_of(checkpoint: Checkpoint) -> Skeleton | None:
+    """The model class; None where transformers has no such architecture and the weights are plain floats, which need none. Raises Refused for quantized ones."""
+    try:
+        return build_skeleton(checkpoint)
+    except Refused:
+        if Written(checkpoint).linears:
+            raise
+        return None
+
+
+def _plan_again(manifest: dict[str, Any], base: str, adapters: Sequence[str], allow_pickle: bool) -> MergePlan:
+    """The inputs as the manifest's recipe read them."""
+    row = manifest["recipe"]
+    weights = row.get("weights") or [1.0] * len(adapters)
+    if len(weights) != len(adapters):
+        raise Refused("the checkpoint was made of another number of adapters", where=MANIFEST, expected=f"{len(weights)}", found=f"{len(adapters)}")
+    recipe = Recipe(
+        base=base, adapter=tuple(str(Choice(place, weight)) for place, weight in zip(adapters, weights, strict=True)), format=row["format"], on=row["on"], rtn=bool(row.get("rtn")),
+        combine=row.get("combine", SUM), density=row.get("density"), combine_rank=row.get("combine_rank"), seed=row.get("seed", 0),
+        residual_base=bool(row.get("residual_base")), allow_pickle=allow_pickle,
+    )  # fmt: skip
+    return read_inputs(recipe, _nf4_recipe(row["nf4"]) if row.get("nf4") else None)
+
+
+def _nf4_recipe(row: dict[str, Any]) -> Nf4Recipe:
+    return Nf4Recipe(**row | {"skip": tuple(row.get("skip", ()))})
 
 
 def _tokenizer(folder: Path) -> Check:
@@ -91,44 +124,54 @@ class Written:
         return gptq.dequantize(gptq.unpack(name.removesuffix(".weight"), self.checkpoint.load, self.grid))
 
 
-def _weights(checkpoint: Checkpoint, skeleton: Skeleton) -> Check:
+def _weights(checkpoint: Checkpoint, skeleton: Skeleton | None) -> Check:
     written = Written(checkpoint)
     bad = [name for name in written.linears if not torch.isfinite(written.linear(name)).all()]
     parts = {part for name in written.nf4 for part in nf4_format.components(name)[1:]}
     parts |= {f"{name.removesuffix('.weight')}.{suffix}" for name in written.gptq for suffix in gptq.SUFFIXES}
     floats = [name for name in checkpoint.specs if name not in parts and name not in written.nf4]
-    bad += [name for name in floats if checkpoint.specs[name].dtype in ("BF16", "F16", "F32") and not torch.isfinite(checkpoint.load(name)).all()]
-    held = set(floats) | set(written.linears)
-    tied = {skeleton.output_embedding} if skeleton.tied else set()
-    missing = sorted({name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)} - held - tied)
+    bad += [name for name in floats if checkpoint.specs[name].dtype in ("BF16", "F16", "F32") and not _finite(checkpoint, name)]
+    missing = _missing(skeleton, set(floats) | set(written.linears), checkpoint) if skeleton else []
     if bad or missing:
         return Check("weights", False, f"{bad[0]} is not finite" if bad else f"{missing[0]} is missing")
     return Check("weights", True, f"{len(written.linears)} quantized linears unpack, {len(floats)} float tensors, all finite")
 
 
-def _inputs(manifest: dict[str, Any], checkpoint: Checkpoint, skeleton: Skeleton, source: Checkpoint, adapter: LoraAdapter) -> list[Check]:
-    recipe = manifest["recipe"]
+def _finite(checkpoint: Checkpoint, name: str) -> bool:
+    spec = checkpoint.specs[name]
+    return all(bool(torch.isfinite(read_tensor(checkpoint.path, rows_of(spec, *span))).all()) for span in stretches(spec.shape))
+
+
+def _missing(skeleton: Skeleton, held: set[str], checkpoint: Checkpoint) -> list[str]:
+    """Parameters of the class that no tensor of the file feeds, under whatever name transformers reads it."""
+    tied = skeleton.tied_names
+    absent = sorted({name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)} - held - tied)
+    if not absent or Written(checkpoint).linears:
+        return absent
+    from qmerge.adapters.names import relate
+
+    return sorted(set(relate(skeleton.model, {name: spec.shape for name, spec in checkpoint.specs.items()}).missing) & set(absent))
+
+
+def _inputs(manifest: dict[str, Any], checkpoint: Checkpoint, again: MergePlan) -> list[Check]:
     checks = []
-    for role, found in (("base", source), ("adapter", adapter)):
+    roles = {"base": again.checkpoint} | {("adapter" if index == 0 else f"adapter_{index + 1}"): adapter for index, adapter in enumerate(again.adapters)}
+    for role, found in roles.items():
         same = {n: f["sha256"] for n, f in input_digests(found)["files"].items()} == {n: f["sha256"] for n, f in manifest["inputs"][role]["files"].items()}
         checks.append(Check(role, same, f"{found.name} is {'' if same else 'not '}what the manifest names"))
-    fly = recipe.get("nf4")
-    base = open_base(source, on=recipe["on"], recipe=Nf4Recipe(**fly) if fly else None, linears=skeleton.linears)
-    merged = Merged(base, adapter, torch.device("cpu"))
+    merged = Merged(again.base, again.pieces, again.adapters, torch.device("cpu"))
     written = Written(checkpoint)
-    checks.append(_floats(written, merged, recipe["format"], skeleton))
+    checks.append(_floats(written, merged, manifest["recipe"]["format"]))
     return checks + ([_linears(written, merged, manifest.get("linears") or {})] if written.linears else [])
 
 
-def _floats(written: Written, merged: Merged, fmt: str, skeleton: Skeleton) -> Check:
+def _floats(written: Written, merged: Merged, fmt: str) -> Check:
     compared = 0
-    for name in merged.base.names:
+    for name in merged.names:
         if name in written.linears:
             continue
-        if fmt in dense.DTYPES:
-            wanted = merged.in_file_order(name, merged.weight(name)).to(dense.DTYPES[fmt])
-        else:
-            wanted = merged.float_tensor(name)
+        dtype = dense.DTYPES.get(fmt)
+        wanted = merged.float_tensor(name) if dtype is None or not merged.out_dtype(name).is_floating_point else merged.in_file_order(name, merged.weight(name)).to(dtype)
         if name not in written.checkpoint.specs or not torch.equal(written.checkpoint.load(name), wanted):
             return Check("float tensors", False, f"{name} is not what the inputs give")
         compared += 1

@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
 
+from qmerge.adapters.edits import Edit
+from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.errors import Refused, UsageProblem
-from qmerge.quality.merging import merge_in_memory
+from qmerge.quality.attach import as_set, attach
+from qmerge.quality.merging import merge_in_memory, model_edits
 from qmerge.quality.plain import dense_weights, make_plain, round_trip_nf4
 
-NF4_DEFAULT: dict[str, Any] = {"block_size": 64, "double_quant": True, "dtype": None}
-"""``dtype`` is what the float weights were cast to before they were rounded; None: as the file holds them"""
+NF4_DEFAULT: dict[str, Any] = {"block_size": 64, "double_quant": True, "dtype": None, "skip": (), "quant_type": "nf4"}
+"""``dtype`` is what the float weights were cast to before they were rounded; None: as the file holds them. ``skip``: transformers' ``llm_int8_skip_modules``"""
+PACKED = ("bitsandbytes", "gptq", "awq")
+"""quantized bases that an adapter can be put on"""
 PREFERRED_KERNEL = {"gptq": "gptq_torch", "awq": "torch_awq"}
 
 
@@ -39,36 +43,45 @@ class Arm:
     nbytes: int | None
     path: str | None = None
     bytes_note: str | None = None
+    edits: dict[str, Edit] | None = None
+    """for the reference: what the adapter does to which parameter of the base"""
     loader: str | None = None
     """said where a checkpoint could not be loaded by transformers and another public loader read it"""
 
 
 def load_base(base: str, *, on: str = "dequantized", nf4_recipe: dict[str, Any] | None = None) -> Arm:
-    """Arm A. An NF4 checkpoint through bitsandbytes; a float one rounded to NF4 while loading, as QLoRA training does, unless ``on`` is ``original``."""
+    """Arm A. A quantized checkpoint through its public loader; a float one rounded to 4 bits while loading, as QLoRA training does, unless ``on`` is
+    ``original``."""
     method = quantization_method(base)
-    if method not in ("none", "bitsandbytes"):
-        raise Refused("the base is neither float nor NF4", where=_label(base), expected="a float or bitsandbytes NF4 checkpoint", found=method)
-    if on == "original" and method == "none":
-        return Arm("base", "base", make_plain(_from_pretrained(base)), weight_bytes(base), base)
-    if method == "bitsandbytes":
-        return Arm("base", "base", make_plain(_from_pretrained(base)), weight_bytes(base), base)
+    if method not in ("none", *PACKED):
+        raise Refused("the base is quantized in a way that evaluation does not read", where=_label(base),
+                      expected=f"a float checkpoint or {', '.join(PACKED)}", found=method)
+    if method != "none" or on == "original":
+        model, loader = _loaded(base, method)
+        return Arm("base", "base", make_plain(model), weight_bytes(base), base, loader=loader)
     recipe = full_recipe(nf4_recipe)
     dtype = getattr(torch, recipe["dtype"]) if recipe["dtype"] else "auto"
     if recipe["block_size"] == 64:  # what transformers' configuration can express
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=recipe["double_quant"])
-        return Arm("base", "base", make_plain(_from_pretrained(base, dtype=dtype, quantization_config=config)), weight_bytes(base), base)
+        return Arm("base", "base", make_plain(_from_pretrained(base, dtype=dtype, quantization_config=four_bit_config(recipe))), weight_bytes(base), base)
     model = make_plain(_from_pretrained(base, dtype=dtype))
-    return Arm("base", "base", _rounded(model, _all_but_head(model), recipe), weight_bytes(base), base)
+    return Arm("base", "base", _rounded(model, _quantizable(model, recipe), recipe), weight_bytes(base), base)
 
 
-def load_separate(base: str, adapter: str, *, on: str = "dequantized", nf4_recipe: dict[str, Any] | None = None) -> Arm:
+def four_bit_config(recipe: dict[str, Any], **options: Any) -> BitsAndBytesConfig:
+    """transformers' configuration for a `full_recipe` of block size 64."""
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=recipe["quant_type"], bnb_4bit_use_double_quant=recipe["double_quant"],
+                              llm_int8_skip_modules=list(recipe["skip"]) or None, **options)
+
+
+def load_separate(base: str, adapter: str | AdapterSet, *, on: str = "dequantized", nf4_recipe: dict[str, Any] | None = None) -> Arm:
     """Arm B, the reference: PEFT's own loader on arm A."""
     below = load_base(base, on=on, nf4_recipe=nf4_recipe)
-    size = None if below.nbytes is None else below.nbytes + (weight_bytes(adapter) or 0)
-    return Arm("separate", "separate", attach(below.model, adapter), size, adapter)
+    opened, edits = as_set(adapter).open(), model_edits(below.model, as_set(adapter))
+    size = None if below.nbytes is None else below.nbytes + sum(one.weight_bytes for one in opened)
+    return Arm("separate", "separate", attach(below.model, adapter), size, str(opened[0].path), edits=edits)
 
 
-def load_merged(base: str, adapter: str, *, on: str = "dequantized", nf4_recipe: dict[str, Any] | None = None, original: str | None = None) -> Arm:
+def load_merged(base: str, adapter: str | AdapterSet, *, on: str = "dequantized", nf4_recipe: dict[str, Any] | None = None, original: str | None = None) -> Arm:
     """Arm C: W + ΔW in fp32. With ``on='original'`` and an NF4 base, W is the float base ``original``."""
     if on == "original" and quantization_method(base) != "none":
         if original is None:
@@ -80,12 +93,14 @@ def load_merged(base: str, adapter: str, *, on: str = "dequantized", nf4_recipe:
     return Arm("merged", "merged", below.model, 2 * _elements(below.model), None, "as a bf16 checkpoint")
 
 
-def load_rtn(base: str, adapter: str, *, on: str = "dequantized", nf4_recipe: dict[str, Any] | None = None) -> Arm:
+def load_rtn(base: str, adapter: str | AdapterSet, *, on: str = "dequantized", nf4_recipe: dict[str, Any] | None = None, original: str | None = None) -> Arm:
     """Arm F: arm C rounded to the nearest NF4 value, as ``merge_and_unload`` on a 4-bit model does."""
-    merged = load_merged(base, adapter, on=on, nf4_recipe=nf4_recipe)
-    names, recipe = _all_but_head(merged.model), full_recipe(nf4_recipe)
-    if quantization_method(base) == "bitsandbytes":
-        names, recipe = nf4_layout(base)
+    merged = load_merged(base, adapter, on=on, nf4_recipe=nf4_recipe, original=original)
+    recipe = full_recipe(nf4_recipe)
+    names = _quantizable(merged.model, recipe)
+    if quantization_method(base) == "bitsandbytes" and not quantization_config(base).get("load_in_8bit"):
+        names, layout = nf4_layout(base)
+        recipe = recipe | layout
     rounded = _rounded(merged.model, names, recipe)
     small = sum(w.numel() for n, w in dense_weights(rounded).items() if n in names)
     per_block = 1 + 4 / 256 if recipe["double_quant"] else 4
@@ -93,7 +108,7 @@ def load_rtn(base: str, adapter: str, *, on: str = "dequantized", nf4_recipe: di
     return Arm("rtn", "rtn", rounded, size, None, "as an NF4 checkpoint, the rest bf16")
 
 
-def load_original(original: str, adapter: str) -> Arm:
+def load_original(original: str, adapter: str | AdapterSet) -> Arm:
     """Arm E: the adapter merged into a float base that it was not trained on."""
     below = load_base(original, on="original")
     merge_in_memory(below.model, adapter)
@@ -102,7 +117,22 @@ def load_original(original: str, adapter: str) -> Arm:
 
 def load_candidate(name: str, path: str) -> Arm:
     """Arm D: a finished checkpoint, through the loader that its config names."""
+    method = check_method(path)
+    model, loader = _loaded(path, method)
+    return Arm(name, method, make_plain(model), weight_bytes(path), path, loader=loader)
+
+
+def check_method(path: str) -> str:
+    """How a checkpoint is quantized (``none``: float). Refused for a folder that is no checkpoint, and for what no loader here reads; reads its config
+    alone."""
     method = quantization_method(path)
+    if method not in ("none", *PACKED, "compressed-tensors"):
+        raise Refused("evaluation does not know this quantization", where=_label(path), expected=f"none, {', '.join(PACKED)}, compressed-tensors", found=method)
+    return method
+
+
+def _loaded(path: str, method: str) -> tuple[nn.Module, str | None]:
+    """A checkpoint as its public loader gives it, and a word on the loader where it is not transformers'."""
     options: dict[str, Any] = {}
     if method in ("gptq", "awq"):
         _need("gptqmodel", "gptq"), _need("optimum", "gptq")
@@ -112,26 +142,13 @@ def load_candidate(name: str, path: str) -> Arm:
         from transformers import CompressedTensorsConfig
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    elif method not in ("none", "bitsandbytes"):
-        raise Refused("evaluation does not know this quantization", where=_label(path), expected="none, bitsandbytes, gptq, compressed-tensors", found=method)
-    loader = None
     try:
-        model = _from_pretrained(path, **options)
+        return _from_pretrained(path, **options), None
     except AttributeError as problem:
         # transformers 5.23 initializes a packed Conv1D (GPT-2) anew and stops; gptqmodel's own loader reads the file
         if method != "gptq":
             raise
-        model, loader = _from_gptqmodel(path, problem), f"GPTQModel.load; transformers stops with: {problem}"
-    return Arm(name, method, make_plain(model), weight_bytes(path), path, loader=loader)
-
-
-def attach(model: nn.Module, adapter: str, device: str = "cpu") -> nn.Module:
-    """PEFT's loader; grows the embeddings first where the adapter's folder brings a tokenizer with more tokens than the base has rows."""
-    if (Path(adapter) / "tokenizer_config.json").is_file():
-        wanted = len(AutoTokenizer.from_pretrained(adapter, trust_remote_code=False))
-        if wanted > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(wanted)
-    return PeftModel.from_pretrained(model, adapter, is_trainable=False, torch_device=device).eval()
+        return _from_gptqmodel(path, problem), f"GPTQModel.load; transformers stops with: {problem}"
 
 
 def quantization_config(path: str) -> dict[str, Any]:
@@ -148,19 +165,17 @@ def quantization_config(path: str) -> dict[str, Any]:
 
 def quantization_method(path: str) -> str:
     config = quantization_config(path)
-    method = config.get("quant_method") or ("bitsandbytes" if config.get("load_in_4bit") else "none")
-    if method == "bitsandbytes" and config.get("load_in_8bit"):
-        raise Refused("the checkpoint is LLM.int8, not NF4", where=_label(path), expected="load_in_4bit", found="load_in_8bit")
-    return str(method)
+    return str(config.get("quant_method") or ("bitsandbytes" if config.get("load_in_4bit") or config.get("load_in_8bit") else "none"))
 
 
 def nf4_layout(base: str) -> tuple[set[str], dict[str, Any]]:
-    """Which linears an NF4 checkpoint rounds, and its ``block_size`` and ``double_quant``, which its config does not hold: asked of the loaded modules."""
+    """Which linears an NF4 checkpoint rounds, and its ``block_size``, ``double_quant`` and ``quant_type``: asked of the loaded modules, for its config does
+    not hold them all."""
     states = {}
     for name, module in _from_pretrained(base).named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
-            states[name] = {"block_size": int(state.blocksize), "double_quant": bool(state.nested)}
+            states[name] = {"block_size": int(state.blocksize), "double_quant": bool(state.nested), "quant_type": state.quant_type}
     if not states:
         raise Refused("the base says NF4 and no linear of it is", where=_label(base), expected="Linear4bit modules", found="none")
     return set(states), next(iter(states.values()))
@@ -195,7 +210,8 @@ def _from_gptqmodel(path: str, problem: Exception) -> nn.Module:
     try:
         return GPTQModel.load(path, device="cpu", backend="gptq_torch").model.eval()
     except (ValueError, RuntimeError, NotImplementedError) as second:
-        raise Refused("no public loader reads this gptq checkpoint", where=_label(path), found=f"transformers: {problem}; gptqmodel: {str(second).splitlines()[0]}",
+        raise Refused("no public loader reads this gptq checkpoint", where=_label(path),
+                      found=f"transformers: {problem}; gptqmodel: {str(second).splitlines()[0]}",
                       fix="use --sym, or --format nf4") from second
 
 
@@ -216,16 +232,18 @@ def _need(module: str, extra: str) -> None:
         raise UsageProblem(f"loading this checkpoint needs {module}, which is not installed", fix=f"pip install 'qmerge[{extra}]'")
 
 
-def _all_but_head(model: nn.Module) -> set[str]:
-    """What bitsandbytes rounds in a float model: every linear but the output head."""
-    head = model.get_output_embeddings()
-    return {n for n in dense_weights(model) if model.get_submodule(n) is not head}
+def _quantizable(model: nn.Module, recipe: dict[str, Any]) -> set[str]:
+    """What bitsandbytes rounds in a float model: every linear but the output head, or but those that ``skip`` names by transformers' rule."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skip, head = list(recipe["skip"]), model.get_output_embeddings()
+    return {n for n in dense_weights(model) if (should_convert_module(n, skip) if skip else model.get_submodule(n) is not head)}
 
 
 def _rounded(model: nn.Module, names: set[str], recipe: dict[str, Any]) -> nn.Module:
     for name, weight in dense_weights(model).items():
         if name in names:
-            weight.copy_(round_trip_nf4(weight, recipe["block_size"], recipe["double_quant"]))
+            weight.copy_(round_trip_nf4(weight, recipe["block_size"], recipe["double_quant"], recipe["quant_type"]))
     return model
 
 

@@ -17,19 +17,23 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from qmerge.adapters.adapter import Adapter
+from qmerge.adapters.edits import Edit
+from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.errors import Refused, UsageProblem
+from qmerge.formats.training import recipe_from_adapter
 from qmerge.quality import arms as loading
+from qmerge.quality.attach import as_set, check_separate
 from qmerge.quality.compare import REFERENCE_ARMS, compare, load_budget
 from qmerge.quality.fingerprint import protocol, text_protocol
 from qmerge.quality.measure import TokenScores, measure
-from qmerge.quality.merging import linear_rows
+from qmerge.quality.merging import edited_weights, linear_rows
 from qmerge.quality.metrics import json_metric, reference_scores, text_metrics
-from qmerge.quality.plain import dense_weights, place
+from qmerge.quality.plain import place
 from qmerge.quality.reference import Reference
 from qmerge.quality.served import as_served
 from qmerge.quality.sidecar import Scores, text_rows
 from qmerge.quality.tasks import Suite, load_suite, run_suite, task_index, task_rows
-from qmerge.store.adapter import LoraAdapter, open_adapter
 from qmerge.store.texts import Document, Overlap, Windows, ngram_overlap, pack_windows, read_documents, tokenize_documents
 
 SCHEMA_VERSION = 1
@@ -37,14 +41,14 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Progress = Callable[[str, int, int], None]
 
 
-def evaluate(base: str, adapter: str, candidates: dict[str, str], texts: dict[str, str], tokens: int, **options: Any) -> dict[str, Any]:
+def evaluate(base: str, adapter: str | AdapterSet, candidates: dict[str, str], texts: dict[str, str], tokens: int, **options: Any) -> dict[str, Any]:
     """results.json's content; ``evaluate_with_scores`` takes the same arguments and also gives the per-token arrays."""
     return evaluate_with_scores(base, adapter, candidates, texts, tokens, **options)[0]
 
 
 def evaluate_with_scores(
     base: str,
-    adapter: str,
+    adapter: str | AdapterSet,
     candidates: dict[str, str],
     texts: dict[str, str],
     tokens: int,
@@ -72,13 +76,18 @@ def evaluate_with_scores(
     check_request(candidates, texts, also, original)
     tasks = load_suite(suite) if suite else None
     limits = budget or load_budget("default")
-    lora = open_adapter(adapter)
-    tokenizer = load_tokenizer(base, adapter)
+    adapter = as_set(adapter)
+    opened = check_separate(adapter)
+    for path in (base, *candidates.values()):
+        loading.check_method(path)
+    nf4_recipe = recipe_of(base, opened, on, nf4_recipe)
+    tokenizer = load_tokenizer(base, *(str(one.path) for one in opened))
     windows, prints = _read_texts(texts, tokenizer, tokens, template, doc_separator, keep_tail)
     how = {"on": on, "nf4_recipe": nf4_recipe}
     reference = loading.load_separate(base, adapter, **how)
     _check_length(reference.model, tokens)
-    foundation = dense_weights(reference.model) if original is None or on != "original" else dense_weights(loading.load_base(original, on="original").model)
+    edits = reference.edits or {}
+    foundation = edited_weights(reference.model if original is None or on != "original" else loading.load_base(original, on="original").model, edits)
     place(reference.model, device)
     elsewhere = on == "original" and loading.quantization_method(base) != "none"
     options = {"merged_into": "another base" if elsewhere else "the reference's base", "window_tokens": tokens, "keep_tail": keep_tail, "template": template, "doc_separator": doc_separator, "seed": seed, **how}
@@ -87,7 +96,7 @@ def evaluate_with_scores(
     run = _Run(reference, windows, device, tokenizer, tasks, results_dir, progress)
     run.add_reference()
     for load, linears in _loaders(base, adapter, candidates, also, original, how):
-        run.add(load, (foundation, lora) if linears else None)
+        run.add(load, (foundation, edits) if linears else None)
     floor = run.noise_floor(base, adapter, how)
     results = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(seed), "noise_floor": floor}
     results["tasks"] = task_rows(run.samples, results["arms"]) if tasks else {}
@@ -96,13 +105,25 @@ def evaluate_with_scores(
     return results, run.scores
 
 
-def load_tokenizer(base: str, adapter: str) -> Any:
-    """The adapter's own tokenizer where its folder has one (training may have added tokens or a chat template), else the base's."""
-    own = (Path(adapter) / "tokenizer_config.json").is_file()
+def recipe_of(base: str, adapters: Iterable[Adapter], on: str, given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How a float base was quantized while the adapter was trained: as ``given``, else as the adapters' folders say. Refused where nothing says it, as in a merge."""
+    if given is not None or on == "original" or loading.quantization_method(base) != "none":
+        return given
+    told = {found for one in adapters if (found := recipe_from_adapter(one.config, one.path)) is not None}
+    if len(told) != 1:
+        raise Refused("the base is a float checkpoint, and how it was used while the adapter was trained must not be guessed", where=Path(base).name, expected="--nf4-recipe or --on original",
+                      found="neither" if not told else f"{len(told)} adapters that contradict each other",
+                      fix="--nf4-recipe double|single|FILE if it was loaded with load_in_4bit while training (QLoRA); --on original if it was trained on in float")
+    return told.pop().to_json()
+
+
+def load_tokenizer(base: str, *adapters: str) -> Any:
+    """The first tokenizer that an adapter's folder has (training may have added tokens or a chat template), else the base's."""
+    source = next((folder for folder in adapters if (Path(folder) / "tokenizer_config.json").is_file()), base)
     try:
-        return AutoTokenizer.from_pretrained(adapter if own else base, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        where = Path(adapter if own else base).name
+        where = Path(source).name
         raise Refused("the tokenizer cannot be loaded", where=where, expected="a tokenizer beside the model", found=str(error).splitlines()[0]) from error
 
 
@@ -150,12 +171,12 @@ class _Run:
         if self.suite:
             self.samples["separate"] = run_suite(self.suite, self.manager, self.reference.model, self.tokenizer)
 
-    def add(self, load: Callable[[], loading.Arm], against: tuple[dict[str, torch.Tensor], LoraAdapter] | None = None) -> None:
-        """Load an arm, measure it and let it go. With ``against`` (weights before the merge, adapter) its linears are set against ΔW."""
+    def add(self, load: Callable[[], loading.Arm], against: tuple[dict[str, torch.Tensor], dict[str, Edit]] | None = None) -> None:
+        """Load an arm, measure it and let it go. With ``against`` (weights before the merge, edits) its linears are set against ΔW."""
         arm = load()
         self._describe(arm)
         if against is not None:
-            self.about[arm.name]["linears"] = linear_rows(against[0], dense_weights(arm.model), against[1])
+            self.about[arm.name]["linears"] = linear_rows(against[0], edited_weights(arm.model, against[1]), against[1])
         place(arm.model, self.device)
         for text in self.windows:
             self.scores[text][arm.name] = self._measure(arm.name, arm.model, text)
@@ -165,7 +186,7 @@ class _Run:
         del arm
         gc.collect()
 
-    def noise_floor(self, base: str, adapter: str, how: dict[str, Any]) -> dict[str, Any]:
+    def noise_floor(self, base: str, adapter: AdapterSet, how: dict[str, Any]) -> dict[str, Any]:
         """Per text, the mean KL of the reference as served to the reference in the evaluation's arithmetic; ``source``: how it was served."""
         model, source = as_served(base, adapter, device=self.device, **how)
         floor: dict[str, Any] = {}
@@ -200,9 +221,9 @@ def public_path(path: str | None, results_dir: str | Path | None) -> str | None:
     return Path(path).resolve().name
 
 
-def _loaders(base: str, adapter: str, candidates: dict[str, str], also: Sequence[str], original: str | None, how: dict[str, Any]) -> list[tuple[Callable[[], loading.Arm], bool]]:
+def _loaders(base: str, adapter: str | AdapterSet, candidates: dict[str, str], also: Sequence[str], original: str | None, how: dict[str, Any]) -> list[tuple[Callable[[], loading.Arm], bool]]:
     """Every arm but the reference, as a function that loads it, and whether its linears are set against ΔW."""
-    extra = {"rtn": partial(loading.load_rtn, base, adapter, **how), "original": partial(loading.load_original, str(original), adapter)}
+    extra = {"rtn": partial(loading.load_rtn, base, adapter, original=original, **how), "original": partial(loading.load_original, str(original), adapter)}
     fixed = [(partial(loading.load_base, base, **how), False), (partial(loading.load_merged, base, adapter, original=original, **how), False)]
     return fixed + [(extra[name], True) for name in also] + [(partial(loading.load_candidate, name, path), True) for name, path in candidates.items()]
 

@@ -17,7 +17,7 @@ from qmerge.errors import Refused
 
 
 def make_plain(model: nn.Module) -> nn.Module:
-    """``model`` itself, in eval mode, all parameters fp32, every bitsandbytes 4-bit and gptqmodel linear replaced by ``nn.Linear``.
+    """``model`` itself, in eval mode, all parameters fp32, every bitsandbytes and gptqmodel (GPTQ, AWQ) linear replaced by ``nn.Linear``.
 
     Use it on a fresh load: where the CPU has AVX512-BF16, bitsandbytes repacks a ``Linear4bit`` in place at its first eval forward.
     Raises ``Refused`` for a quantized module of another kind.
@@ -28,7 +28,8 @@ def make_plain(model: nn.Module) -> nn.Module:
             weight = reader(module)
             model.set_submodule(name, _linear(weight, getattr(module, "bias", None)))
         elif _is_foreign(module):
-            raise Refused("a quantized module of a kind that evaluation cannot read", where=name, expected="bitsandbytes 4-bit or gptqmodel", found=type(module).__name__)
+            raise Refused("a quantized module of a kind that evaluation cannot read", where=name,
+                          expected="bitsandbytes 4-bit or 8-bit, gptqmodel GPTQ or AWQ", found=type(module).__name__)
     for parameter in model.parameters():
         # Buffers stay as they are: casting a rotary table through a 16-bit dtype would damage it.
         parameter.requires_grad_(False)
@@ -64,11 +65,11 @@ def move(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn
     return model
 
 
-def round_trip_nf4(weight: torch.Tensor, block_size: int, double_quant: bool) -> torch.Tensor:
-    """Round ``[out, in]`` to NF4 and back, fp32, with bitsandbytes' own quantizer."""
+def round_trip_nf4(weight: torch.Tensor, block_size: int, double_quant: bool, quant_type: str = "nf4") -> torch.Tensor:
+    """Round ``[out, in]`` to NF4 (or FP4) and back, fp32, with bitsandbytes' own quantizer."""
     from bitsandbytes import functional
 
-    codes, state = functional.quantize_4bit(weight.float().contiguous(), blocksize=block_size, compress_statistics=double_quant, quant_type="nf4")
+    codes, state = functional.quantize_4bit(weight.float().contiguous(), blocksize=block_size, compress_statistics=double_quant, quant_type=quant_type)
     return _dequantize(codes, state)
 
 
@@ -76,6 +77,10 @@ def _reader(module: nn.Module) -> Callable[[nn.Module], torch.Tensor] | None:
     names = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(module).__mro__}
     if "bitsandbytes.Linear4bit" in names:
         return _bitsandbytes_weight
+    if "bitsandbytes.Linear8bitLt" in names:
+        return _int8_weight
+    if "gptqmodel.AWQuantLinear" in names:
+        return _awq_weight
     if "gptqmodel.BaseQuantLinear" in names and hasattr(type(module), "dequantize_weight"):
         return _gptqmodel_weight
     return None
@@ -102,6 +107,25 @@ def _dequantize(codes: torch.Tensor, state: object) -> torch.Tensor:
     # As one row: bitsandbytes 0.50's AVX512 kernel misreads weights whose width is no multiple of the block size.
     exact.dtype, exact.shape = torch.float32, torch.Size((1, state.shape.numel()))
     return functional.dequantize_4bit(codes, quant_state=exact).reshape(tuple(state.shape)).float()
+
+
+def _int8_weight(module: nn.Module) -> torch.Tensor:
+    """LLM.int8: a module that ran already has moved its scales from the weight to its state."""
+    from bitsandbytes import functional
+
+    scales = module.weight.SCB if getattr(module.weight, "SCB", None) is not None else module.state.SCB
+    if module.weight.dtype != torch.int8 or scales is None:
+        raise Refused("an LLM.int8 linear is not quantized", expected="int8 weights with SCB", found=str(module.weight.dtype),
+                      fix="load it again, without llm_int8_has_fp16_weight")
+    return functional.int8_vectorwise_dequant(module.weight.data, scales.float())
+
+
+def _awq_weight(module: nn.Module) -> torch.Tensor:
+    """gptqmodel's own AWQ dequantization, scales widened first: ``[in, out]``."""
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    size = module.in_features // module.scales.shape[0]
+    return dequantize_gemm(module.qweight, module.qzeros, module.scales.float(), module.bits, size).T.contiguous()
 
 
 def _gptqmodel_weight(module: nn.Module) -> torch.Tensor:

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
-from qmerge.quality.arms import attach, full_recipe, load_separate, quantization_method
+from qmerge.adapters.several_adapters import AdapterSet
+from qmerge.quality.arms import four_bit_config, full_recipe, load_separate, quantization_method
+from qmerge.quality.attach import attach
 from qmerge.quality.plain import move
 
 
 def as_served(
-    base: str, adapter: str, *, on: str = "dequantized", nf4_recipe: dict[str, Any] | None = None, device: str | torch.device = "cpu"
+    base: str, adapter: str | AdapterSet, *, on: str = "dequantized", nf4_recipe: dict[str, Any] | None = None, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, str]:
     """``(model on device, floor_source)``. Where bitsandbytes' kernel refuses the shapes, block size or device, the model is base + adapter in
     bf16 from dequantized weights instead, and ``floor_source`` says so and why."""
@@ -28,9 +30,9 @@ def as_served(
         return _in_bf16(base, adapter, on, nf4_recipe, device), f"bf16 from dequantized weights (no loader takes block size {recipe['block_size']} from a float base)"
     options: dict[str, Any] = {}
     if float_base:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=recipe["double_quant"], bnb_4bit_compute_dtype=torch.bfloat16
-        )
+        options["quantization_config"] = four_bit_config(recipe, bnb_4bit_compute_dtype=torch.bfloat16)
+        if recipe["dtype"]:
+            options["dtype"] = getattr(torch, recipe["dtype"])
     try:
         model = AutoModelForCausalLM.from_pretrained(base, device_map={"": str(device)}, trust_remote_code=False, **options)
         model = attach(model, adapter, str(device))
@@ -44,5 +46,5 @@ def as_served(
     return model, f"bitsandbytes {'/'.join(sorted(compute))} on {torch.device(device).type}, PEFT"
 
 
-def _in_bf16(base: str, adapter: str, on: str, nf4_recipe: dict[str, Any] | None, device: str | torch.device) -> nn.Module:
+def _in_bf16(base: str, adapter: str | AdapterSet, on: str, nf4_recipe: dict[str, Any] | None, device: str | torch.device) -> nn.Module:
     return move(load_separate(base, adapter, on=on, nf4_recipe=nf4_recipe).model, device, torch.bfloat16)

@@ -17,10 +17,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextlib.contextmanager
 def room_needed(where: str) -> Iterator[None]:
-    """Turns "disk full" and "quota exceeded" inside the block into Interrupted (exit 75); other errors pass through."""
+    """Turns "disk full", "quota exceeded" and "file too large" inside the block into Interrupted (exit 75); other errors pass through."""
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise Interrupted("A file became larger than this file system, or this process's limit, allows.", where=where, found=error.strerror, fix="use smaller files: --shard-size",
+                              written="nothing that counts: the output folder is as it was") from None
         if error.errno not in _FULL:
             raise
         raise Interrupted("There is no room left on the disk.", where=where, found=error.strerror, fix="make room and run again",

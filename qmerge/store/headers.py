@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ def read_header(path: Path | str) -> tuple[dict[str, TensorSpec], dict[str, str]
     specs.sort(key=lambda spec: (spec.start, spec.nbytes))
     _check_layout(specs, 8 + length, size, path)
     return {spec.name: spec for spec in specs}, metadata
+
+
+def rows_of(spec: TensorSpec, start: int, stop: int) -> TensorSpec:
+    """The spec of rows ``start`` … ``stop`` (first dimension) of a tensor: a tensor of its own in the same file. A scalar is one row."""
+    if not spec.shape:
+        return spec
+    width = math.prod(spec.shape[1:]) * TORCH_DTYPES[spec.dtype].itemsize
+    return replace(spec, shape=(stop - start, *spec.shape[1:]), start=spec.start + start * width, nbytes=(stop - start) * width)
 
 
 def _header_length(first: bytes, size: int, path: Path) -> int:

@@ -51,12 +51,16 @@ def list_files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def digest_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Relative name -> ``{"sha256", "bytes"}`` for every file under ``folder`` but the manifest, sorted. Refused if one is no regular file."""
+def digest_files(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+    """Relative name -> ``{"sha256", "bytes"}`` for every file under ``folder`` but the manifest, sorted. Refused if one is no regular file.
+
+    ``known``: digests of files that were hashed while they were written.
+    """
+    known = known or {}
     for name in list_files(folder):
         if not (folder / name).is_file() or (folder / name).is_symlink():
             raise Refused("An output folder may hold regular files only.", where=name, found="a link or a special file")
-    return {name: digest_file(folder / name) for name in list_files(folder)}
+    return {name: known.get(name) or digest_file(folder / name) for name in list_files(folder)}
 
 
 def input_digests(source: Input) -> dict[str, Any]:
@@ -85,6 +89,7 @@ def build_manifest(
     recipe: Mapping[str, Any],
     versions: Mapping[str, str],
     extra: Mapping[str, Any] | None = None,
+    known: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The manifest of the finished files in ``folder``. ``inputs`` maps a role ("base", "adapter") to :func:`input_digests`' result.
 
@@ -97,7 +102,7 @@ def build_manifest(
         "inputs": portable(inputs),
         "recipe": portable(recipe),
         "versions": portable(versions),
-        "files": digest_files(folder),
+        "files": digest_files(folder, known),
     }
 
 

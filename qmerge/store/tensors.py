@@ -1,7 +1,7 @@
 """How do one tensor's bytes get from a file into memory?
 
 Plain ``pread`` into a fresh tensor: no memory map (a file that changes underneath would crash the process, not raise), no
-other bytes than the tensor's own, and the result is writable and shares memory with nothing.
+other bytes than those asked for, and the result is writable and shares memory with nothing. Threads may read one file at once.
 """
 
 from __future__ import annotations
@@ -23,24 +23,39 @@ def read_tensor(folder: Path, spec: TensorSpec) -> torch.Tensor:
 
     Raises Refused when the file cannot be read or has become shorter than its header said.
     """
-    where = f"tensor {spec.name!r} in {spec.file}"
-    dtype = TORCH_DTYPES[spec.dtype]
-    if spec.nbytes == 0:
-        return torch.empty(spec.shape, dtype=dtype)
-    raw = torch.empty(spec.nbytes, dtype=torch.uint8)
+    return read_bytes(folder, spec, 0, spec.nbytes).view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
+
+
+def read_rows(folder: Path, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+    """Rows ``start`` to ``stop`` of the first dimension, ``[stop - start, ...]``, as `read_tensor` gives them. Raises ValueError outside of the tensor."""
+    if not spec.shape or not 0 <= start <= stop <= spec.shape[0]:
+        raise ValueError(f"{spec.name}: rows {start} to {stop} of shape {spec.shape}")
+    width = spec.nbytes // spec.shape[0] if spec.shape[0] else 0
+    return read_bytes(folder, spec, start * width, stop * width).view(TORCH_DTYPES[spec.dtype]).reshape(stop - start, *spec.shape[1:])
+
+
+def read_bytes(folder: Path, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+    """Bytes ``start`` to ``stop`` of a tensor's data as uint8 ``[stop - start]``, whatever its dtype. Raises as `read_tensor`; ValueError outside of the
+    tensor."""
+    if not 0 <= start <= stop <= spec.nbytes:
+        raise ValueError(f"{spec.name}: bytes {start} to {stop} of {spec.nbytes}")
+    where, wanted = f"tensor {spec.name!r} in {spec.file}", stop - start
+    raw = torch.empty(wanted, dtype=torch.uint8)
+    if not wanted:
+        return raw
     view = memoryview(raw.numpy())
     try:
         handle = os.open(folder / spec.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
             done = 0
-            while done < spec.nbytes:
-                count = os.preadv(handle, [view[done : done + _CHUNK]], spec.start + done)
+            while done < wanted:
+                count = os.preadv(handle, [view[done : done + _CHUNK]], spec.start + start + done)
                 if count == 0:
                     raise Refused("A weight file became shorter while it was being read.", where=where,
-                                  expected=f"{spec.nbytes} bytes", found=f"{done} bytes", fix="leave the inputs alone and run again")
+                                  expected=f"{wanted} bytes", found=f"{done} bytes", fix="leave the inputs alone and run again")
                 done += count
         finally:
             os.close(handle)
     except OSError as error:
         raise Refused("A weight file cannot be read.", where=where, found=error.strerror) from None
-    return raw.view(dtype).reshape(spec.shape)
+    return raw

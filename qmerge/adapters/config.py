@@ -1,8 +1,7 @@
-"""Which adapter configs can be merged, and with what rank and scaling per module?
+"""Which LoRA configs can be merged, and with what rank and scaling per module?
 
 Every field of PEFT's LoraConfig (0.21.2) is in exactly one of the tables below. A field that is in none of them is newer than
 this file; it is refused as soon as it is set to something, because nobody here knows what it does to the weights.
-Left out: the arithmetic of the refused kinds (DoRA, biases, replicated layers, …), which `pipeline` may learn one by one.
 """
 
 from __future__ import annotations
@@ -14,63 +13,68 @@ from typing import Any
 
 from qmerge.errors import Refused
 
-# no influence on merged weights: where the adapter came from, how it was trained, which modules were chosen (the file says which)
+# no influence on merged weights: where the adapter came from, how it was trained, which modules were chosen (the file says which).
+# MonteCLoRA samples and VeLoRA compresses while training only; both answer as plain LoRA afterwards.
 HARMLESS = frozenset({
     "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version", "lora_dropout",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core",
-    "runtime_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+    "runtime_config", "eva_config", "corda_config", "lora_ga_config", "monteclora_config", "velora_config",
 })  # fmt: skip
-# read by this file or by adapter.py; fan_in_fan_out says how the base stores its weight, A and B keep their shapes
+# what the merge reads; fan_in_fan_out says how the base stores its weight, A and B keep their shapes
 USED = frozenset({
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "init_lora_weights", "fan_in_fan_out", "bias",
+    "use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters", "ensure_weight_tying", "use_bdlora", "use_qalora",
+    "qalora_group_size", "loftq_config",
 })  # fmt: skip
-# field -> what it is, for people. Refused unless None, False or empty.
+# field -> why it is not merged, for people. Refused unless None, False or empty.
 REFUSED = {
-    "use_dora": "DoRA (a magnitude vector beside the low-rank delta)",
-    "lora_bias": "a bias on lora_B",
-    "layer_replication": "replicated layers",
-    "trainable_token_indices": "single trained token embeddings",
-    "target_parameters": "LoRA on bare parameters (fused experts)",
     "alora_invocation_tokens": "activated LoRA, which cannot be merged: it applies to some tokens only",
-    "arrow_config": "Arrow routing between adapters, which cannot be merged",
-    "use_qalora": "QALoRA (pooled inputs)",
-    "use_bdlora": "block-diagonal LoRA",
-    "kasa_config": "KaSA (truncates the base weight)",
-    "monteclora_config": "MonteCLoRA (sampled adapter weights)",
-    "velora_config": "VeLoRA",
-    "loftq_config": "LoftQ (changes the base weight)",
-    "ensure_weight_tying": "adapters that are tied between layers",
+    "arrow_config": "Arrow routing between adapters, which cannot be merged: each token takes other adapters",
+    "kasa_config": "KaSA, which cuts the smallest singular components out of the base before it adds its delta: on the base as it is, that is another model",
 }
 # These initialise A and B only (mica: B from the base's minor components, base untouched). All others subtract from the base.
-_INIT_KEEPS_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+INIT_KEEPS_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 
 def check_config(config: dict[str, Any], where: str) -> None:
-    """Refused, naming the field, unless merging ``scaling * B @ A`` and replacing saved modules is all that this config asks for."""
-    if config.get("peft_type") != "LORA":
-        raise Refused("Only LoRA adapters can be merged.", where=where, expected='"peft_type": "LORA"', found=repr(config.get("peft_type")))
+    """Refused, naming the field, where merging is not defined for what this LoRA config asks for, or a value is malformed."""
     for name, value in config.items():
         if name in HARMLESS or name in USED or not value:
             continue
         what = REFUSED.get(name)
         raise Refused(
-            f"The adapter uses {what}, which qmerge does not merge yet." if what else f"The adapter's config sets {name!r}, which qmerge does not know.",
+            f"The adapter uses {what}." if what else f"The adapter's config sets {name!r}, which qmerge does not know.",
             where=where, expected=f"{name} unset", found=repr(value)[:120],
             fix="keep this adapter separate, or train one without it" if what else "if it cannot change the weights, remove it from the config",
         )  # fmt: skip
-    if config.get("bias") not in (None, "none"):
-        raise Refused("The adapter trained biases of the base, which qmerge does not merge yet.", where=where, expected='"bias": "none"',
-                      found=repr(config["bias"]))
-    _check_init(config.get("init_lora_weights", True), where)
+    if config.get("bias") not in (None, "none", "all", "lora_only"):
+        raise Refused("The adapter's bias setting is malformed.", where=where, expected="bias: none, all or lora_only", found=repr(config["bias"])[:120])
     _check_kinds(config, where)
+    _check_token_indices(config.get("trainable_token_indices"), where)
+    _check_replication(config.get("layer_replication"), where)
+    if config.get("use_bdlora") and not isinstance(config["use_bdlora"], dict):
+        raise Refused("use_bdlora is malformed.", where=where, expected="an object with nblocks", found=repr(config["use_bdlora"])[:120])
 
 
-def _check_init(init: Any, where: str) -> None:
-    if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _INIT_KEEPS_BASE):
+def changed_base(config: dict[str, Any]) -> str | None:
+    """The initialisation that left the adapter a changed base (PiSSA, OLoRA, LoftQ, …), or None where the base is as it was."""
+    init = config.get("init_lora_weights", True)
+    if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in INIT_KEEPS_BASE):
+        return None
+    return str(init)
+
+
+def _check_token_indices(value: Any, where: str) -> None:
+    tables = list(value.values()) if isinstance(value, dict) else [value or []]
+    if all(isinstance(table, list) and all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in table) for table in tables):
         return
-    raise Refused("The adapter's initialisation changed the base weights, so the delta does not belong on the unchanged base.", where=where,
-                  expected="init_lora_weights: true, false, " + ", ".join(sorted(_INIT_KEEPS_BASE)), found=f"init_lora_weights: {init!r}",
-                  fix="convert it to a plain LoRA first (PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…))")
+    raise Refused("trainable_token_indices is malformed.", where=where, expected="a list of token numbers, or one per module", found=repr(value)[:120])
+
+
+def _check_replication(value: Any, where: str) -> None:
+    for span in value or []:
+        if not (isinstance(span, (list, tuple)) and len(span) == 2 and all(isinstance(end, int) for end in span) and 0 <= span[0] < span[1]):
+            raise Refused("layer_replication is malformed.", where=where, expected="[[start, end], …]", found=repr(value)[:120])
 
 
 def _is_number(value: Any) -> bool:
@@ -87,7 +91,7 @@ def _check_kinds(config: dict[str, Any], where: str) -> None:
         raise Refused("The adapter's rank is malformed.", where=where, expected="r: a positive integer", found=f"r: {config.get('r')!r}")
     if not _is_number(config.get("lora_alpha")):
         raise Refused("The adapter's alpha is malformed.", where=where, expected="lora_alpha: a number", found=f"lora_alpha: {config.get('lora_alpha')!r}")
-    for flag in ("use_rslora", "fan_in_fan_out"):
+    for flag in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias", "use_qalora", "ensure_weight_tying"):
         if not isinstance(config.get(flag, False), (bool, type(None))):
             raise Refused("A flag of the adapter's config is malformed.", where=where, expected=f"{flag}: true or false", found=repr(config[flag]))
     for field, accepts in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qmerge.adapters.adapter import open_adapter
+from qmerge.adapters.config import HARMLESS, REFUSED, USED, matching_key, rank_and_scaling
 from qmerge.errors import Refused
-from qmerge.store.adapter import check_finite, open_adapter
-from qmerge.store.adapter_config import HARMLESS, REFUSED, USED, matching_key, rank_and_scaling
+from qmerge.store.adapter import check_finite
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "task_type": "CAUSAL_LM", "modules_to_save": None}
 Q = "model.layers.0.self_attn.q_proj"
@@ -104,11 +105,7 @@ def test_heads_that_peft_lists_unasked(make):
     assert list(open_adapter(folder).saved) == ["score.weight"]
 
 
-UNSUPPORTED = {
-    "use_dora": True, "lora_bias": True, "layer_replication": [[0, 2], [1, 2]], "trainable_token_indices": [1], "target_parameters": ["experts.w"],
-    "alora_invocation_tokens": [1], "arrow_config": {"top_k": 3}, "use_qalora": True, "use_bdlora": {"nblocks": 2}, "kasa_config": {"beta": 1},
-    "monteclora_config": {"num_samples": 8}, "velora_config": {"num_groups": 64}, "loftq_config": {"loftq_bits": 4}, "ensure_weight_tying": True,
-}  # fmt: skip
+UNSUPPORTED = {"alora_invocation_tokens": [1], "arrow_config": {"top_k": 3}, "kasa_config": {"beta": 1}}
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -129,16 +126,59 @@ def test_initialisations_that_keep_the_base(make, init):
     assert open_adapter(make(init_lora_weights=init)).pairs
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only", 1])
-def test_trained_biases(make, bias):
+@pytest.mark.parametrize(("bias", "key"), [("all", "model.layers.0.mlp.up_proj.bias"), ("all", f"{Q}.base_layer.bias"), ("lora_only", f"{Q}.base_layer.bias")])
+def test_trained_biases(make, bias, key):
     """Trained biases of the base live under plain names and are easily lost."""
-    assert "bias" in refusal(make(bias=bias))
+    tensors = pair(Q) | {f"base_model.model.{key}": torch.ones(5)}
+    edits = open_adapter(make(tensors, bias=bias)).edits({f"{Q}.weight": (5, 6)})
+    assert set(edits) == {f"{Q}.weight", key.replace(".base_layer", "")}
+    assert key in refusal(make(tensors))
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "IA3", "ADALORA", None, 3])
+def test_malformed_bias(make):
+    """A setting that PEFT does not have says nothing about what was trained."""
+    assert "bias" in refusal(make(bias=1))
+
+
+@pytest.mark.parametrize(("flag", "key", "size"), [("use_dora", "lora_magnitude_vector", 5), ("lora_bias", "lora_B.bias", 5)])
+def test_config_and_tensors_disagree(make, flag, key, size):
+    """A magnitude that is promised and missing merges as plain LoRA; one that is there and not promised is left out."""
+    tensors = pair(Q) | {f"base_model.model.{Q}.{key}": torch.ones(size)}
+    assert flag in refusal(make(tensors)) and flag in refusal(make(pair(Q), **{flag: True}))
+    assert open_adapter(make(tensors, **{flag: True})).pairs
+
+
+@pytest.mark.parametrize("mark", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_marks_of_wrappers(make, mark):
+    """torch.compile, FSDP and activation checkpointing leave marks in names; Axolotl and others save them so."""
+    inside = {key.replace("self_attn", f"{mark}self_attn"): tensor for key, tensor in pair(Q).items()}
+    assert list(open_adapter(make(inside)).pairs) == [Q]
+    assert list(open_adapter(make({mark + key: tensor for key, tensor in pair(Q).items()})).pairs) == [Q]
+
+
+def test_initial_adapter_beside_it(make, tmp_path):
+    """LLaMA-Factory keeps the adapter before training: the delta on the unchanged base is the difference of the two."""
+    trained, started = pair(Q), pair(Q)
+    folder = make(trained, init_lora_weights="pissa")
+    (folder / "pissa_init").mkdir()
+    (folder / "pissa_init" / "adapter_config.json").write_text(json.dumps(PLAIN))
+    save_file(started, folder / "pissa_init" / "adapter_model.safetensors")
+    change = open_adapter(folder).edits({f"{Q}.weight": (5, 6)})[f"{Q}.weight"].load(torch.device("cpu"))
+    product = [tensors[f"base_model.model.{Q}.lora_B.weight"].float() @ tensors[f"base_model.model.{Q}.lora_A.weight"].float() for tensors in (trained, started)]
+    torch.testing.assert_close(change.apply(torch.zeros(5, 6), 0), 2.0 * (product[0] - product[1]))
+    save_file({name: tensor[:2] if "lora_A" in name else tensor for name, tensor in started.items()}, folder / "pissa_init" / "adapter_model.safetensors")
+    assert "rank" in refusal(folder) or "before training" in refusal(folder)
+
+
+def test_residual_base(make):
+    """The user may have the base that PiSSA left behind; then the adapter belongs on it as it is."""
+    assert open_adapter(make(init_lora_weights="pissa"), residual_base=True).pairs
+
+
+@pytest.mark.parametrize("kind", [None, 3, "NO_SUCH_TYPE", "PROMPT_TUNING"])
 def test_other_adapter_kinds(make, kind):
-    """AdaLoRA's tensors are called lora_A and lora_B as well."""
-    assert "LoRA" in refusal(make(peft_type=kind))
+    """A type without a weight delta, or one that nobody knows."""
+    assert "peft_type" in refusal(make(peft_type=kind)) or str(kind) in refusal(make(peft_type=kind))
 
 
 def test_unknown_field(make):
@@ -230,7 +270,58 @@ def test_pickle_only(make):
     """Pickle adapters can run code."""
     folder = make()
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    assert "pickle" in refusal(folder)
+    assert "pickle" in refusal(folder) and "--allow-pickle" in refusal(folder)
+
+
+def test_pickle_when_asked_for(make):
+    """A pickle of tensors is read, bit for bit; the file that the manifest names is the user's."""
+    tensors = pair(Q)
+    folder = make(tensors)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+    adapter = open_adapter(folder, allow_pickle=True)
+    assert all(torch.equal(adapter.load(name), tensor) for name, tensor in tensors.items()) and adapter.files() == [folder / "adapter_model.bin"]
+
+
+def test_pickle_that_runs_code(make, tmp_path):
+    """A loader that falls back to the unsafe unpickler runs what the file says."""
+    canary = tmp_path / "canary"
+    folder = make()
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"x": _Trap(canary)}, folder / "adapter_model.bin")
+    with pytest.raises(Refused, match="safely"):
+        open_adapter(folder, allow_pickle=True)
+    assert not canary.exists()
+
+
+class _Trap:
+    """Unpickles by touching a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_one_of_several_in_a_folder(make, tmp_path):
+    """PEFT saves further adapters in subfolders; the wrong one, or none, is taken."""
+    folder = make()
+    for name, rank in (("first", 4), ("second", 2)):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(json.dumps(PLAIN | {"r": rank}))
+        save_file(pair(Q, rank=rank), folder / name / "adapter_model.safetensors")
+    assert open_adapter(f"{folder}#second").pairs[Q].rank == 2 and open_adapter(folder).pairs[Q].rank == 4
+    (folder / "adapter_config.json").unlink()
+    assert "#first" in refusal(folder) and "second" in refusal(folder)
+    assert "third" in refusal(f"{folder}#third")
+
+
+def test_one_of_several_in_a_file(make):
+    """Two adapters in one file: the named one, and no mixture."""
+    tensors = pair(Q, middle=".one") | pair(Q, middle=".two")
+    adapter = open_adapter(f"{make(tensors)}#two")
+    assert ".two." in adapter.pairs[Q].a and "three" in refusal(f"{make(tensors)}#three")
 
 
 def test_empty_file(make):

@@ -1,0 +1,27 @@
+"""A head shares its tensor with the embedding, and an adapter edits one side or both: does the tie hold?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qmerge.adapters.edits import Edit
+from qmerge.adapters.equality import same_edit
+from qmerge.adapters.replace import Replace, ReplaceRows
+
+
+def head_follows(entrance: str, first: Edit | None, second: Edit | None, configs: Iterable[Mapping[str, Any]]) -> bool:
+    """Does the tied head take the embedding's edit ``first`` (its own is ``second``)? As PEFT runs them.
+
+    It does where single tokens were trained (PEFT ties those), where the vocabulary was resized (saved without being asked for), and where both sides have one and
+    the same edit (``ensure_weight_tying``). Otherwise the head stays as it was, or takes its own edit, and the model is untied.
+    """
+    if first is None or second is None:
+        listed = [str(name) for config in configs for name in config.get("modules_to_save") or []]
+        return second is None and (isinstance(first, ReplaceRows) or (isinstance(first, Replace) and not _listed(entrance, listed)))
+    return same_edit(first, second)
+
+
+def _listed(parameter: str, modules_to_save: list[str]) -> bool:
+    module = parameter.rpartition(".")[0]
+    return any(module == name or module.endswith("." + name) for name in modules_to_save)

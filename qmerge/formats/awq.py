@@ -1,0 +1,74 @@
+"""What weights does an AWQ checkpoint hold?
+
+The GEMM layout of AutoAWQ and gptqmodel: ``qweight`` int32 ``[in, out / 8]``, ``qzeros`` int32 ``[groups, out / 8]``, ``scales`` ``[groups, out]``;
+W = scales * (codes - zeros), transposed. A word holds eight outputs in the order 0 2 4 6 1 3 5 7. Rows of ``[out, in]`` are read together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qmerge.errors import Refused
+from qmerge.formats.rows import Reader, whole_reader
+from qmerge.store.checkpoint import Checkpoint
+from qmerge.types import TensorSpec
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+SUFFIXES = ("qweight", "qzeros", "scales")
+_WORDS = 64  # columns of words decoded at once
+
+
+def components(weight: str) -> tuple[str, ...]:
+    """The names of the tensors that belong to ``weight``, which itself no file holds."""
+    return tuple(weight.removesuffix("weight") + suffix for suffix in SUFFIXES)
+
+
+def check_settings(settings: Mapping[str, Any], where: str) -> None:
+    """Raise `Refused` for a layout that is not GEMM with 4 bits, by its name."""
+    layout = settings.get("version") or settings.get("checkpoint_format") or settings.get("format") or "gemm"
+    bits = settings.get("bits", settings.get("w_bit", 4))
+    if str(layout).lower() != "gemm" or bits != 4:
+        raise Refused("the base is in an AWQ layout that this version does not read", where=where, expected="version gemm, bits 4",
+                      found=f"version {layout}, bits {bits}")
+
+
+def shape(weight: str, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
+    """``[out, in]``, from headers. Raises `Refused` where parts are missing or do not fit each other."""
+    held = [specs.get(name) for name in components(weight)]
+    if None in held:
+        raise Refused("an AWQ weight is incomplete", where=weight, expected=", ".join(components(weight)), found="no such tensor")
+    (inputs, words), (groups, zero_words), (rows, out) = (spec.shape for spec in held)
+    if {held[0].dtype, held[1].dtype} != {"I32"} or words * 8 != out or (groups, zero_words) != (rows, words) or inputs % groups:
+        raise Refused("the parts of an AWQ weight do not fit each other", where=weight, expected="[in, out / 8], [groups, out / 8] and [groups, out]",
+                      found=", ".join(f"{spec.dtype} {list(spec.shape)}" for spec in held))
+    return out, inputs
+
+
+def open_rows(weight: str, checkpoint: Checkpoint) -> Reader:
+    """Raises `Refused` where the parts do not fit each other."""
+    names = components(weight)
+    out, inputs = shape(weight, checkpoint.specs)
+    zeros, scales = unpack_codes(checkpoint.load(names[1])).float(), checkpoint.load(names[2]).float()
+
+    def load(device: torch.device) -> torch.Tensor:
+        packed, near, there = checkpoint.load(names[0]).to(device), zeros.to(device), scales.to(device)
+        weights = torch.empty(out, inputs, device=device)
+        size = inputs // there.shape[0]
+        for start in range(0, out // 8, _WORDS):
+            part = slice(start * 8, (start + _WORDS) * 8)
+            codes = unpack_codes(packed[:, start : start + _WORDS]).float().view(there.shape[0], size, -1)
+            weights[part] = codes.sub_(near[:, None, part]).mul_(there[:, None, part]).view(inputs, -1).T
+        return weights
+
+    return whole_reader((out, inputs), load)
+
+
+def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
+    """int32 ``[n, m / 8]`` to uint8 ``[n, m]``, in the order of the outputs."""
+    codes = torch.empty(*packed.shape, 8, dtype=torch.uint8, device=packed.device)
+    for place, output in enumerate(ORDER):
+        codes[..., output] = (packed >> 4 * place) & 15
+    return codes.reshape(packed.shape[0], -1)

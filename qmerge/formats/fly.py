@@ -1,0 +1,86 @@
+"""What did bitsandbytes make of a float base while the adapter was trained?
+
+The recipe says how it was loaded; bitsandbytes' own code quantizes it again, so that the same weights come out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qmerge.errors import UsageProblem
+from qmerge.formats.rows import Device, Reader, decode_flat, four_bit_reader
+from qmerge.numerics import nf4
+from qmerge.types import Grid, QuantizedWeight, QuantState
+
+
+@dataclass(frozen=True)
+class Nf4Recipe:
+    """How a float base was quantized to 4 bits. ``dtype`` is the dtype of the weights at that moment (None: as the file holds them).
+
+    ``skip`` are the modules that ``llm_int8_skip_modules`` left float, empty where nothing was said (then transformers leaves the output head).
+    ``quant_type`` is ``nf4`` or ``fp4``.
+    """
+
+    block_size: int = 64
+    double_quant: bool = True
+    dtype: str | None = None
+    skip: tuple[str, ...] = ()
+    quant_type: str = "nf4"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"block_size": self.block_size, "double_quant": self.double_quant, "dtype": self.dtype, "skip": list(self.skip), "quant_type": self.quant_type}
+
+    def skips(self, module: str) -> bool:
+        """Whether ``skip`` names ``module``, by transformers' rule: a pattern matches from the start up to a dot or the end, or is how the name ends."""
+        try:
+            return any(re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(pattern) for pattern in self.skip)
+        except re.error as problem:
+            raise UsageProblem("a pattern of llm_int8_skip_modules is no regular expression", found=f"{problem.pattern!r}: {problem.msg}") from problem
+
+
+def quantize(weight: torch.Tensor, recipe: Nf4Recipe, device: Device = "cpu") -> tuple[torch.Tensor, QuantState]:
+    """``weight`` ``[out, in]`` by bitsandbytes' own code, as ``load_in_4bit`` would have done: packed codes uint8 ``[ceil(n / 2)]`` and their state, on the
+    CPU."""
+    import bitsandbytes.functional as bnb
+
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else weight.dtype
+    packed, state = bnb.quantize_4bit(
+        weight.to(device=device, dtype=dtype).contiguous(), blocksize=recipe.block_size, compress_statistics=recipe.double_quant, quant_type=recipe.quant_type
+    )
+    nested = state.state2
+    own = QuantState(
+        absmax=state.absmax.cpu(),
+        code=state.code.float().cpu(),
+        block_size=state.blocksize,
+        shape=tuple(weight.shape),
+        dtype=str(dtype).removeprefix("torch."),
+        quant_type=recipe.quant_type,
+        nested_absmax=nested.absmax.float().cpu() if nested else None,
+        nested_code=nested.code.float().cpu() if nested else None,
+        nested_block_size=nested.blocksize if nested else 256,
+        offset=float(state.offset) if nested else 0.0,
+    )
+    return packed.cpu().reshape(-1).view(torch.uint8), own
+
+
+def quantize_as_bitsandbytes(weight: torch.Tensor, recipe: Nf4Recipe, device: Device = "cpu") -> QuantizedWeight:
+    """`quantize` with one uint8 per code, ``[out, in]``."""
+    packed, state = quantize(weight, recipe, device)
+    codes = nf4.unpack_nibbles(packed, weight.numel()).reshape(weight.shape)
+    return QuantizedWeight(codes, Grid(recipe.quant_type, 4, recipe.block_size, True, recipe.double_quant), state=state)
+
+
+def fly_reader(weight: torch.Tensor, recipe: Nf4Recipe, device: Device = "cpu") -> Reader:
+    """Rows of a weight quantized now. Double quantization needs all block maxima first, so the reader holds the packed codes: half a byte per weight."""
+    packed, state = quantize(weight, recipe, device)
+    return four_bit_reader(state, lambda start, stop: packed[start:stop])
+
+
+def decode_with_bitsandbytes(weight: QuantizedWeight, device: Device) -> torch.Tensor:
+    """fp32 ``[out, in]`` on ``device`` by bitsandbytes' kernels; nested block maxima are undone before."""
+    absmax = nf4.effective_absmax(weight.state).to(device)
+    return decode_flat(nf4.pack_nibbles(weight.codes).reshape(-1).to(device), absmax, weight.state, weight.codes.numel()).reshape(weight.state.shape)

@@ -1,0 +1,115 @@
+"""How is one tensor of a base read, some rows at a time, as fp32?"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qmerge.numerics import nf4
+from qmerge.store.tensors import read_rows, read_tensor
+from qmerge.types import QuantState, TensorSpec
+
+Device = torch.device | str
+BNB_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024)
+"""those that bitsandbytes' kernels decode themselves; its C++ for CPUs leaves larger ones to a slow path"""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One tensor, opened: holds its small parts (block maxima, scales), reads the rest on demand. Several threads may share one.
+
+    ``shape`` is ``[out, in]`` for linears; ``row_step`` is what every ``start`` must be a multiple of.
+    """
+
+    shape: tuple[int, ...]
+    row_step: int
+    read: Callable[[int, int, torch.device], torch.Tensor]
+
+    def rows(self, start: int, stop: int, device: Device = "cpu") -> torch.Tensor:
+        """Rows ``start`` to ``stop``, fp32 ``[stop - start, ...]`` on ``device``, fresh and writable. A tensor without dimensions is its own row 0 to 1."""
+        if not 0 <= start <= stop <= count_rows(self.shape) or start % self.row_step:
+            raise ValueError(f"rows {start} to {stop} of {self.shape}: starts must be multiples of {self.row_step}")
+        return self.read(start, stop, torch.device(device))
+
+    def all(self, device: Device = "cpu") -> torch.Tensor:
+        return self.rows(0, count_rows(self.shape), device)
+
+
+def count_rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
+
+
+def whole_reader(shape: tuple[int, int], load: Callable[[torch.device], torch.Tensor]) -> Reader:
+    """For weights whose rows do not lie together in the file: ``load`` gives fp32 ``[out, in]``."""
+    return Reader(shape, max(1, shape[0]), lambda start, stop, device: load(device)[start:stop])
+
+
+def float_reader(folder: Path, spec: TensorSpec, turned: bool, through: torch.dtype | None = None) -> Reader:
+    """A float tensor. ``turned``: the file holds ``[in, out]``. ``through``: the dtype that it was loaded in while the adapter was trained, where it may
+    differ."""
+
+    def widen(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        there = tensor.to(device)
+        return (there.to(through) if through is not None and there.is_floating_point() else there).float()
+
+    if turned:
+        return whole_reader(tuple(spec.shape)[::-1], lambda device: widen(read_tensor(folder, spec).T.contiguous(), device))
+    if not spec.shape:
+        return Reader((), 1, lambda start, stop, device: widen(read_tensor(folder, spec), device))
+    return Reader(tuple(spec.shape), 1, lambda start, stop, device: widen(read_rows(folder, spec, start, stop), device))
+
+
+def four_bit_step(shape: tuple[int, ...], block_size: int) -> int:
+    """How many rows it takes until codes fill bytes and blocks again: ``four_bit_step((8, 96), 64) == 2``."""
+    aligned = math.lcm(block_size, 2)
+    return aligned // math.gcd(aligned, shape[1])
+
+
+def four_bit_reader(state: QuantState, fetch: Callable[[int, int], torch.Tensor]) -> Reader:
+    """Rows of a bitsandbytes weight. ``fetch`` gives bytes ``[start, stop)`` of its codes as uint8, on the CPU or wherever they are kept."""
+    inputs, block_size = state.shape[1], state.block_size
+    absmax, table = nf4.effective_absmax(state).float().cpu(), nf4.pair_table(state.code.float().cpu())
+    known = block_size in BNB_BLOCK_SIZES and torch.equal(state.code.float().cpu(), nf4.code_book(state.quant_type))
+    kernel_on_cpu = known and _bitsandbytes_is_there() and _agrees(state)
+
+    def read(start: int, stop: int, device: torch.device) -> torch.Tensor:
+        first, count = start * inputs, (stop - start) * inputs
+        packed = fetch(first // 2, (first + count + 1) // 2).to(device)
+        maxima = absmax[first // block_size : -(-(first + count) // block_size)].to(device)
+        if count and count % 2 == 0 and (kernel_on_cpu if device.type == "cpu" else known):
+            flat = decode_flat(packed, maxima, state, count)
+        else:
+            flat = nf4.decode(packed, maxima, table.to(device), block_size, count)
+        return flat.view(stop - start, inputs)
+
+    return Reader(tuple(state.shape), four_bit_step(state.shape, block_size), read)
+
+
+def decode_flat(packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, count: int) -> torch.Tensor:
+    """fp32 ``[count]`` by bitsandbytes' kernels, where ``packed`` lies. ``absmax`` are fp32 block maxima, nesting undone.
+
+    As one row: its AVX512 kernel (0.50) misreads weights ``[out, in]`` whose width is no multiple of the block size.
+    """
+    import bitsandbytes.functional as bnb
+
+    as_row = bnb.QuantState(absmax, shape=torch.Size((1, count)), code=nf4.code_book(state.quant_type, packed.device), blocksize=state.block_size,
+                            quant_type=state.quant_type, dtype=torch.float32)
+    return bnb.dequantize_4bit(packed, quant_state=as_row).reshape(-1)
+
+
+def _bitsandbytes_is_there() -> bool:
+    """Whether somebody imported it already, to its last line. Importing it for this would take seconds, more than it saves on bases below some 10B."""
+    return getattr(sys.modules.get("bitsandbytes"), "__version__", None) is not None
+
+
+def _agrees(state: QuantState) -> bool:
+    """Whether bitsandbytes decodes every byte as plain torch does, at this block size."""
+    packed = torch.arange(256, dtype=torch.uint8).repeat(max(1, state.block_size // 128))
+    absmax = torch.linspace(0.01, 3.0, -(-packed.numel() * 2 // state.block_size))
+    ours = nf4.decode(packed, absmax, nf4.pair_table(nf4.code_book(state.quant_type)), state.block_size, packed.numel() * 2)
+    return torch.equal(ours, decode_flat(packed, absmax, state, packed.numel() * 2))

@@ -1,0 +1,212 @@
+"""How does a merged float checkpoint stream from the base's files into the output's, in the memory of a few stretches of tensors?
+
+Worker threads read, decode, merge, prove and cast stretches of rows; this thread takes them in order, hashes and writes. Several outputs (one base, many adapters) share each
+stretch of the base. Nothing depends on which worker finishes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmerge.adapters.edits import Proof
+from qmerge.device import worker_threads
+from qmerge.formats.base import FOUR_BIT
+from qmerge.formats.dense import cast
+from qmerge.pipeline.merge import Merged, OpenPiece, stretches
+from qmerge.store.adapter import check_finite
+from qmerge.store.headers import TORCH_DTYPES, rows_of
+from qmerge.store.stream import MAX_SHARD_BYTES, OutTensor, ShardStream, order_key
+from qmerge.store.tensors import read_tensor
+
+MANY_WEIGHTS = 1 << 29
+
+
+@dataclass
+class Survival:
+    """Sums over a tensor: ``<W_out - W_base, ΔW>`` and ``<ΔW, ΔW>``."""
+
+    kept: float = 0.0
+    whole: float = 0.0
+
+    @classmethod
+    def of(cls, out: torch.Tensor, before: torch.Tensor, added: torch.Tensor) -> Survival:
+        delta = added.reshape(-1)
+        moved = torch.sub(out.float(), before).reshape(-1)
+        return cls(float(torch.dot(moved, delta)), float(torch.dot(delta, delta)))
+
+
+@dataclass
+class DenseJob:
+    """One output: what it consists of, in which dtype, and where it goes."""
+
+    merged: Merged
+    dtype: torch.dtype
+    folder: Path
+    shard_bytes: int = MAX_SHARD_BYTES
+    records: dict[str, dict[str, float]] = field(default_factory=dict)
+    """module -> how well its delta was added and how much of it survived the cast"""
+    digests: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def outputs(self) -> list[OutTensor]:
+        return [OutTensor(name, self.out_dtype(name), self.file_shape(name)) for name in self.merged.names]
+
+    def out_dtype(self, name: str) -> torch.dtype:
+        """The job's dtype; tensors that are no floats keep theirs."""
+        stored = self.merged.out_dtype(name)
+        return self.dtype if stored.is_floating_point else stored
+
+    def file_shape(self, name: str) -> tuple[int, ...]:
+        shape = self.merged.pieces.table[name].shape
+        return shape[::-1] if self.merged.is_conv(name) else shape
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A finished stretch for one job."""
+
+    job: DenseJob
+    name: str
+    data: torch.Tensor
+    proof: Proof | None
+    kept: Survival | None
+    last: bool
+
+
+def write_dense(jobs: list[DenseJob], device: torch.device, progress: Callable[[str, int, int], None]) -> None:
+    """Write every job's shards into its folder and fill its ``records`` and ``digests``. ``progress(label, done, total)`` counts in percent."""
+    _warm_up(jobs)
+    streams = {id(job): ShardStream(job.folder, job.outputs(), job.shard_bytes) for job in jobs}
+    total = max(1, sum(tensor.nbytes for stream in streams.values() for tensor in stream.order))
+    done, sums = 0, {}
+    try:
+        for part in _in_order(_tasks(jobs, device), worker_threads(device)):
+            streams[id(part.job)].write(part.data)
+            before, done = done, done + part.data.nbytes
+            if (percent := 100 * done // total) != 100 * before // total:
+                progress("merged and written", percent, 100)
+            if part.proof is not None:
+                _note(part, sums)
+        for job in jobs:
+            streams[id(job)].finish()
+            job.digests = streams[id(job)].digests
+    finally:
+        for stream in streams.values():
+            stream.__exit__(None, None, None)
+
+
+def _warm_up(jobs: list[DenseJob]) -> None:
+    """bitsandbytes decodes 4-bit weights several times as fast as plain torch, to the same bits, and takes seconds to import: worth it for billions of weights, and
+    done beside the first tensors."""
+    base = jobs[0].merged.base
+    if sum(prod(base.shape(name)) for name, kind in base.quantized.items() if kind in FOUR_BIT) >= MANY_WEIGHTS:
+        threading.Thread(target=_import_bitsandbytes, daemon=True).start()
+
+
+def _import_bitsandbytes() -> None:
+    with contextlib.suppress(Exception):  # without it plain torch decodes
+        importlib.import_module("bitsandbytes")
+
+
+def _note(part: _Part, sums: dict[tuple[int, str], tuple[Proof, Survival]]) -> None:
+    """Add up the stretches of a tensor, and judge the whole after the last one."""
+    key = (id(part.job), part.name)
+    proof, kept = sums.pop(key, (Proof(), Survival()))
+    proof = proof + part.proof
+    if part.kept is not None:
+        kept = Survival(kept.kept + part.kept.kept, kept.whole + part.kept.whole)
+    if not part.last:
+        sums[key] = (proof, kept)
+        return
+    part.job.merged.settle(part.name, proof)
+    record = {"proof": proof.relative} | ({"delta_survival": round(kept.kept / kept.whole, 6)} if kept.whole > 0 else {})
+    part.job.records[part.name.removesuffix(".weight")] = record
+
+
+Task = Callable[[], list[_Part]]
+
+
+def _tasks(jobs: list[DenseJob], device: torch.device) -> Iterator[Task]:
+    """Stretches in the order of the files; outputs that start from the same base tensor in the same stretches share a task."""
+    everything = sorted(((tensor, job) for job in jobs for tensor in job.outputs()), key=lambda item: order_key(item[0]))
+    index = 0
+    while index < len(everything):
+        tensor = everything[index][0]
+        here = [job for other, job in everything[index:index + len(jobs)] if other.name == tensor.name and order_key(other) == order_key(tensor)]
+        index += len(here)
+        yield from _tensor_tasks(tensor, here, device)
+
+
+def _tensor_tasks(tensor: OutTensor, jobs: list[DenseJob], device: torch.device) -> Iterator[Task]:
+    copied = [job for job in jobs if _is_copy(job, tensor)]
+    for job in copied:
+        spans = stretches(tensor.shape)
+        for start, stop in spans:
+            yield lambda job=job, start=start, stop=stop, last=stop == spans[-1][1]: [_copy(job, tensor, start, stop, last)]
+    opened: dict[tuple, list[tuple[DenseJob, OpenPiece]]] = {}
+    for job in jobs:
+        if job not in copied:
+            piece = job.merged.open(tensor.name)
+            turned = job.merged.is_conv(tensor.name)
+            spans = ((0, piece.piece.shape[0]),) if turned else tuple(piece.spans())
+            opened.setdefault((piece.piece.source, spans, turned), []).append((job, piece))
+    for (_, spans, turned), members in opened.items():
+        for start, stop in spans:
+            yield lambda members=members, start=start, stop=stop, turned=turned, last=stop == spans[-1][1]: _merge(tensor, members, start, stop, turned, last)
+
+
+def _is_copy(job: DenseJob, tensor: OutTensor) -> bool:
+    """Do the file's bytes go out as they are?"""
+    merged, source = job.merged, job.merged.pieces.table[tensor.name].source
+    return merged.untouched(tensor.name) and not merged.base.encoded(source) and TORCH_DTYPES[merged.base.checkpoint.specs[source].dtype] == tensor.dtype
+
+
+def _copy(job: DenseJob, tensor: OutTensor, start: int, stop: int, last: bool) -> _Part:
+    checkpoint, source = job.merged.base.checkpoint, job.merged.pieces.table[tensor.name].source
+    data = read_tensor(checkpoint.path, rows_of(checkpoint.specs[source], start, stop))
+    check_finite(f"{checkpoint.name}: {source}", data)
+    return _Part(job, tensor.name, data, None, None, last)
+
+
+def _merge(tensor: OutTensor, members: list[tuple[DenseJob, OpenPiece]], start: int, stop: int, turned: bool, last: bool) -> list[_Part]:
+    parts: list[_Part] = []
+    shared: torch.Tensor | None = None
+    for job, piece in members:
+        found = piece.rows(start, stop, shared)
+        shared = found.before if found.before is not None else shared
+        out = cast(tensor.name, found.merged, tensor.dtype)
+        kept = Survival.of(out, found.before, found.added) if found.added is not None and found.merged.dim() > 1 else None
+        data = (out.T.contiguous() if turned else out).cpu()
+        parts.append(_Part(job, tensor.name, data, found.proof, kept, last))
+    return parts
+
+
+def _in_order(tasks: Iterator[Task], workers: int) -> Iterator[_Part]:
+    """Run tasks on ``workers`` threads, a bounded number ahead, and give their parts in the order of the tasks."""
+    waiting: deque[Future] = deque()
+
+    def run(task: Task) -> list[_Part]:
+        with torch.no_grad():  # grad mode belongs to a thread
+            return task()
+
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(run, task))
+                if len(waiting) > 2 * workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

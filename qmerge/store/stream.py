@@ -1,0 +1,213 @@
+"""How are the shards of a checkpoint written while its tensors are still being computed?
+
+All names, shapes and dtypes are known beforehand, so each file's header is written first and the data follow in order, rows at a time: nothing is held, each byte is
+hashed on its way out, and a second thread pushes finished stretches to the disk while the next ones are computed.
+The order is one for the whole checkpoint, widest dtypes first and then by name, and is cut into shards: it does not depend on the shard size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from qmerge.errors import Refused
+from qmerge.store.checkpoint import INDEX, SINGLE
+from qmerge.store.durable import room_needed, sync, write_json
+from qmerge.store.headers import MAX_HEADER_BYTES, dtype_name
+
+MAX_SHARD_BYTES = 5_000_000_000
+SYNC_BYTES = 256 << 20
+METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """One tensor of the output: its dtype and its shape as the file holds it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def in_order(tensors: Sequence[OutTensor]) -> list[OutTensor]:
+    """The order in which `ShardStream` takes them: widest dtypes first, so that all data is aligned, then by name."""
+    return sorted(tensors, key=order_key)
+
+
+def order_key(tensor: OutTensor) -> tuple[int, str]:
+    return -tensor.dtype.itemsize, tensor.name
+
+
+def cut(tensors: Sequence[OutTensor], max_shard_bytes: int) -> list[list[OutTensor]]:
+    """Shards of at most ``max_shard_bytes`` of data each; a tensor that is larger gets one of its own."""
+    shards: list[list[OutTensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not shards or tensor.nbytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
+    return shards
+
+
+def header(tensors: Sequence[OutTensor], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON header of a file that holds ``tensors`` in this order."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        table[tensor.name] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [start, end]}
+    raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > MAX_HEADER_BYTES:
+        raise Refused("A shard would hold more tensors than a safetensors header can name.", found=f"{len(table)} tensors", fix="use smaller shards")
+    return len(raw).to_bytes(8, "little") + raw
+
+
+class ShardStream:
+    """Writes a checkpoint front to back. Tensors come in ``order``; each may come in pieces, rows first to last.
+
+    >>> with ShardStream(folder, tensors) as stream:
+    ...     for tensor in stream.order:
+    ...         stream.write(values(tensor.name))
+    ...     weight_map = stream.finish()
+    """
+
+    def __init__(self, folder: Path, tensors: Sequence[OutTensor], max_shard_bytes: int = MAX_SHARD_BYTES, metadata: Mapping[str, str] = METADATA) -> None:
+        if not tensors:
+            raise Refused("There are no tensors to write.", where=Path(folder).name)
+        names = [tensor.name for tensor in tensors]
+        if len(set(names)) != len(names):
+            raise Refused("A tensor would be written twice.", where=next(name for name in names if names.count(name) > 1))
+        self.folder, self.metadata = Path(folder), metadata
+        self.order = in_order(tensors)
+        self.shards = cut(self.order, max_shard_bytes)
+        self.digests: dict[str, dict[str, Any]] = {}
+        """file name -> ``{"sha256", "bytes"}`` of every finished file"""
+        self._number, self._left, self._handle, self._flusher = -1, 0, -1, _Flusher()
+        self._hash, self._count = hashlib.sha256(), 0
+
+    def __enter__(self) -> ShardStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._flusher.stop()
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def name_of(self, number: int) -> str:
+        return SINGLE if len(self.shards) == 1 else f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
+
+    def write(self, rows: torch.Tensor) -> None:
+        """The next rows of the current tensor: contiguous, on the CPU, in the file's order. Raises Interrupted when the disk is full."""
+        if not rows.numel():
+            return
+        view = memoryview(rows.reshape(-1).view(torch.uint8).numpy())
+        while not self._left:
+            self._open_next()
+            if not self._left:  # a shard of empty tensors
+                self._close()
+        if len(view) > self._left:
+            raise ValueError("more bytes than the shard holds")
+        self._put(view)
+        self._left -= len(view)
+        if not self._left:
+            self._close()
+
+    def finish(self) -> dict[str, str]:
+        """Write the index if there are several shards. Returns tensor -> file name, sorted. A tensor that was not written whole is a bug and raises."""
+        while self._number + 1 < len(self.shards) and not self._left and not sum(tensor.nbytes for tensor in self.shards[self._number + 1]):
+            self._open_next()  # a shard of empty tensors has a header all the same
+            self._close()
+        if self._left or self._number != len(self.shards) - 1:
+            raise RuntimeError("the checkpoint was not written to its end")
+        weight_map = {tensor.name: self.name_of(number) for number, shard in enumerate(self.shards) for tensor in shard}
+        weight_map = dict(sorted(weight_map.items()))
+        if len(self.shards) > 1:
+            write_json(self.folder / INDEX, {"metadata": {"total_size": sum(tensor.nbytes for tensor in self.order)}, "weight_map": weight_map})
+        with room_needed(self.folder.name):
+            self._flusher.settle()
+        sync(self.folder)
+        return weight_map
+
+    def _open_next(self) -> None:
+        self._number += 1
+        path = self.folder / self.name_of(self._number)
+        with room_needed(path.name):
+            self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+        self._left, self._hash, self._count = sum(tensor.nbytes for tensor in self.shards[self._number]), hashlib.sha256(), 0
+        self._put(memoryview(header(self.shards[self._number], self.metadata)))
+
+    def _put(self, view: memoryview) -> None:
+        self._hash.update(view)
+        self._count += len(view)
+        with room_needed(self.name_of(self._number)):
+            while len(view):
+                view = view[os.write(self._handle, view) :]
+            self._flusher.wrote(self._handle, self._count)
+
+    def _close(self) -> None:
+        name = self.name_of(self._number)
+        self._flusher.close(self._handle)
+        self._handle = -1
+        self.digests[name] = {"sha256": self._hash.hexdigest(), "bytes": self._count}
+
+
+class _Flusher:
+    """Sends what was written to the disk from a thread of its own, every ``SYNC_BYTES`` and at the end of a file, while the next bytes are made.
+
+    A failure is raised by the next call.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[Future] = deque()
+        self._sent = 0
+
+    def wrote(self, handle: int, count: int) -> None:
+        """``count`` bytes of the file behind ``handle`` are written so far."""
+        self._settle_done()
+        if count - self._sent >= SYNC_BYTES and not self._waiting:
+            self._sent = count
+            self._waiting.append(self._pool.submit(os.fdatasync if hasattr(os, "fdatasync") else os.fsync, handle))
+
+    def close(self, handle: int) -> None:
+        """Make the whole file durable, then close it, soon."""
+        self._sent = 0
+        self._waiting.append(self._pool.submit(_sync_and_close, handle))
+
+    def settle(self) -> None:
+        """Wait until everything is on the disk."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def stop(self) -> None:
+        self._pool.shutdown(wait=True)
+
+    def _settle_done(self) -> None:
+        while self._waiting and self._waiting[0].done():
+            self._waiting.popleft().result()
+
+
+def _sync_and_close(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -24,7 +24,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup merge-qlora test test-slow check eval report notebook bench demo clean
+.PHONY: help setup merge-qlora test test-slow check eval report notebook bench bench-merge demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ notebook: $(STAMP) ## run the notebook on RESULTS and render it to HTML beside t
 
 bench: $(STAMP) ## quality against round-to-nearest and gptqmodel (uses ../shared where it is there)
 	@$(BIN)/python scripts/bench_quality.py
+
+bench-merge: $(STAMP) ## speed and memory of the float merge against a copy and PEFT, on the shapes of an 8B model (minutes, some 20 GB of disk)
+	@$(BIN)/python scripts/bench_merge.py
 
 demo: $(STAMP) ## train the demo model again (about 15 minutes)
 	@$(BIN)/python scripts/make_demo.py

@@ -37,7 +37,8 @@ def lora_edits(adapter: Adapter, shapes: Shapes, model: Any = None) -> dict[str,
             pair = adapter.pairs[module]
             steps.setdefault(f"{module}.weight", []).append(_pair_edit(adapter, pair, shapes.get(f"{module}.weight")))
             if pair.bias:
-                steps.setdefault(f"{module}.bias", []).append(_bias_edit(adapter, pair, f"{module}.bias" in shapes or f"{module}.bias" in steps))
+                has_bias = f"{module}.bias" in shapes or f"{module}.bias" in steps
+                steps.setdefault(f"{module}.bias", []).append(_bias_edit(adapter, pair, has_bias))
         if "tokens" in parts:
             steps.setdefault(f"{module}.weight", []).append(_token_edit(adapter, module, parts["tokens"], shapes))
     return {parameter: edits[0] if len(edits) == 1 else Chain(tuple(edits)) for parameter, edits in sorted(steps.items())}

@@ -123,7 +123,7 @@ def _skeleton_needed(recipe: Recipe, checkpoint: Checkpoint, adapters: tuple[Ada
     for adapters that go through PEFT."""
     touches_ends = any(name.rpartition(".")[2] in EMBEDDINGS for adapter in adapters for name in (*adapter.claims.modules, *(saved.rpartition(".")[0] for saved in adapter.saved)))
     return (
-        recipe.format in formats.QUANTIZING or touches_ends or any(adapter.kind != "LORA" or adapter.config.get("target_parameters") for adapter in adapters)
+        recipe.format in formats.QUANTIZING or (touches_ends and (checkpoint.config.get("tie_word_embeddings") or _known(checkpoint))) or any(adapter.kind != "LORA" or adapter.config.get("target_parameters") for adapter in adapters)
         or recipe.combine != SUM or (may_hold_conv1d(checkpoint.config) and _known(checkpoint))
     )
 

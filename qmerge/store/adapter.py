@@ -98,7 +98,7 @@ def open_files(path_or_id: str | Path, revision: str | None = None, allow_pickle
     text, wanted = str(path_or_id), None
     if "#" in text and not Path(text).exists():
         text, _, wanted = text.rpartition("#")
-    folder, name, commit = resolve(text if isinstance(path_or_id, str) or wanted else path_or_id, revision)
+    folder, name, commit = resolve(text if isinstance(path_or_id, str) or wanted else path_or_id, revision, (PICKLE,) if allow_pickle else ())
     if wanted and not _inside(folder, wanted) and (folder / CONFIG).is_file():
         named = name  # one file that may hold several adapters by name
     elif wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -17,8 +18,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FINAL = (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError, hub_errors.HFValidationError)
 
 
-def resolve(path_or_id: str | Path, revision: str | None = None) -> tuple[Path, str, str | None]:
+def resolve(path_or_id: str | Path, revision: str | None = None, also: Sequence[str] = ()) -> tuple[Path, str, str | None]:
     """``(folder, name for people, commit hash or None)``. A local folder comes first; anything else is a model id of the hub.
+
+    ``also``: further files to download (a pickle that the user allowed).
 
     A folder that is itself a snapshot of the hub's cache is named by its id and commit. The hub's cache is filled with the files
     that a merge needs (never pickle, never code); without a network the cache alone is asked.
@@ -37,7 +40,7 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> tuple[Path, 
                       fix="check the spelling")
     if not _ID.fullmatch(text):
         raise Refused("This is neither a folder nor a model id.", where=text, expected="an existing folder or a model id such as org/name")
-    folder = Path(_download(text, revision))
+    folder = Path(_download(text, revision, also))
     commit = folder.name if _COMMIT.fullmatch(folder.name) else None
     return folder, text, commit
 
@@ -63,9 +66,9 @@ def _local(folder: Path, text: str, revision: str | None) -> tuple[Path, str, st
     return folder, name, commit
 
 
-def _download(repo: str, revision: str | None) -> str:
+def _download(repo: str, revision: str | None, also: Sequence[str]) -> str:
     wanted = f"{repo}, revision {revision}" if revision else repo
-    patterns = {"allow_patterns": ALLOW_PATTERNS, "ignore_patterns": IGNORE_PATTERNS}
+    patterns = {"allow_patterns": [*ALLOW_PATTERNS, *also], "ignore_patterns": IGNORE_PATTERNS}
     try:
         return snapshot_download(repo, revision=revision, **patterns)
     except hub_errors.GatedRepoError:

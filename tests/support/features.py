@@ -5,6 +5,7 @@ A feature is a function from an `Architecture` to a cell. Blank cells say why no
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -136,10 +137,24 @@ def old_experts(arch: Architecture) -> Cell:
     return Exact(lora(arch), change=change)
 
 
+def stacked(model: Any, folder: Path) -> Any:
+    """The replicated stack by hand: PEFT's own leaves ``config.layer_types`` at the base's length, and its forward fails."""
+    layers = [0, 1, 1]
+    stack = model.model.layers
+    model.model.layers = type(stack)(copy.deepcopy(stack[layer]) for layer in layers)
+    config = model.config.get_text_config()
+    config.layer_types, config.num_hidden_layers = [config.layer_types[layer] for layer in layers], len(layers)
+    for number, layer in enumerate(model.model.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
+    return by_hand(model, folder)
+
+
 def replicated(arch: Architecture) -> Cell:
     if arch.key == "gpt2":
         return Blank("PEFT replicates layers of Llama-like trees only")
-    return Exact(lora(arch, layer_replication=[[0, 2], [1, 2]]))
+    return Exact(lora(arch, layer_replication=[[0, 2], [1, 2]]), oracle=stacked if arch.key in ("qwen2", "gemma2", "gpt_oss") else None)
 
 
 def chosen(arch: Architecture) -> Cell:

@@ -67,7 +67,7 @@ def by_hand(model: Model, folder: Path, change: Callable[[nn.Module, dict[str, t
     config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", name)
+        match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", re.sub(r"_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.", "", name))
         modules.setdefault(match[1], {})[match[2]] = tensor
     model = copy.deepcopy(model)
     for name, parts in modules.items():

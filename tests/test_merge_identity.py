@@ -31,6 +31,8 @@ class Runs:
     def __init__(self, zoo: Any, cli: Any, root: Path) -> None:
         self.zoo, self.cli, self.root, self.count = zoo, cli, root, 0
         self.base, self.adapter = zoo.nf4("llama"), zoo.adapter("llama", "identity", relative=0.05, **RICH)
+        self.light = zoo.adapter("llama", "identity light", relative=0.05, target_modules=["q_proj", "down_proj"])
+        """merged without transformers, which takes seconds to import: for processes"""
 
     def arguments(self, *flags: object, base: str | None = None, adapter: str | None = None, fmt: str = "bf16", name: str | None = None) -> tuple[list[str], Path]:
         self.count += 1
@@ -65,7 +67,8 @@ def files_of(folder: Path) -> dict[str, str]:
 
 def test_repeated_runs_give_the_same_folder(runs):
     """A time, a path, an order of a set in the weights, in a config or in the manifest."""
-    first, second = files_of(runs()), files_of(runs())
+    first = files_of(runs())
+    second = files_of(runs())
     assert first == second and "manifest.json" in first
 
 
@@ -86,9 +89,9 @@ def test_threads_do_not_change_the_bytes(runs, monkeypatch, stretch):
 
 def test_threads_by_the_environment_do_not_change_the_bytes(runs):
     """The same in processes of their own, whose libraries read their number of threads when they start."""
-    expected = files_of(runs(fmt="fp32"))
+    expected = files_of(runs(fmt="fp32", adapter=runs.light))
     for threads in ("1", "4"):
-        words, out = runs.arguments(fmt="fp32")
+        words, out = runs.arguments(fmt="fp32", adapter=runs.light)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         done = subprocess.run([sys.executable, "-m", "qmerge", *words], env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
@@ -195,21 +198,21 @@ def started(words: list[str]) -> subprocess.Popen:
 
 def test_kill_9_leaves_no_out(runs):
     """A folder with half of the shards under the name that a server would load. The next run works beside what is left."""
-    words, out = runs.arguments("--shard-size", "100kB", name="killed")
-    before = digests(runs.base, runs.adapter)
+    words, out = runs.arguments("--shard-size", "100kB", name="killed", adapter=runs.light)
+    before = digests(runs.base, runs.light)
     process = started(words)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not out.exists() and digests(runs.base, runs.adapter) == before
+    assert not out.exists() and digests(runs.base, runs.light) == before
     left = [path.name for path in runs.root.iterdir()]
     assert all(re.fullmatch(r"\.killed\.qmerge-tmp-\w+", name) for name in left)
     assert runs.cli(*words).code == 0 and runs.cli("verify", out).code == 0
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signals_leave_nothing(runs, sent):
     """A temporary folder of gigabytes after Ctrl-C, or exit code 1 for what can simply be run again."""
-    words, _ = runs.arguments(name="stopped")
+    words, _ = runs.arguments(name="stopped", adapter=runs.light)
     process = started(words)
     began = time.monotonic()
     process.send_signal(sent)
@@ -223,13 +226,13 @@ def mounts() -> bool:
 
 
 @pytest.mark.skipif(not mounts(), reason="this machine does not let us mount a tmpfs")
-@pytest.mark.parametrize("size", ["350k", "764k"])
+@pytest.mark.parametrize("size", ["350k", pytest.param("764k", marks=pytest.mark.slow)])
 def test_disk_full(runs, size, tmp_path):
     """A disk that fills in the middle of the weights, or only at the side files, whatever the plan foresaw: exit 75, and nothing left behind."""
     place = tmp_path / "disk"
     place.mkdir()
     blind = "import sys; from qmerge.pipeline import plan; plan.check_room = lambda *_: None; from qmerge.cli.main import main; sys.argv = ['qmerge', *sys.argv[1:]]; main()"
-    words = ["merge", "--base", runs.base, "--adapter", runs.adapter, "--out", str(place / "out"), "--format", "bf16", "--device", "cpu", "--shard-size", "100kB"]
+    words = ["merge", "--base", runs.base, "--adapter", runs.light, "--out", str(place / "out"), "--format", "bf16", "--device", "cpu", "--shard-size", "100kB"]
     script = f'mount -t tmpfs -o size={size} none "{place}" && "$0" "$@"; code=$?; ls -A "{place}"; exit $code'
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script, sys.executable, "-c", blind, *words], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 75, done.stderr

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qmerge.errors import Interrupted, Refused
-from qmerge.store import stream as module
+from qmerge.store import direct
 from qmerge.store.checkpoint import INDEX
 from qmerge.store.stream import OutTensor, ShardStream, cut, in_order
 
@@ -192,19 +192,19 @@ def test_a_file_larger_than_the_file_system_takes(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("call", ["open", "write", "fsync", "fdatasync"])
+@pytest.mark.parametrize("call", ["open", "write", "fsync"])
 def test_no_room_is_interrupted_wherever_it_shows(tmp_path, monkeypatch, call, code):
-    """A full disk that shows late (at fsync, in the thread that flushes) and is taken for success or for a bug."""
-    monkeypatch.setattr(module, "SYNC_BYTES", 100)
+    """A full disk that shows late (at fsync, in the thread that writes) and is taken for success or for a bug."""
+    monkeypatch.setattr(direct, "BUFFER_BYTES", 100)
     inner, count = getattr(os, call), [0]
 
     def full(*arguments: object) -> object:
         count[0] += 1
-        if count[0] > 1 or call == "fdatasync":  # how often that one is called is a matter of timing
+        if count[0] > 1:
             raise OSError(code, os.strerror(code))
         return inner(*arguments)
 
-    monkeypatch.setattr(module.os, call, full)
+    monkeypatch.setattr(direct.os, call, full)
     with pytest.raises(Interrupted):
         write(tmp_path / "out", everything() | {"more": torch.ones(5000)}, 10, max_shard_bytes=2000)
 
@@ -218,12 +218,33 @@ def test_handles_are_closed_after_a_failure(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_flushing_in_between_changes_nothing(tmp_path, monkeypatch):
-    """A flush of a handle that was closed meanwhile, or of the next file's."""
-    tensors = everything()
-    write(tmp_path / "plain", tensors, 1, max_shard_bytes=700)
-    monkeypatch.setattr(module, "SYNC_BYTES", 16)
-    write(tmp_path / "flushed", tensors, 1, max_shard_bytes=700)
+@pytest.mark.parametrize("size", [16, 4096, 12288])
+@pytest.mark.parametrize("start", [0, 1 << 40], ids=["past the cache", "through it"])
+def test_buffers_and_the_cache_change_nothing(tmp_path, monkeypatch, size, start):
+    """Bytes lost or doubled where a buffer ends, or the padding of a direct write left in the file."""
+    tensors = everything() | {"long": torch.arange(20000, dtype=torch.float32)}
+    write(tmp_path / "plain", tensors, 1, max_shard_bytes=30000)
+    monkeypatch.setattr(direct, "BUFFER_BYTES", size)
+    monkeypatch.setattr(direct, "DIRECT_BYTES", start)
+    write(tmp_path / "other", tensors, 1, max_shard_bytes=30000)
     files = sorted(path.name for path in (tmp_path / "plain").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "flushed").iterdir())
-    assert all((tmp_path / "plain" / name).read_bytes() == (tmp_path / "flushed" / name).read_bytes() for name in files)
+    assert files == sorted(path.name for path in (tmp_path / "other").iterdir())
+    assert all((tmp_path / "plain" / name).read_bytes() == (tmp_path / "other" / name).read_bytes() for name in files)
+
+
+def test_a_file_system_that_refuses_direct_writes(tmp_path, monkeypatch):
+    """EINVAL from a file system that takes the flag and not the writes: the same bytes the ordinary way, or a failed run."""
+    monkeypatch.setattr(direct, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(direct, "BUFFER_BYTES", 4096)
+    inner, refused = os.write, []
+
+    def write_once(handle: int, view: object) -> int:
+        if not refused:
+            refused.append(handle)
+            raise OSError(errno.EINVAL, "no")
+        return inner(handle, view)
+
+    monkeypatch.setattr(direct.os, "write", write_once)
+    tensors = everything() | {"long": torch.arange(20000, dtype=torch.float32)}
+    write(tmp_path / "out", tensors)
+    assert refused and all(torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], tensor) for name, tensor in tensors.items())

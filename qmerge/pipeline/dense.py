@@ -29,7 +29,7 @@ from qmerge.store.headers import TORCH_DTYPES, rows_of
 from qmerge.store.stream import MAX_SHARD_BYTES, OutTensor, ShardStream, order_key
 from qmerge.store.tensors import read_tensor
 
-MANY_WEIGHTS = 1 << 29
+MANY_WEIGHTS = 1 << 32
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Survival:
     @classmethod
     def of(cls, out: torch.Tensor, before: torch.Tensor, added: torch.Tensor) -> Survival:
         delta = added.reshape(-1)
-        moved = torch.sub(out.float(), before).reshape(-1)
+        moved = torch.sub(out, before).reshape(-1)  # fp32: the wider of the two
         return cls(float(torch.dot(moved, delta)), float(torch.dot(delta, delta)))
 
 

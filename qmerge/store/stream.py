@@ -1,7 +1,7 @@
 """How are the shards of a checkpoint written while its tensors are still being computed?
 
 All names, shapes and dtypes are known beforehand, so each file's header is written first and the data follow in order, rows at a time: nothing is held, each byte is
-hashed on its way out, and a second thread pushes finished stretches to the disk while the next ones are computed.
+hashed on its way out, and threads of their own hash and write while the next bytes are computed.
 The order is one for the whole checkpoint, widest dtypes first and then by name, and is cut into shards: it does not depend on the shard size.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,11 +22,12 @@ import torch
 
 from qmerge.errors import Refused
 from qmerge.store.checkpoint import INDEX, SINGLE
+from qmerge.store.direct import DirectWriter
 from qmerge.store.durable import room_needed, sync, write_json
 from qmerge.store.headers import MAX_HEADER_BYTES, dtype_name
 
 MAX_SHARD_BYTES = 5_000_000_000
-SYNC_BYTES = 256 << 20
+MOST_WAITING = 8
 METADATA = {"format": "pt"}
 
 
@@ -100,17 +100,17 @@ class ShardStream:
         self.shards = cut(self.order, max_shard_bytes)
         self.digests: dict[str, dict[str, Any]] = {}
         """file name -> ``{"sha256", "bytes"}`` of every finished file"""
-        self._number, self._left, self._handle, self._flusher = -1, 0, -1, _Flusher()
+        self._number, self._left, self._writer = -1, 0, DirectWriter()
+        self._hasher = ThreadPoolExecutor(1)
         self._hash, self._count = hashlib.sha256(), 0
+        self._hashing: deque[Future] = deque()
 
     def __enter__(self) -> ShardStream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._flusher.stop()
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        self._writer.stop()
+        self._hasher.shutdown(wait=True)
 
     def name_of(self, number: int) -> str:
         return SINGLE if len(self.shards) == 1 else f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
@@ -143,71 +143,33 @@ class ShardStream:
         if len(self.shards) > 1:
             write_json(self.folder / INDEX, {"metadata": {"total_size": sum(tensor.nbytes for tensor in self.order)}, "weight_map": weight_map})
         with room_needed(self.folder.name):
-            self._flusher.settle()
+            self._writer.settle()
+        while self._hashing:
+            self._hashing.popleft().result()
         sync(self.folder)
         return weight_map
 
     def _open_next(self) -> None:
         self._number += 1
-        path = self.folder / self.name_of(self._number)
-        with room_needed(path.name):
-            self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+        path, first = self.folder / self.name_of(self._number), header(self.shards[self._number], self.metadata)
         self._left, self._hash, self._count = sum(tensor.nbytes for tensor in self.shards[self._number]), hashlib.sha256(), 0
-        self._put(memoryview(header(self.shards[self._number], self.metadata)))
+        with room_needed(path.name):
+            self._writer.open(path, len(first) + self._left)
+        self._put(memoryview(first))
 
     def _put(self, view: memoryview) -> None:
-        self._hash.update(view)
+        """Hash and write, each in a thread of its own; the bytes must stay as they are."""
+        self._hashing.append(self._hasher.submit(self._hash.update, view))
         self._count += len(view)
         with room_needed(self.name_of(self._number)):
-            while len(view):
-                view = view[os.write(self._handle, view) :]
-            self._flusher.wrote(self._handle, self._count)
+            self._writer.write(view)
+        while len(self._hashing) > MOST_WAITING:
+            self._hashing.popleft().result()
 
     def _close(self) -> None:
-        name = self.name_of(self._number)
-        self._flusher.close(self._handle)
-        self._handle = -1
-        self.digests[name] = {"sha256": self._hash.hexdigest(), "bytes": self._count}
+        with room_needed(self.name_of(self._number)):
+            self._writer.close()
+        self._hashing.append(self._hasher.submit(self._note, self.name_of(self._number), self._hash, self._count))
 
-
-class _Flusher:
-    """Sends what was written to the disk from a thread of its own, every ``SYNC_BYTES`` and at the end of a file, while the next bytes are made.
-
-    A failure is raised by the next call.
-    """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._waiting: deque[Future] = deque()
-        self._sent = 0
-
-    def wrote(self, handle: int, count: int) -> None:
-        """``count`` bytes of the file behind ``handle`` are written so far."""
-        self._settle_done()
-        if count - self._sent >= SYNC_BYTES and not self._waiting:
-            self._sent = count
-            self._waiting.append(self._pool.submit(os.fdatasync if hasattr(os, "fdatasync") else os.fsync, handle))
-
-    def close(self, handle: int) -> None:
-        """Make the whole file durable, then close it, soon."""
-        self._sent = 0
-        self._waiting.append(self._pool.submit(_sync_and_close, handle))
-
-    def settle(self) -> None:
-        """Wait until everything is on the disk."""
-        while self._waiting:
-            self._waiting.popleft().result()
-
-    def stop(self) -> None:
-        self._pool.shutdown(wait=True)
-
-    def _settle_done(self) -> None:
-        while self._waiting and self._waiting[0].done():
-            self._waiting.popleft().result()
-
-
-def _sync_and_close(handle: int) -> None:
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def _note(self, name: str, digest: Any, count: int) -> None:
+        self.digests[name] = {"sha256": digest.hexdigest(), "bytes": count}

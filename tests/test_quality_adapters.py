@@ -193,18 +193,18 @@ def test_a_combination_is_pefts(made: Made, how: str, options: dict[str, Any]) -
     assert difference(base, several(f"{first}=0.7", f"{made.lora('plain', 2)[1]}=0.6", how=how, **options)) < TIGHT
 
 
-def test_what_peft_cannot_keep_separate_is_refused_before_anything_is_loaded(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_peft_cannot_keep_separate_is_refused_before_anything_is_loaded(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Minutes of loading and measuring, and then a message that the headers would have told."""
     base, dora = made.lora("dora")
     plain, saved, tokens = (made.lora(name)[1] for name in ("plain", "saved-head", "tokens"))
+    ia3, again = made.other("ia3")[1], str(shutil.copytree(dora, tmp_path / "again"))
     monkeypatch.setattr(arms, "_from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
-    again = made.adapter("dora-2", "llama", None) if (made.root / "dora-2-adapter").exists() else str(shutil.copytree(dora, made.root / "dora-2-adapter"))
     for chosen, words in (
         (several(f"{dora}=0.5"), "cannot weigh"), (several(dora, again), "Two DoRA"), (several(plain, saved), "several adapters active"), (several(plain, tokens), "several adapters active"),
-        (several(f"{made.other('ia3')[1]}=0.5"), "cannot weigh"),
+        (several(f"{ia3}=0.5"), "cannot weigh"),
     ):  # fmt: skip
         with pytest.raises(Refused, match=words):
-            evaluate(base, chosen, {}, {"t": write_rows(made.root / "t.jsonl", sentences(OWN, 3, 1))}, 32, on="original")
+            evaluate(base, chosen, {}, {"t": write_rows(tmp_path / "t.jsonl", sentences(OWN, 3, 1))}, 32, on="original")
 
 
 def rewritten(adapter: str, folder: Path, rename: Any) -> str:

@@ -98,8 +98,8 @@ class Adapter:
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """Tensors that go into nothing: those that only training used, and those of other adapters in the same file."""
-        return tuple(key for module in self.claims.modules.values() for key in module.idle) + self.claims.others
+        """Tensors that go into nothing: those that only training used, those of other adapters in the same file, and second copies."""
+        return tuple(key for module in self.claims.modules.values() for key in module.idle) + self.claims.others + self.claims.copies
 
     def edits(self, shapes: Mapping[str, tuple[int, ...]], model: Any = None) -> dict[str, Edit]:
         """Parameter in the module tree -> what becomes of it. ``shapes``: the base's parameters; ``model``: its module tree, needed for fused experts only."""

@@ -24,6 +24,8 @@ _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wr
 _PART = re.compile(r"(?P<module>.+?)\.(?P<kind>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector|diag|velora_embed|monteclora_sampler))(?:\.(?P<tail>.+))?")
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
 _SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save(?:\.(?P<adapter>[^.]+))?\.(?P<leaf>weight|bias)")
+_BASE = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<leaf>weight|bias)")
+_COPY = re.compile(r"(?P<module>.+)\.(?:original_module|modules_to_save)\.(?P<leaf>weight|bias)")
 _TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler")
 
 
@@ -38,11 +40,13 @@ class ModuleClaims:
 
 @dataclass(frozen=True)
 class Claims:
-    """``modules``: module -> its parts; ``saved``: parameter of the base -> the key that replaces it whole; ``others``: keys of adapters that were not asked for."""
+    """``modules``: module -> its parts; ``saved``: parameter of the base -> the key that replaces it whole; ``others``: keys of adapters that were not asked for;
+    ``copies``: keys of what the file holds once more, which PEFT's loader passes over."""
 
     modules: dict[str, ModuleClaims]
     saved: dict[str, str]
     others: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
 
 
 def claim(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], name: str, wanted: str | None = None) -> Claims:
@@ -51,14 +55,18 @@ def claim(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], name: str,
     saved: dict[str, str] = {}
     names: set[str] = set()
     others: list[str] = []
+    copies: list[str] = []
+    plain = {_key(tensor) for tensor in specs}
     for tensor in sorted(specs):
         where = f"tensor {tensor!r} in {name}"
         if specs[tensor].dtype not in _FLOATS:
             raise Refused("An adapter tensor is not floating point.", where=where, expected=", ".join(_FLOATS), found=specs[tensor].dtype)
-        bare = _WRAPPERS.sub("", tensor)
-        key = bare.removeprefix(PREFIX)
-        if key == bare:
+        key = _key(tensor)
+        if not _WRAPPERS.sub("", tensor).startswith(PREFIX):
             raise Refused("An adapter tensor has a name that PEFT does not write.", where=where, expected=f"{PREFIX}…")
+        if _is_copy(key, plain):
+            copies.append(tensor)
+            continue
         adapter = _place(key, tensor, config, where, wanted, modules, saved)
         if adapter:
             names.add(adapter)
@@ -66,7 +74,17 @@ def claim(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], name: str,
             others.append(tensor)
     if wanted and names and wanted not in names:
         raise Refused("The file holds no adapter of this name.", where=name, expected=", ".join(sorted(names)), found=wanted)
-    return Claims(dict(sorted(modules.items())), dict(sorted(saved.items())), tuple(others))
+    return Claims(dict(sorted(modules.items())), dict(sorted(saved.items())), tuple(others), tuple(copies))
+
+
+def _key(tensor: str) -> str:
+    return _WRAPPERS.sub("", tensor).removeprefix(PREFIX)
+
+
+def _is_copy(key: str, plain: set[str]) -> bool:
+    """With ``save_embedding_layers`` PEFT writes a saved module three times: as ``<module>.weight``, which its loader reads, as it was before training, and once more."""
+    copy = _COPY.fullmatch(key)
+    return copy is not None and f"{copy['module']}.{copy['leaf']}" in plain
 
 
 def _place(key: str, tensor: str, config: Mapping[str, Any], where: str, wanted: str | None, modules: dict[str, ModuleClaims], saved: dict[str, str]) -> str | None:
@@ -76,7 +94,7 @@ def _place(key: str, tensor: str, config: Mapping[str, Any], where: str, wanted:
         module = (part or tokens)["module"]
         slot, adapter = _slot(part, where) if part else ("tokens", tokens["adapter"])
         table: dict[str, str] = modules.setdefault(module, ModuleClaims()).parts if not (adapter and wanted and adapter != wanted) else {}
-    elif (base := re.fullmatch(r"(?P<module>.+)\.base_layer\.(?P<leaf>weight|bias)", key)) and _may_hold_base(base, config):
+    elif (base := _BASE.fullmatch(key)) and _may_hold_base(base, config):
         slot, adapter, table = f"base.{base['leaf']}", None, modules.setdefault(base["module"], ModuleClaims()).parts
     else:
         slot, adapter, table = *_saved_parameter(key, config, where), saved

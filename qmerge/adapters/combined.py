@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qmerge.adapters.adapter import Adapter
-from qmerge.adapters.combine import combine_all
+from qmerge.adapters.combine import PRODUCTS, combine_all
 from qmerge.adapters.edits import Edit
 from qmerge.adapters.lowrank import LowRank
 from qmerge.errors import Refused
@@ -25,6 +25,9 @@ def combined_edits(
     ``model``: the module tree, whose order is PEFT's. Raises Refused for an adapter that holds more than plain pairs.
     """
     for adapter in adapters:
+        if adapter.initial is not None:
+            raise Refused("A named combination is defined for adapters on the base as it is.", where=adapter.name, expected="no initialisation that changed the base",
+                          found=str(adapter.config.get("init_lora_weights")), fix="leave --combine out: the exact sum of deltas")
         loose = sorted(set(adapter.saved) | {module for module, claims in adapter.claims.modules.items() if module not in adapter.pairs or "base.bias" in claims.parts})
         if loose:
             raise Refused("A named combination is defined for plain LoRA only.", where=adapter.name, expected="lora_A and lora_B alone", found=loose[0], fix="leave --combine out: the exact sum of deltas")
@@ -34,7 +37,7 @@ def combined_edits(
         raise Refused("the adapter was made for another base: it changes a module that this base lacks", where=adapters[0].name, expected=f"{min(missing)} in the module tree", found="none")
     embeddings = [module for module in order if any(module in adapter.pairs and adapter.pairs[module].embedding for adapter in adapters)]
     pairs = {module: [(*adapter.load_pair(module), adapter.pairs[module].scaling) if module in adapter.pairs else None for adapter in adapters] for module in order}
-    found = combine_all(combination.how, order, pairs, weights, density=combination.density, rank=combination.rank or max(int(adapter.config["r"]) for adapter in adapters),
+    found = combine_all(combination.how, order, pairs, weights, density=combination.density, rank=_rank(adapters, combination),
                         seed=combination.seed, embeddings=embeddings, init_lora_weights=adapters[0].config.get("init_lora_weights", True))
     edits: dict[str, Edit] = {}
     for module, (a, b) in found.items():
@@ -42,6 +45,18 @@ def combined_edits(
         left, right = (a.T, b.T) if module in embeddings else (b, a)
         edits[f"{module}.weight"] = LowRank(keys, (left.shape[0], right.shape[1]), _held(left.float(), right.float()))
     return edits
+
+
+def _rank(adapters: Sequence[Adapter], combination: Combination) -> int | None:
+    """That of the result, where the combination cuts it to one."""
+    return combination.rank or (max(int(adapter.config["r"]) for adapter in adapters) if combination.how.endswith("svd") else None)
+
+
+def _rank(adapters: Sequence[Adapter], combination: Combination) -> int | None:
+    """The rank to cut to, None for those that keep the adapters' own. PEFT's rule: the largest that any config names, whether a module has it or not."""
+    if combination.how not in PRODUCTS:
+        return combination.rank
+    return combination.rank or max(rank for adapter in adapters for rank in (adapter.config["r"], *(adapter.config.get("rank_pattern") or {}).values()))
 
 
 def _held(left: torch.Tensor, right: torch.Tensor) -> Any:

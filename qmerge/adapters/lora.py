@@ -40,7 +40,8 @@ def lora_edits(adapter: Adapter, shapes: Shapes, model: Any = None) -> dict[str,
                 has_bias = f"{module}.bias" in shapes or f"{module}.bias" in steps
                 steps.setdefault(f"{module}.bias", []).append(_bias_edit(adapter, pair, has_bias))
         if "tokens" in parts:
-            steps.setdefault(f"{module}.weight", []).append(_token_edit(adapter, module, parts["tokens"], shapes))
+            before = steps.setdefault(f"{module}.weight", [])
+            before.append(_token_edit(adapter, module, parts["tokens"], before[-1].shape if before else shapes.get(f"{module}.weight")))
     return {parameter: edits[0] if len(edits) == 1 else Chain(tuple(edits)) for parameter, edits in sorted(steps.items())}
 
 
@@ -106,13 +107,12 @@ def _bias_edit(adapter: Adapter, pair: LoraPair, has_bias: bool) -> AddBias:
     return AddBias((pair.bias,), tuple(adapter.specs[pair.bias].shape), lambda: adapter.source.fp32(pair.bias), pair.scaling)
 
 
-def _token_edit(adapter: Adapter, module: str, key: str, shapes: Shapes) -> ReplaceRows:
+def _token_edit(adapter: Adapter, module: str, key: str, base: tuple[int, ...] | None) -> ReplaceRows:
     table = adapter.config.get("trainable_token_indices") or []
     if isinstance(table, dict):
         names = [name for name in table if module == name or module.endswith("." + name)]
         table = table[names[0]] if names else []
     shape = tuple(adapter.specs[key].shape)
-    base = shapes.get(f"{module}.weight")
     if len(shape) != 2 or len(table) != shape[0] or len(set(table)) != len(table):
         raise Refused("The trained tokens do not fit the adapter's list of their numbers.", where=f"tensor {key!r} in {adapter.name}",
                       expected=f"{len(set(table))} rows, as trainable_token_indices has numbers", found=f"shape {list(shape)}")

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from qmerge.adapters.edits import Edit
+import torch
+
+from qmerge.adapters.edits import Change, Edit
 from qmerge.adapters.equality import same_edit
 from qmerge.adapters.replace import Replace, ReplaceRows
+
+
+@dataclass(frozen=True)
+class Both(Edit):
+    """The edit of a shared tensor, which an adapter holds once for each side."""
+
+    edit: Edit
+    second: tuple[str, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.edit.keys + self.second
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.edit.shape
+
+    @property
+    def needs_base(self) -> bool:  # type: ignore[override]
+        return self.edit.needs_base
+
+    def load(self, device: torch.device) -> Change:
+        return self.edit.load(device)
 
 
 def head_follows(entrance: str, first: Edit | None, second: Edit | None, configs: Iterable[Mapping[str, Any]]) -> bool:

@@ -50,6 +50,17 @@ def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: b
         result_json(rows if recipe.each else rows[0])
     else:
         result("\n".join(row["out"] for row in rows))
+    for one in done:
+        say(_survival(one.linears))
     say(f"merged in {format_seconds(done[0].elapsed_s)}, peak memory {format_bytes(done[0].peak_rss_bytes)}")
     adapters = " ".join(f"--adapter {text}" for text in plans[0].recipe.adapter)
     say(f"Next: qmerge eval --base {recipe.base} {adapters} --candidate {plans[0].recipe.out} --text FILE --out results.json")
+
+
+def _survival(linears: dict[str, dict[str, Any]]) -> str:
+    """How much of ΔW is in the written weights, linear by linear (1: all of it; each value is in the manifest)."""
+    found = {name: row["delta_survival"] for name, row in linears.items() if "delta_survival" in row}
+    if not found:
+        return "delta survival: no linear was changed"
+    lowest, highest = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+    return f"delta survival in {len(found)} tensors: {found[lowest]:.4f} ({lowest}) to {found[highest]:.4f} ({highest}); all in manifest.json"

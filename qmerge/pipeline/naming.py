@@ -67,7 +67,7 @@ class Names:
         for name in self.skeleton.linears:
             if self.skeleton.linears[name]:
                 tree[name] = tree[name][::-1]
-        return {name: shape for name, shape in tree.items() if name not in self.skeleton.tied_names} | self.disk
+        return tree | self.disk
 
     def on_disk(self, edits: Mapping[str, Edit], where: str) -> dict[str, Edit]:
         """The edits by the file's own names; those of a fused parameter are split into those of its parts. The head of a tied model keeps its name."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmerge.adapters.edits import Edit
-from qmerge.adapters.tying import head_follows
+from qmerge.adapters.tying import Both, head_follows
 from qmerge.errors import Refused
 from qmerge.formats.base import Base
 from qmerge.pipeline.skeleton import Skeleton
@@ -98,6 +98,8 @@ def _tied(sources: dict[str, str], edits: dict[str, Edit], configs: list[Mapping
     if first is None and second is None:
         return sources, edits, None
     if head_follows(entrance, first, second, configs):
+        if second is not None:  # one and the same, so one of them goes into the tensor, and both are consumed
+            edits[entrance] = first = Both(first, second.keys)
         edits.pop(head, None)
         if stored:
             edits[head] = first

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Linear, Solved, round_to_nearest
 from qmerge.pipeline.streams import requantize_blocks
+from qmerge.store.durable import write_json
 from qmerge.store.manifest import build_manifest, input_digests
 from qmerge.store.publish import OutputFolder
 from qmerge.store.sidefiles import copy_side_files
@@ -63,14 +63,14 @@ def run(plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: C
         calibration = calibration_for(plan)
     merged = Merged(plan.base, plan.pieces, plan.adapters, device)
     records: dict[str, dict[str, Any]] = {}
-    with Digests(plan) as inputs, _output(plan) as folder:
+    with Digests([plan]) as inputs, _output(plan) as folder:
         writer = ShardWriter(folder.path, recipe.shard_bytes)
         with torch.no_grad():
             for name, tensor in tensors(plan, merged, calibration, records, progress):
                 writer.add(name, tensor)
         writer.finish()
         merged.check_all_used()
-        _finish(plan, folder, manifest(plan, calibration, records, inputs), {}, progress)
+        _finish(plan, folder, manifest(plan, calibration, records, inputs.result()[0]), {}, progress)
     return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), records)
 
 
@@ -82,14 +82,14 @@ def run_dense(plans: list[MergePlan], progress: Callable[[str], None] = quiet, c
     device = pick_device(plans[0].recipe.device)
     exact_matmuls()
     with contextlib.ExitStack() as stack:
-        inputs = [stack.enter_context(Digests(plan)) for plan in plans]
+        inputs = stack.enter_context(Digests(plans))
         folders = [stack.enter_context(_output(plan)) for plan in plans]
         jobs = [
             DenseJob(Merged(plan.base, plan.pieces, plan.adapters, device), dense.DTYPES[plan.recipe.format], folder.path, plan.recipe.shard_bytes)
             for plan, folder in zip(plans, folders, strict=True)
         ]
         write_dense(jobs, device, count or (lambda *_: None))
-        for plan, job, folder, found in zip(plans, jobs, folders, inputs, strict=True):
+        for plan, job, folder, found in zip(plans, jobs, folders, inputs.result(), strict=True):
             job.merged.check_all_used()
             _finish(plan, folder, manifest(plan, None, job.records, found), job.digests, progress)
     return [RunReport(Path(plan.recipe.out), time.perf_counter() - began, peak_rss_bytes(), (), job.records) for plan, job in zip(plans, jobs, strict=True)]
@@ -98,8 +98,9 @@ def run_dense(plans: list[MergePlan], progress: Callable[[str], None] = quiet, c
 def check_adapters(plan: MergePlan) -> None:
     """Read every adapter once and refuse NaN and Inf by name, before anything is written: adapters are small beside the base."""
     for adapter in plan.adapters:
-        for key in adapter.specs:
-            adapter.source.fp32(key)
+        for part in (adapter, adapter.initial):
+            for key in part.specs if part is not None else ():
+                part.source.fp32(key)
 
 
 def _output(plan: MergePlan) -> OutputFolder:
@@ -109,29 +110,39 @@ def _output(plan: MergePlan) -> OutputFolder:
 def _finish(plan: MergePlan, folder: OutputFolder, facts: dict[str, Any], digests: dict[str, dict[str, Any]], progress: Callable[[str], None]) -> None:
     """Configs and side files beside the weights, then the manifest and the name."""
     config = output_config(plan)
-    (folder.path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder.path / "config.json", config)
     if plan.recipe.format == "gptq":
-        (folder.path / "quantize_config.json").write_text(json.dumps(config["quantization_config"], indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(folder.path / "quantize_config.json", config["quantization_config"])
     copy_side_files(plan.checkpoint.path, plan.adapters[0].path, folder.path)
     progress("publishing")
     folder.commit(build_manifest(folder.path, known=digests, **facts))
 
 
 class Digests:
-    """The inputs' digests, computed in a thread of their own while the work goes on; asked for at the commit point."""
+    """The inputs' digests, computed in a thread of their own while the work goes on, each input once; asked for at the commit point."""
 
-    def __init__(self, plan: MergePlan) -> None:
-        self._sources = {"base": plan.checkpoint} | {("adapter" if index == 0 else f"adapter_{index + 1}"): adapter for index, adapter in enumerate(plan.adapters)}
+    def __init__(self, plans: Sequence[MergePlan]) -> None:
+        self._sources = [
+            {"base": plan.checkpoint} | {("adapter" if index == 0 else f"adapter_{index + 1}"): adapter for index, adapter in enumerate(plan.adapters)} for plan in plans
+        ]
         self._pool = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Digests:
-        self._found = self._pool.submit(lambda: {role: input_digests(source) for role, source in self._sources.items()})
+        self._found = self._pool.submit(self._all)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def result(self) -> dict[str, Any]:
+    def _all(self) -> list[dict[str, Any]]:
+        known: dict[tuple[Path, str], dict[str, Any]] = {}
+        for source in (source for sources in self._sources for source in sources.values()):
+            if (source.path, source.name) not in known:
+                known[source.path, source.name] = input_digests(source)
+        return [{role: known[source.path, source.name] for role, source in sources.items()} for sources in self._sources]
+
+    def result(self) -> list[dict[str, Any]]:
+        """Role -> digests, per plan."""
         return self._found.result()
 
 
@@ -209,11 +220,9 @@ def output_config(plan: MergePlan) -> dict[str, Any]:
     return config
 
 
-def manifest(plan: MergePlan, calibration: Calibration | None, records: dict, digests: Digests) -> dict[str, Any]:
+def manifest(plan: MergePlan, calibration: Calibration | None, records: dict, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What is known at the commit point: inputs with digests, recipe, versions, choices per linear."""
-    inputs = digests.result()
-    if calibration:
-        inputs["calibration"] = calibration.facts
+    inputs = dict(inputs) | ({"calibration": calibration.facts} if calibration else {})
     recipe = plan.recipe.to_json() | {"merged_on": "float base" if plan.recipe.on == "original" else "dequantized base"}
     if plan.base.recipe:
         recipe["nf4"] = plan.base.recipe.to_json()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qmerge.adapters.several_adapters import SUM, Choice
+from qmerge.adapters.several_adapters import SUM, Choice, parse_choice
 from qmerge.errors import QmergeError, Refused
 from qmerge.formats import dense, gptq
 from qmerge.formats import nf4 as nf4_format
@@ -43,7 +43,7 @@ class Check:
 
 
 def verify(out: str, base: str | None = None, adapters: Sequence[str] = (), allow_pickle: bool = False) -> list[Check]:
-    """All checks in order. ``adapters``: places, in the order of the merge; weights are taken from the manifest. Raises `QmergeError` only where there is nothing to check (no folder, no manifest)."""
+    """All checks in order. ``adapters``: places, in the order of the merge; weights are the manifest's (one that is named must be it). Raises `QmergeError` only where there is nothing to check (no folder, no manifest)."""
     folder = Path(out)
     if not folder.is_dir():
         raise Refused("there is no such folder", where=out, expected="a checkpoint that qmerge wrote", found="nothing" if not folder.exists() else "a file")
@@ -80,11 +80,15 @@ def _class_of(checkpoint: Checkpoint) -> Skeleton | None:
 def _plan_again(manifest: dict[str, Any], base: str, adapters: Sequence[str], allow_pickle: bool) -> MergePlan:
     """The inputs as the manifest's recipe read them."""
     row = manifest["recipe"]
-    weights = row.get("weights") or [1.0] * len(adapters)
-    if len(weights) != len(adapters):
-        raise Refused("the checkpoint was made of another number of adapters", where=MANIFEST, expected=f"{len(weights)}", found=f"{len(adapters)}")
+    choices = [parse_choice(text) for text in adapters]
+    weights = row.get("weights") or [1.0] * sum(role.startswith("adapter") for role in manifest["inputs"])
+    if len(weights) != len(choices):
+        raise Refused("the checkpoint was made of another number of adapters", where=MANIFEST, expected=f"{len(weights)}", found=f"{len(choices)}")
+    for choice, weight in zip(choices, weights, strict=True):
+        if choice.weight not in (1.0, weight):
+            raise Refused("the checkpoint was made with another weight for this adapter", where=f"--adapter {choice}", expected=f"{weight:g}, or none named", found=f"{choice.weight:g}")
     recipe = Recipe(
-        base=base, adapter=tuple(str(Choice(place, weight)) for place, weight in zip(adapters, weights, strict=True)), format=row["format"], on=row["on"], rtn=bool(row.get("rtn")),
+        base=base, adapter=tuple(str(Choice(choice.place, weight)) for choice, weight in zip(choices, weights, strict=True)), format=row["format"], on=row["on"], rtn=bool(row.get("rtn")),
         combine=row.get("combine", SUM), density=row.get("density"), combine_rank=row.get("combine_rank"), seed=row.get("seed", 0),
         residual_base=bool(row.get("residual_base")), allow_pickle=allow_pickle,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from torch import nn
 
 from qmerge.adapters.adapter import Adapter
 from qmerge.adapters.claims import PREFIX
+from qmerge.adapters.config import changed_base
 from qmerge.adapters.several_adapters import SUM, AdapterSet, check_several
 from qmerge.errors import Refused
 from qmerge.store.adapter import CONFIG, WEIGHTS
@@ -54,12 +55,15 @@ def check_separate(adapter: str | AdapterSet) -> tuple[Adapter, ...]:
     for one in opened:
         if one.config.get("use_qalora"):
             raise Refused("PEFT runs QA-LoRA on its own GPTQ layers only, so there is no separate model in fp32 to compare with.", where=one.name, expected="use_qalora unset", found="true", fix=_KEPT)
+    if chosen.combination.how != SUM and (odd := next((one for one in opened if one.initial is not None), None)):
+        raise Refused("A named combination is defined for adapters on the base as it is.", where=odd.name, expected="no initialisation that changed the base", found=str(odd.config.get("init_lora_weights")),
+                      fix="leave --combine out: the exact sum of deltas")
     parts = _parts(opened, chosen)
-    for part in parts:
+    for part in parts if chosen.combination.how == SUM else ():
         if part.weight != 1.0 and not _scales(part.adapter):
             raise Refused("PEFT cannot weigh this adapter, so there is no separate model to compare with.", where=part.adapter.name,
                           expected="LoRA without DoRA, or weight 1", found=f"{_kind(part.adapter)}, weight {part.weight:g}", fix=_KEPT)
-    if len(parts) > 1:
+    if len(parts) > 1 and chosen.combination.how == SUM:
         _check_together(parts)
     return opened
 
@@ -77,11 +81,12 @@ def attach(model: nn.Module, adapter: str | AdapterSet, device: str = "cpu") -> 
     for name, part in zip(names, parts, strict=True):
         with _folder(part.adapter) as folder, warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            config = _config(folder)
+            config = _config(folder, keep=chosen.combination.how != SUM)
             if peft is None:
                 peft = PeftModel.from_pretrained(model, folder, adapter_name=name, config=config, is_trainable=False, torch_device=device)
             else:
-                found = peft.load_adapter(folder, adapter_name=name, peft_config=config, is_trainable=False, torch_device=device)
+                peft.add_adapter(name, config)  # load_adapter alone would read the folder's config, and initialise as it says
+                found = peft.load_adapter(folder, adapter_name=name, is_trainable=False, torch_device=device)
                 _check_loaded(part.adapter, [key for key in found.missing_keys if name in key])
         _check_loaded(part.adapter, [text for note in said if "missing adapter keys" in (text := str(note.message))])
     if chosen.combination.how != SUM:
@@ -123,10 +128,13 @@ def _kind(adapter: Adapter) -> str:
     return "DoRA" if adapter.config.get("use_dora") else adapter.kind
 
 
-def _config(folder: Path) -> PeftConfig:
-    """PEFT's config, without an initialisation that PEFT would do again while loading (all values come from the file, and some initialisations change the base)."""
+def _config(folder: Path, keep: bool) -> PeftConfig:
+    """PEFT's config, without an initialisation that PEFT would do again while loading (all values come from the file, and some initialisations change the base).
+
+    ``keep`` one that leaves the base alone: a combination that drops values at random draws them after the numbers of the first adapter's initialisation.
+    """
     config = PeftConfig.from_pretrained(folder)
-    if hasattr(config, "init_lora_weights"):
+    if hasattr(config, "init_lora_weights") and not (keep and changed_base(config.to_dict()) is None):
         config.init_lora_weights = True
     config.inference_mode = True
     return config

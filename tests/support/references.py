@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,7 +79,13 @@ def by_hand(model: Model, folder: Path, change: Callable[[nn.Module, dict[str, t
 
 
 def pooled(module: nn.Module, parts: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:
-    """QA-LoRA (Xu et al., 2023): ``B A pool(x)``, pool the mean of each group times the number of groups, applied to the unit vectors."""
-    inputs, groups = module.weight.shape[1], parts["lora_A"].shape[1]
-    pool = torch.block_diag(*[torch.full((1, inputs // groups), groups / inputs)] * groups)
-    return scaling * parts["lora_B"] @ parts["lora_A"] @ (pool * groups)
+    """QA-LoRA (Xu et al., 2023): what PEFT's forward of one layer makes of the unit vectors."""
+    from peft.tuners.lora.variants import QALoraLinearVariant
+
+    (rank, groups), (outputs, _) = parts["lora_A"].shape, parts["lora_B"].shape
+    inputs = module.weight.numel() // outputs
+    a, b = nn.Linear(groups, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+    a.weight.data, b.weight.data = parts["lora_A"], parts["lora_B"]
+    layer = SimpleNamespace(lora_A={"q": a}, lora_B={"q": b}, lora_dropout={"q": nn.Identity()}, scaling={"q": scaling}, qalora_group_size={"q": inputs // groups},
+                            in_features=inputs, training=False)  # fmt: skip
+    return QALoraLinearVariant.forward(layer, "q", torch.eye(inputs), torch.zeros(inputs, outputs)).detach().T

@@ -155,6 +155,10 @@ class Zoo:
         return torch.tensor(ids[: rows * tokens]).reshape(rows, tokens)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-support", action="store_true", help="write docs/support.md from the cells of tests/test_support_matrix.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def eager() -> None:
     """bitsandbytes and gptqmodel compile small functions of theirs for seconds; here they run as written."""

@@ -100,8 +100,8 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     return {"kind": kind, "packed": draw(st.booleans()), "copies": draw(st.booleans()), "lora": lora}
 
 
-def trained(model: Any, case: dict[str, Any], folder: str) -> None:
-    """A PEFT model whose every trainable value was moved, saved as PEFT saves it. Raises what PEFT raises."""
+def trained(model: Any, case: dict[str, Any], folder: str) -> Any:
+    """A PEFT model whose every trainable value was moved, and saved as PEFT saves it. Raises what PEFT raises."""
     from peft import LoraConfig, get_peft_model
 
     tuned = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **case["lora"]))
@@ -110,8 +110,16 @@ def trained(model: Any, case: dict[str, Any], folder: str) -> None:
         for name, parameter in tuned.named_parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=dice)
-                parameter.mul_(1 + 0.1 * noise) if "magnitude" in name else parameter.add_(0.05 * noise)
+                if "lora_embedding" in name or "lm_head.lora" in name:
+                    parameter.copy_(0.15 * noise)  # PEFT starts these near 1, where they would drown the base
+                else:
+                    parameter.mul_(1 + 0.1 * noise) if "magnitude" in name else parameter.add_(0.05 * noise)
     tuned.save_pretrained(folder, save_embedding_layers="auto" if case["copies"] else False)
+    return tuned.eval()
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def separate(model: Any, folder: str) -> Any:
@@ -126,8 +134,9 @@ def check(bases: Bases, ids: torch.Tensor, case: dict[str, Any]) -> None:
         warnings.simplefilter("ignore")
         adapter, out = f"{folder}/adapter", f"{folder}/out"
         try:
-            trained(model, case, adapter)
-            wanted = logits(separate(model, adapter), ids)
+            wanted = [logits(trained(model, case, adapter), ids), logits(separate(model, adapter), ids)]
+            if distance(*wanted) > SAME:  # it sorts overlapping patterns when it saves them, and drops a pair on the tied head of GPT-2 when it loads
+                event("PEFT does not load what it trained and saved")
         except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError):
             event("PEFT refuses")
             assume(False)
@@ -140,8 +149,8 @@ def check(bases: Bases, ids: torch.Tensor, case: dict[str, Any]) -> None:
             return
         event("merged")
         found = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), ids)
-    distance = float((found - wanted).norm() / wanted.norm())
-    assert distance < SAME, f"{distance:.1e}\n{case}"
+    nearest = min(distance(found, answers) for answers in wanted)
+    assert nearest < SAME, f"{nearest:.1e}\n{case}"
 
 
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}

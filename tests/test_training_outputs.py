@@ -108,7 +108,7 @@ def pissa(training: Training, folder: Path, **more: Any) -> Any:
     tuned.save_pretrained(folder / "pissa_init", save_embedding_layers=False)
     dice = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
+        for parameter in tuned.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=dice))
     tuned.save_pretrained(folder, save_embedding_layers=False)

@@ -134,12 +134,12 @@ def combine_pairs(
 def combine_all(
     how: str, modules: Sequence[str], pairs: Mapping[str, Sequence[Pair | None]], weights: Sequence[float],
     *, density: float | None = None, rank: int | None = None, majority_sign: str = "total", seed: int = 0, embeddings: Collection[str] = (),
-    init_lora_weights: bool | str = True,
+    turned: Collection[str] = (), init_lora_weights: bool | str = True,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
     """Module -> ``(A', B')`` as `combine_pairs`: what ``add_weighted_adapter`` gives after ``torch.manual_seed(seed)``; the caller's random numbers stay.
 
     ``modules``: all adapted modules in the order of the model's tree. ``pairs``: module -> one per adapter, None where an adapter has none there. ``rank``
-    None is the largest of any pair. ``init_lora_weights``: the first adapter's, which decides how many numbers PEFT draws before the combination.
+    None is the largest of any pair. ``turned``: Conv1D modules, whose products PEFT combines lying ``[in, out]``: what is dropped at random falls elsewhere. ``init_lora_weights``: the first adapter's, which decides how many numbers PEFT draws before the combination.
     Raises Refused, UsageProblem.
     """
     if how not in COMBINATIONS:
@@ -150,7 +150,7 @@ def combine_all(
             "A combination needs a weight for each of at least two adapters.", expected="one pair and one weight per adapter", found=f"{len(weights)} weights"
         )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        tuner = _tuner(modules, pairs, len(weights), frozenset(embeddings), init_lora_weights)
+        tuner = _tuner(modules, pairs, len(weights), frozenset(embeddings), frozenset(turned), init_lora_weights)
         names = [f"a{number}" for number in range(len(weights))]
         torch.default_generator.manual_seed(seed)  # the CPU's alone: a GPU's is not put back
         try:
@@ -166,7 +166,7 @@ def combine_all(
     return results
 
 
-def _tuner(modules: Sequence[str], pairs: Mapping[str, Sequence[Pair | None]], count: int, embeddings: frozenset[str], init: bool | str) -> Any:
+def _tuner(modules: Sequence[str], pairs: Mapping[str, Sequence[Pair | None]], count: int, embeddings: frozenset[str], turned: frozenset[str], init: bool | str) -> Any:
     """PEFT's LoraModel around a tree of these modules alone, with all pairs in it."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
@@ -174,7 +174,7 @@ def _tuner(modules: Sequence[str], pairs: Mapping[str, Sequence[Pair | None]], c
     tree, tuner = nn.Module(), None
     for module in modules:
         a, b, _ = next(pair for pair in pairs[module] if pair is not None)
-        put(tree, module, _leaf(a.shape[1], b.shape[0], module in embeddings))
+        put(tree, module, _leaf(a.shape[1], b.shape[0], module in embeddings, module in turned))
     for number in range(count):
         ranks = {module: pair[0].shape[0] for module in modules if (pair := pairs[module][number]) is not None}
         if not ranks:
@@ -185,6 +185,7 @@ def _tuner(modules: Sequence[str], pairs: Mapping[str, Sequence[Pair | None]], c
             target_modules=list(ranks),
             rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
             init_lora_weights=init,
+            fan_in_fan_out=bool(turned),
         )
         if tuner is None:
             tuner = LoraModel(tree, config, "a0")
@@ -196,8 +197,11 @@ def _tuner(modules: Sequence[str], pairs: Mapping[str, Sequence[Pair | None]], c
     return tuner
 
 
-def _leaf(inputs: int, outputs: int, embedding: bool) -> nn.Module:
-    leaf: nn.Module = nn.Embedding(inputs, outputs, device="meta") if embedding else nn.Linear(inputs, outputs, bias=False, device="meta")
+def _leaf(inputs: int, outputs: int, embedding: bool, turned: bool) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        leaf: nn.Module = nn.Embedding(inputs, outputs) if embedding else Conv1D(outputs, inputs) if turned else nn.Linear(inputs, outputs, bias=False)
     leaf.weight = nn.Parameter(torch.zeros(1, 1).expand(leaf.weight.shape), requires_grad=False)
     return leaf
 

@@ -36,9 +36,10 @@ def combined_edits(
     if missing := held - set(order):
         raise Refused("the adapter was made for another base: it changes a module that this base lacks", where=adapters[0].name, expected=f"{min(missing)} in the module tree", found="none")
     embeddings = [module for module in order if any(module in adapter.pairs and adapter.pairs[module].embedding for adapter in adapters)]
+    turned = [module for module in order if model is not None and type(model.get_submodule(module)).__name__ == "Conv1D"]
     pairs = {module: [(*adapter.load_pair(module), adapter.pairs[module].scaling) if module in adapter.pairs else None for adapter in adapters] for module in order}
     found = combine_all(combination.how, order, pairs, weights, density=combination.density, rank=_rank(adapters, combination),
-                        seed=combination.seed, embeddings=embeddings, init_lora_weights=adapters[0].config.get("init_lora_weights", True))
+                        seed=combination.seed, embeddings=embeddings, turned=turned, init_lora_weights=adapters[0].config.get("init_lora_weights", True))
     edits: dict[str, Edit] = {}
     for module, (a, b) in found.items():
         keys = tuple(key for adapter in adapters if module in adapter.pairs for key in (adapter.pairs[module].a, adapter.pairs[module].b))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from qmerge.errors import UsageProblem
 
 if TYPE_CHECKING:
     from qmerge.adapters.several_adapters import AdapterSet
+    from qmerge.pipeline.recipe import Recipe
 
 
 @click.command("eval", cls=QuietCommand)
@@ -73,6 +75,18 @@ def evaluate_to(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_results(results, scores, out)
     return results
+
+
+def eval_line(recipe: Recipe, out: str | Path) -> str:
+    """The `qmerge eval` that measures what ``recipe`` wrote to ``out``: the same base and adapters, told in the same way. Ready for a shell, but for the text."""
+    words = ["qmerge", "eval", "--base", recipe.base]
+    for text in recipe.adapter:
+        words += ["--adapter", text]
+    for flag, value, usual in (("--combine", recipe.combine, "sum"), ("--density", recipe.density, None), ("--combine-rank", recipe.combine_rank, None), ("--on", recipe.on, "dequantized"),
+                               ("--original", recipe.original, None), ("--nf4-recipe", recipe.nf4_recipe, None), ("--seed", recipe.seed if recipe.combine != "sum" else 0, 0)):  # fmt: skip
+        words += [flag, str(value)] if value != usual else []
+    words += [flag for flag, given in (("--residual-base", recipe.residual_base), ("--allow-pickle", recipe.allow_pickle)) if given]
+    return f"{shlex.join([*words, '--candidate', str(out)])} --text FILE --out results.json"
 
 
 def check_target(out: Path) -> None:

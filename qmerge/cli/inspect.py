@@ -13,7 +13,7 @@ from qmerge.cli.output import QuietCommand, result, result_json, say
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
 def inspect_command(path: str, as_json: bool) -> None:
-    """Say what PATH is: a base (recipe, blocks, linears, sizes) or an adapter (LoRA features), and what stands in the way of merging it."""
+    """Say what PATH is: a base (recipe, blocks, linears, sizes), an adapter (type, features) or a folder of adapters, and what stands in the way of merging it."""
     from qmerge.pipeline.inspection import inspect
 
     facts = inspect(path)
@@ -21,19 +21,31 @@ def inspect_command(path: str, as_json: bool) -> None:
         result_json(facts)
     else:
         result("\n".join(_rows(facts)))
+    say(f"Next: {_next(facts, path)}")
+
+
+def _next(facts: dict[str, Any], path: str) -> str:
+    if facts["what"] == "adapters":
+        usable = [choice for choice, held in zip(facts["choices"], facts["adapters"].values(), strict=True) if "name" in held]
+        return f"qmerge merge --base P --adapter '{usable[0]}' --out OUT --calibration FILE --dry-run" if usable else "see the problems above"
     if facts["problems"]:
-        say("Next: see the problems above")
-    elif facts["what"] == "adapter":
-        say(f"Next: qmerge merge --base P --adapter {path} --out OUT --calibration FILE --dry-run")
-    else:
-        say(f"Next: qmerge merge --base {path} --adapter P --out OUT --calibration FILE --dry-run")
+        return "see the problems above"
+    if facts["what"] == "adapter":
+        return f"qmerge merge --base P --adapter {_quoted(path)} --out OUT --calibration FILE --dry-run"
+    recipe = " --nf4-recipe double|single|FILE (or --on original)" if facts["recipe"]["kind"] == "float" else ""
+    target = "--calibration FILE" if "gptq" in facts["writes"] else "--format bf16"
+    return f"qmerge merge --base {_quoted(path)}{recipe} --adapter P --out OUT {target} --dry-run"
+
+
+def _quoted(path: str) -> str:
+    return f"'{path}'" if any(mark in path for mark in "# ") else path
 
 
 def _rows(facts: dict[str, Any], indent: str = "") -> list[str]:
     rows = []
     for key, value in facts.items():
         if isinstance(value, dict):
-            rows += [f"{indent}{key.replace('_', ' ')}:"] + _rows(value, indent + "  ")
+            rows += [f"{indent}{key.replace('_', ' ')}:{'' if value else ' none'}"] + _rows(value, indent + "  ")
         elif isinstance(value, list):
             rows += [f"{indent}{key.replace('_', ' ')}: {'none' if not value else ''}".rstrip()] + [f"{indent}  {item}" for item in value]
         else:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from qmerge.cli.evidence import eval_line
 from qmerge.cli.options import merge_options
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say
 from qmerge.errors import UsageProblem
@@ -53,8 +54,7 @@ def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: b
     for one in done:
         say(_survival(one.linears))
     say(f"merged in {format_seconds(done[0].elapsed_s)}, peak memory {format_bytes(done[0].peak_rss_bytes)}")
-    adapters = " ".join(f"--adapter {text}" for text in plans[0].recipe.adapter)
-    say(f"Next: qmerge eval --base {recipe.base} {adapters} --candidate {plans[0].recipe.out} --text FILE --out results.json")
+    say(f"Next: {eval_line(plans[0].recipe, plans[0].recipe.out)}")
 
 
 def _survival(linears: dict[str, dict[str, Any]]) -> str:

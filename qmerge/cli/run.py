@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qmerge.cli.evidence import evaluate_to, show_verdict
+from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
 from qmerge.cli.options import merge_options, named_texts
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 from qmerge.errors import UsageProblem
@@ -38,6 +38,7 @@ def run_command(
         raise UsageProblem("--each writes several checkpoints, and run measures one", where="--each", fix="qmerge merge --each …, then qmerge eval for each of them")
     steps = Steps()
     from qmerge.pipeline.plan import describe_plan, plan
+    from qmerge.quality.attach import check_separate
     from qmerge.quality.compare import exit_code, load_budget
     from qmerge.quality.evaluate import candidate_names, check_request
     from qmerge.quality.tasks import load_suite
@@ -45,6 +46,7 @@ def run_command(
     # all that measuring would refuse, before hours of merging
     load_budget(budget)
     check_request(candidate_names((recipe.out,)), named_texts(texts) or {"held-out": ""}, [part for part in also.split(",") if part], recipe.original)
+    check_separate(recipe.adapter_set)
     if suite:
         load_suite(suite)
     found = plan(recipe)
@@ -62,7 +64,7 @@ def run_command(
     steps.step(f"wrote {done.out}")
     files = named_texts(texts) or {"held-out": str(_write_held_out(evidence, held_out))}
     context_length = found.context_length or recipe.tokens
-    say(f"         the checkpoint is whole; should measuring it fail, qmerge eval --candidate {done.out} … does that part again")
+    say(f"         the checkpoint is whole; should measuring it fail, this does that part again: {eval_line(recipe, done.out)}")
     results = evaluate_to(
         evidence / "results.json", (str(done.out),), files, base=recipe.base, adapter=recipe.adapter_set,
         tokens=eval_tokens or min(recipe.tokens, context_length), template=recipe.template, also=also, original=recipe.original, on=recipe.on,

@@ -42,7 +42,7 @@ class Survival:
     @classmethod
     def of(cls, out: torch.Tensor, before: torch.Tensor, added: torch.Tensor) -> Survival:
         delta = added.reshape(-1)
-        moved = torch.sub(out, before).reshape(-1)  # fp32: the wider of the two
+        moved = out.float().sub_(before).reshape(-1) if out.dtype != torch.float32 else (out - before).reshape(-1)  # a subtraction of two dtypes is five times as slow
         return cls(float(torch.dot(moved, delta)), float(torch.dot(delta, delta)))
 
 

@@ -29,7 +29,7 @@ STRETCH = 1 << 20
 
 @dataclass(frozen=True)
 class Rows:
-    """A merged stretch in fp32; where an edit changed it, the base's rows, what was added to them, and the proof."""
+    """A merged stretch in fp32, with the base's rows where they were read, and what was added to them and its proof where an edit changed them."""
 
     start: int
     merged: torch.Tensor
@@ -63,24 +63,22 @@ class OpenPiece:
 
     def rows(self, start: int, stop: int, before: torch.Tensor | None = None) -> Rows:
         """Rows ``start`` … ``stop``, finite; ``before``: the base's, where the caller has read them. Raises Refused for NaN, Inf and overflow."""
-        before = self.before(start, stop) if before is None or self.reader is None else before
-        if self.change is None:
-            return Rows(start, before)
-        merged = self.change.apply(before, start)
-        if not all_finite(merged):
+        before = self._before(start, stop) if before is None or self.reader is None else before
+        merged = before if self.change is None else self.change.apply(before, start)
+        if not all_finite(merged):  # NaN and Inf of the base come through every edit
+            check_finite(self.label, before)
             raise Refused("a merged weight is not finite in fp32", where=self.piece.name, found="overflow", fix="check the adapter's scaling", written="nothing")
+        if self.change is None:
+            return Rows(start, merged, before)
         if self.reader is None:
             return Rows(start, merged, proof=self.change.prove(before, merged, start))
         added = merged - before
         return Rows(start, merged, before, added, self.change.prove(before, merged, start, added))
 
-    def before(self, start: int, stop: int) -> torch.Tensor:
-        if self.reader is None:
+    def _before(self, start: int, stop: int) -> torch.Tensor:
+        if self.reader is None:  # the adapter's own values: only the count of rows matters
             return torch.empty(stop - start, *self.piece.shape[1:], device=self.device)
-        before = self.reader.rows(start, stop, self.device)
-        if not all_finite(before):
-            check_finite(self.label, before)
-        return before
+        return self.reader.rows(start, stop, self.device)
 
 
 def is_nf4(base: Base, name: str) -> bool:

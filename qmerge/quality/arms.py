@@ -151,6 +151,18 @@ def _loaded(path: str, method: str) -> tuple[nn.Module, str | None]:
         return _from_gptqmodel(path, problem), f"GPTQModel.load; transformers stops with: {problem}"
 
 
+def grow(model: nn.Module, rows: int) -> None:
+    """Embeddings of ``rows`` tokens, the new ones at the mean of the old: what a model without the adapter knows of tokens that the adapter brought."""
+    before = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            module.weight.data[before:] = module.weight.data[:before].mean(0)
+            if getattr(module, "bias", None) is not None:
+                module.bias.data[before:] = module.bias.data[:before].mean()
+            module.requires_grad_(False)
+
+
 def quantization_config(path: str) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint folder, ``{}`` for a float one."""
     file = Path(path) / "config.json"
@@ -201,7 +213,11 @@ def full_recipe(recipe: dict[str, Any] | None) -> dict[str, Any]:
 
 def _from_pretrained(path: str, dtype: torch.dtype | str = torch.float32, **options: Any) -> nn.Module:
     # On the CPU always: arms are read exactly there, and moved when they are measured.
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=False, **options)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=False, **options)
+    except (ValueError, KeyError, OSError) as problem:
+        raise Refused("transformers cannot load this checkpoint, so it cannot be measured", where=_label(path), expected="a causal language model that transformers has",
+                      found=(str(problem).splitlines() or [type(problem).__name__])[0][:300], fix="qmerge never runs remote code; qmerge merge --format bf16 works on tensors alone") from problem
 
 
 def _from_gptqmodel(path: str, problem: Exception) -> nn.Module:

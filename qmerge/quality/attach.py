@@ -145,7 +145,7 @@ def _folder(adapter: Adapter) -> Iterator[Path]:
     """The adapter's folder; one made of it where the file spells names as PEFT's loader does not (marks of wrappers, several adapters, pickles)."""
     claims, keys = adapter.claims, {}
     for module, mine in claims.modules.items():
-        keys |= {f"{PREFIX}{module}.{_KEYS[slot]}": key for slot, key in mine.parts.items()} | {key: key for key in mine.idle}
+        keys |= {_spelled(module, slot, key): key for slot, key in mine.parts.items()} | {key: key for key in mine.idle}
     keys |= {f"{PREFIX}{parameter}": key for parameter, key in claims.saved.items()}
     as_it_is = adapter.kind != "LORA" or {_plain(key) for key in keys} == {_plain(key) for key in adapter.specs}
     if as_it_is and (adapter.path / WEIGHTS).is_file():
@@ -156,6 +156,12 @@ def _folder(adapter: Adapter) -> Iterator[Path]:
         (folder / CONFIG).write_text(json.dumps(adapter.config), encoding="utf-8")
         save_file({name: adapter.load(key).contiguous() for name, key in (keys if adapter.kind == "LORA" else {key: key for key in adapter.specs}).items()}, folder / WEIGHTS)
         yield folder
+
+
+def _spelled(module: str, slot: str, key: str) -> str:
+    """The name that PEFT's loader looks for."""
+    inner = ".token_adapter" if slot.startswith("base.") and ".token_adapter.base_layer." in key else ""
+    return f"{PREFIX}{module}{inner}.{_KEYS[slot]}"
 
 
 def _plain(key: str) -> str:
@@ -191,6 +197,6 @@ def _weigh(model: PeftModel, name: str, weight: float) -> None:
 def _resize(model: nn.Module, parts: list[_Part]) -> None:
     entrance = model.get_input_embeddings()
     ends = [name for name, module in model.named_modules() if module in (entrance, model.get_output_embeddings())]
-    held = {part.adapter.specs[key].shape[0] for part in parts for key in part.adapter.specs for name in ends if _plain(key).replace(".base_layer", "") == f"{PREFIX}{name}"}
+    held = {part.adapter.specs[key].shape[0] for part in parts for key in part.adapter.specs for name in ends if _plain(key).replace(".token_adapter", "").replace(".base_layer", "") == f"{PREFIX}{name}"}
     if len(held) == 1 and (rows := held.pop()) != entrance.weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)

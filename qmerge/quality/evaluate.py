@@ -177,6 +177,7 @@ class _Run:
         self._describe(arm)
         if against is not None:
             self.about[arm.name]["linears"] = linear_rows(against[0], edited_weights(arm.model, against[1]), against[1])
+        self._check_vocabulary(arm)
         place(arm.model, self.device)
         for text in self.windows:
             self.scores[text][arm.name] = self._measure(arm.name, arm.model, text)
@@ -200,6 +201,17 @@ class _Run:
         measured = {text: text_rows(arms, seed=seed) for text, arms in self.scores.items()}
         names = ["base", "separate", *(n for n in self.about if n not in ("base", "separate"))]
         return {name: self.about[name] | {"texts": {text: rows[name] for text, rows in measured.items()}} for name in names}
+
+    def _check_vocabulary(self, arm: loading.Arm) -> None:
+        """The adapter may bring tokens, and the text use them. The base knows nothing of them; a candidate must."""
+        highest = max((int(ids.max()) for windows in self.windows.values() for ids in windows.ids), default=0)
+        rows = arm.model.get_input_embeddings().weight.shape[0]
+        if highest < rows:
+            return
+        if arm.kind != "base":
+            raise Refused("the candidate lacks tokens that the adapter's tokenizer makes of the text", where=arm.name, expected=f"more than {highest} rows in the embedding", found=rows)
+        loading.grow(arm.model, self.reference.model.get_input_embeddings().weight.shape[0])
+        self.about[arm.name]["note"] = f"tokens from {rows} on are the adapter's; for the base they stand at the mean of the others"
 
     def _measure(self, arm: str, model: torch.nn.Module, text: str) -> TokenScores:
         report = None if self.progress is None else lambda done, total: self.progress(f"{arm} on {text}", done, total)

@@ -22,8 +22,8 @@ def as_served(
 ) -> tuple[nn.Module, str]:
     """``(model on device, floor_source)``. Where bitsandbytes' kernel refuses the shapes, block size or device, the model is base + adapter in
     bf16 from dequantized weights instead, and ``floor_source`` says so and why."""
-    recipe = full_recipe(nf4_recipe)
-    float_base = quantization_method(base) == "none"
+    recipe, method = full_recipe(nf4_recipe), quantization_method(base)
+    float_base, packer = method == "none", "bitsandbytes" if method == "none" else method
     if float_base and on == "original":
         return _in_bf16(base, adapter, on, nf4_recipe, device), "bf16 of a float base"
     if float_base and recipe["block_size"] != 64:
@@ -39,11 +39,12 @@ def as_served(
         probe = model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device=device), use_cache=False).logits
         if not bool(torch.isfinite(probe).all()):
             raise RuntimeError("its logits are not finite")
-    except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, AssertionError, NotImplementedError, AttributeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        return _in_bf16(base, adapter, on, nf4_recipe, device), f"bf16 from dequantized weights (bitsandbytes does not run here: {reason})"
-    compute = {str(m.compute_dtype).removeprefix("torch.") for m in model.modules() if hasattr(m, "compute_dtype")}
-    return model, f"bitsandbytes {'/'.join(sorted(compute))} on {torch.device(device).type}, PEFT"
+        return _in_bf16(base, adapter, on, nf4_recipe, device), f"bf16 from dequantized weights ({packer} does not run here: {reason})"
+    compute = {str(m.compute_dtype).removeprefix("torch.") for m in model.modules() if getattr(m, "compute_dtype", None) is not None}
+    compute = compute or {str(model.get_base_model().dtype).removeprefix("torch.")}
+    return model, f"{packer} {'/'.join(sorted(compute))} on {torch.device(device).type}, PEFT"
 
 
 def _in_bf16(base: str, adapter: str | AdapterSet, on: str, nf4_recipe: dict[str, Any] | None, device: str | torch.device) -> nn.Module:

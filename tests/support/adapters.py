@@ -64,6 +64,8 @@ def make(model: Model, case: Exact, folder: Path, seed: int = 1) -> Model:
 
     if case.prepare is not None:
         case.prepare(model)
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nbase_model: none\n---\n")  # PEFT compiles a template for a new one, a sixth of a cell's time
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

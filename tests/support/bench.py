@@ -21,8 +21,6 @@ TOLERANCE = 2e-5
 """of the largest logit. Both sides compute in fp32 and differ in the order of summation alone: (W + sBA)x against Wx + sB(Ax), 2^-24 per step over sums of 64 to 96 and two layers"""
 MOVED = 1e-2
 """of the largest logit: an adapter that changes less than this proves nothing"""
-GROWN = 3
-"""tokens that a resized vocabulary has more"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class Bench:
         self._floats: dict[str, Path] = {}
         self._bases: dict[tuple[str, str], Written] = {}
         self._models: dict[Path, Any] = {}
+        self._plain: dict[tuple[str, str] | None, Path] = {}
         self._count = 0
 
     def folder(self) -> Path:
@@ -78,12 +77,17 @@ class Bench:
         return out
 
     def adapters(self, architecture: str, kind: str, case: Exact) -> tuple[list[Path], Any]:
-        """The folders of ``case``'s adapters, and the model that the first was trained on, with it."""
+        """The folders of ``case``'s adapters, and the model that the first was trained on, with it. A plain adapter is made once, whatever the kind of base."""
         folders, first = [], None
+        key = (architecture, repr(case.lora)) if case == Exact(case.lora) and "init_lora_weights" not in case.lora else None
+        if key in self._plain:
+            return [self._plain[key]], None
         for number, one in enumerate((case, *case.others)):
             folders.append(self.folder())
             trained = make(self.model(architecture, kind), one, folders[-1], seed=number + 1)
             first = first or trained
+        if key:
+            self._plain[key] = folders[0]
         return folders, first
 
     def run(self, architecture: str, kind: str, case: Exact) -> Measured:

@@ -40,6 +40,7 @@ def separate(case: Exact, fresh: Fresh, folders: list[Path], trained: Model) -> 
 def attached(model: Model, folders: list[Path], weights: tuple[float, ...] = ()) -> Model:
     """All adapters active at once; a weight scales its adapter's own factor."""
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
     found = PeftModel.from_pretrained(model, folders[0], adapter_name="a0")
     for number, folder in enumerate(folders[1:], 1):
@@ -47,8 +48,8 @@ def attached(model: Model, folders: list[Path], weights: tuple[float, ...] = ())
     if len(folders) > 1 or weights:
         found.base_model.set_adapter([f"a{number}" for number in range(len(folders))])
     for module in found.modules():
-        for number, weight in enumerate(weights):
-            if f"a{number}" in getattr(module, "scaling", {}):
+        for number, weight in enumerate(weights if isinstance(module, LoraLayer) else ()):
+            if f"a{number}" in module.scaling:
                 module.scaling[f"a{number}"] *= weight
     return found.eval()
 

@@ -82,7 +82,8 @@ def of_type(kind: str) -> Feature:
         base = {"target_modules": ELSEWHERE.get(kind, targets)} | SETTINGS[kind]
         if kind == "IA3":
             base["feedforward_modules"] = ["down_proj"]
-        return Exact(base, kind=kind)
+        case = Exact(base, kind=kind)
+        return Refusal("bias to a linear that has none", "it trains biases, and these linears have none", case) if kind == "BEFT" and not arch.biased else case
 
     return cell
 
@@ -91,6 +92,8 @@ def not_a_weight(kind: str) -> Feature:
     return lambda arch: Refusal(f"A {kind} adapter cannot be merged", REFUSED[kind], Exact(lora(arch), change=settings(peft_type=kind)))
 
 
+COLUMNS = ("llama", "qwen2")
+"""the other types are tested on these; tests/test_adapters_delegated.py has their variants"""
 TYPES: dict[str, Feature] = {
     **{kind: of_type(kind) for kind in sorted(MERGED)},
     **{kind: not_a_weight(kind) for kind in sorted(REFUSED)},

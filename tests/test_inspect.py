@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qmerge.pipeline.inspection import inspect
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory, zoo: Zoo) -> Packed:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # gptqmodel wants two threads, also on two cores
     return Packed(tmp_path_factory.mktemp("packed"), zoo)
 
 

@@ -1,11 +1,12 @@
 """Arm C (merged in memory) is arm B (base + adapter through PEFT) for every kind of adapter and base, and an evaluation says so.
 
-Tolerance: 1e-5 of the largest logit, which is fp32 in another order of summation (measured: up to MEASURED).
+Tolerance: 1e-5 of the largest logit, which is fp32 in another order of summation (measured: up to 2e-6).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from functools import partial
@@ -129,6 +130,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory, zoo: Zoo) -> Packed:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # gptqmodel wants two threads, also on two cores
     return Packed(tmp_path_factory.mktemp("packed"), zoo)
 
 
@@ -149,9 +151,7 @@ def difference(base: str, adapter: str | AdapterSet, matters: float = 1e-2, **ho
     bare, separate, merged = (logits(load().model) for load in (partial(arms.load_base, base, **how), partial(arms.load_separate, base, adapter, **how), partial(arms.load_merged, base, adapter, **how)))
     shared = min(bare.shape[-1], separate.shape[-1])
     assert float((separate[..., :shared] - bare[..., :shared]).abs().max()) > matters
-    found = float((separate - merged).abs().max() / separate.abs().max())
-    open("/tmp/s/evidence/diffs.txt", "a").write(f"{found:.2e} {base} {adapter}\n")
-    return found
+    return float((separate - merged).abs().max() / separate.abs().max())
 
 
 @pytest.mark.parametrize("name", LORAS)

@@ -74,6 +74,8 @@ def claim(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], name: str,
             others.append(tensor)
     if wanted and names and wanted not in names:
         raise Refused("The file holds no adapter of this name.", where=name, expected=", ".join(sorted(names)), found=wanted)
+    if wanted is None and len(names) > 1:
+        raise Refused("The file holds several adapters, and none was named.", where=name, expected=f"one of {', '.join(sorted(names))}", found="no name", fix="--adapter 'folder#name'")
     return Claims(dict(sorted(modules.items())), dict(sorted(saved.items())), tuple(others), tuple(copies))
 
 
@@ -115,7 +117,8 @@ def _slot(part: re.Match[str], where: str) -> tuple[str, str | None]:
     if kind in _TRAINING_ONLY:
         return kind, None
     leaf = rest.pop() if rest and rest[-1] in ("weight", "bias") else None
-    if len(rest) > 1 or (leaf == "bias" and kind != "lora_B") or kind == "lora_diag":
+    misspelt = leaf is None and kind in ("lora_A", "lora_B")
+    if len(rest) > 1 or misspelt or (leaf == "bias" and kind != "lora_B") or kind == "lora_diag":
         raise Refused("The adapter holds a kind of tensor that qmerge does not merge.", where=where, expected="the tensors of LoRA, DoRA, embedding LoRA or lora_bias",
                       fix="keep this adapter separate")
     slot = {"lora_magnitude_vector": "magnitude"}.get(kind, kind) + (".bias" if leaf == "bias" else "")

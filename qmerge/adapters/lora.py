@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 from qmerge.adapters.edits import Edit
 from qmerge.adapters.factors import check_rank
 from qmerge.adapters.lowrank import Experts, LowRank
+from qmerge.adapters.promises import check_promises
 from qmerge.adapters.replace import AddBias, Replace, ReplaceRows
 from qmerge.adapters.several import Chain
 from qmerge.errors import Refused
@@ -22,6 +24,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def lora_edits(adapter: Adapter, shapes: Shapes, model: Any = None) -> dict[str, Edit]:
     """Parameter -> edit; the order within one parameter is PEFT's: saved base, LoRA, single tokens. Raises Refused naming the tensor."""
+    _check_copies(adapter)
+    check_promises(adapter, shapes)
     steps: dict[str, list[Edit]] = {}
     for parameter, key in adapter.saved.items():
         steps.setdefault(parameter, []).append(_replacement(adapter, key))
@@ -45,6 +49,15 @@ def lora_edits(adapter: Adapter, shapes: Shapes, model: Any = None) -> dict[str,
     return {parameter: edits[0] if len(edits) == 1 else Chain(tuple(edits)) for parameter, edits in sorted(steps.items())}
 
 
+def _check_copies(adapter: Adapter) -> None:
+    """Refused where a file holds a trained module twice and the two differ: nobody knows which was meant."""
+    for key in adapter.claims.copies:
+        first = re.sub(r"\.modules_to_save(?=\.(weight|bias)$)", "", key)
+        if first != key and not torch.equal(adapter.load(key), adapter.load(first)):
+            raise Refused("The adapter holds a module twice, with other values.", where=f"tensor {key!r} in {adapter.name}", expected=f"the values of {first!r}", found="others",
+                          fix="save the adapter again, or remove one of the two")
+
+
 def _replacement(adapter: Adapter, key: str) -> Replace:
     return Replace((key,), tuple(adapter.specs[key].shape), lambda start, stop: adapter.source.rows(key, start, stop))
 
@@ -53,6 +66,8 @@ def _pair_edit(adapter: Adapter, pair: LoraPair, base: tuple[int, ...] | None) -
     a, b = adapter.specs[pair.a].shape, adapter.specs[pair.b].shape
     check_rank(adapter.source, pair.a, pair.b, pair.rank)
     keys = tuple(key for key in (pair.a, pair.b, pair.magnitude) if key)
+    if pair.magnitude and tuple(adapter.specs[pair.magnitude].shape) not in ((b[0],), (b[0], 1), (1, b[0])):
+        raise Refused("DoRA's magnitudes do not fit the pair that they belong to.", where=f"tensor {pair.magnitude!r} in {adapter.name}", expected=f"{b[0]} values", found=f"shape {list(adapter.specs[pair.magnitude].shape)}")
     magnitude = None if pair.magnitude is None else lambda: adapter.source.fp32(pair.magnitude).reshape(-1)
     if pair.embedding:
         factors = _undone(adapter, pair, lambda source: (source.fp32(pair.a).T, source.fp32(pair.b).T))

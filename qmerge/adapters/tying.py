@@ -10,7 +10,9 @@ import torch
 
 from qmerge.adapters.edits import Change, Edit
 from qmerge.adapters.equality import same_edit
+from qmerge.adapters.lowrank import LowRank
 from qmerge.adapters.replace import Replace, ReplaceRows
+from qmerge.adapters.several import Chain
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ def head_follows(entrance: str, first: Edit | None, second: Edit | None, configs
         listed = [str(name) for config in configs for name in config.get("modules_to_save") or []]
         return second is None and (isinstance(first, ReplaceRows) or (isinstance(first, Replace) and not _listed(entrance, listed)))
     return same_edit(first, second)
+
+
+def head_edit(first: Edit | None, second: Edit | None) -> Edit | None:
+    """What an untied head gets: its own edit, over the trained tokens of the embedding that it shared when PEFT put its LoRA on top."""
+    return Chain((first, second)) if isinstance(first, ReplaceRows) and isinstance(second, LowRank) else second
 
 
 def _listed(parameter: str, modules_to_save: list[str]) -> bool:

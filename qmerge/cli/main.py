@@ -68,7 +68,7 @@ def _explain(problem: BaseException, streams: Streams | None, loud: bool) -> int
     if isinstance(problem, QmergeError) and not loud:
         _print_error(str(problem))
         return problem.exit_code
-    if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
+    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
         _print_error("no room left on the disk\n  written:    nothing\n  what to do: free some space and run the same command again")
         return 75
     if streams and (last := streams.talk.getvalue().strip()):

@@ -149,10 +149,15 @@ def _tasks(jobs: list[DenseJob], device: torch.device) -> Iterator[Task]:
 
 def _tensor_tasks(tensor: OutTensor, jobs: list[DenseJob], device: torch.device) -> Iterator[Task]:
     copied = [job for job in jobs if _is_copy(job, tensor)]
+    merged = {_source(job, tensor) for job in jobs if job not in copied}
+    copied = [job for job in copied if _source(job, tensor) not in merged]  # else it is read for another output anyway, and casts back to its own bits
+    sources: dict[str | None, list[DenseJob]] = {}
     for job in copied:
+        sources.setdefault(_source(job, tensor), []).append(job)
+    for source, takers in sources.items():
         spans = stretches(tensor.shape)
         for start, stop in spans:
-            yield lambda job=job, start=start, stop=stop, last=stop == spans[-1][1]: [_copy(job, tensor, start, stop, last)]
+            yield lambda source=source, takers=takers, start=start, stop=stop, last=stop == spans[-1][1]: _copy(tensor, source, takers, start, stop, last)
     opened: dict[tuple, list[tuple[DenseJob, OpenPiece]]] = {}
     for job in jobs:
         if job not in copied:
@@ -165,17 +170,21 @@ def _tensor_tasks(tensor: OutTensor, jobs: list[DenseJob], device: torch.device)
             yield lambda members=members, start=start, stop=stop, turned=turned, last=stop == spans[-1][1]: _merge(tensor, members, start, stop, turned, last)
 
 
+def _source(job: DenseJob, tensor: OutTensor) -> str | None:
+    return job.merged.pieces.table[tensor.name].source
+
+
 def _is_copy(job: DenseJob, tensor: OutTensor) -> bool:
     """Do the file's bytes go out as they are?"""
-    merged, source = job.merged, job.merged.pieces.table[tensor.name].source
+    merged, source = job.merged, _source(job, tensor)
     return merged.untouched(tensor.name) and not merged.base.encoded(source) and TORCH_DTYPES[merged.base.checkpoint.specs[source].dtype] == tensor.dtype
 
 
-def _copy(job: DenseJob, tensor: OutTensor, start: int, stop: int, last: bool) -> _Part:
-    checkpoint, source = job.merged.base.checkpoint, job.merged.pieces.table[tensor.name].source
+def _copy(tensor: OutTensor, source: str, takers: list[DenseJob], start: int, stop: int, last: bool) -> list[_Part]:
+    checkpoint = takers[0].merged.base.checkpoint
     data = read_tensor(checkpoint.path, rows_of(checkpoint.specs[source], start, stop))
     check_finite(f"{checkpoint.name}: {source}", data)
-    return _Part(job, tensor.name, data, None, None, last)
+    return [_Part(job, tensor.name, data, None, None, last) for job in takers]
 
 
 def _merge(tensor: OutTensor, members: list[tuple[DenseJob, OpenPiece]], start: int, stop: int, turned: bool, last: bool) -> list[_Part]:

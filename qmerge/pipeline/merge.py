@@ -52,10 +52,11 @@ class OpenPiece:
     def __init__(self, piece: Piece, base: Base, device: torch.device) -> None:
         self.piece, self.device = piece, device
         self.change: Change | None = piece.edit.load(device) if piece.edit is not None else None
-        self.reader = base.reader(piece.source) if piece.source is not None and (piece.edit is None or piece.edit.needs_base) else None
+        self.base, self.reads = base, piece.source is not None and (piece.edit is None or piece.edit.needs_base)
         self.label = f"{base.checkpoint.name}: {piece.source}"
         whole = self.change is not None and not self.change.rowwise
-        self.step = piece.shape[0] if whole else base.row_step(piece.source) if self.reader is not None else 1
+        self.step = piece.shape[0] if whole else base.row_step(piece.source) if self.reads else 1
+        self._lock, self._reader = threading.Lock(), None
 
     def spans(self) -> list[tuple[int, int]]:
         """The stretches, first to last."""
@@ -63,22 +64,24 @@ class OpenPiece:
 
     def rows(self, start: int, stop: int, before: torch.Tensor | None = None) -> Rows:
         """Rows ``start`` … ``stop``, finite; ``before``: the base's, where the caller has read them. Raises Refused for NaN, Inf and overflow."""
-        before = self._before(start, stop) if before is None or self.reader is None else before
+        before = self._before(start, stop) if before is None or not self.reads else before
         merged = before if self.change is None else self.change.apply(before, start)
         if not all_finite(merged):  # NaN and Inf of the base come through every edit
             check_finite(self.label, before)
             raise Refused("a merged weight is not finite in fp32", where=self.piece.name, found="overflow", fix="check the adapter's scaling", written="nothing")
         if self.change is None:
             return Rows(start, merged, before)
-        if self.reader is None:
+        if not self.reads:
             return Rows(start, merged, proof=self.change.prove(before, merged, start))
         added = merged - before
         return Rows(start, merged, before, added, self.change.prove(before, merged, start, added))
 
     def _before(self, start: int, stop: int) -> torch.Tensor:
-        if self.reader is None:  # the adapter's own values: only the count of rows matters
+        if not self.reads:  # the adapter's own values: only the count of rows matters
             return torch.empty(stop - start, *self.piece.shape[1:], device=self.device)
-        return self.reader.rows(start, stop, self.device)
+        with self._lock:  # opened when first asked for: where outputs share the base's rows, one of them reads
+            self._reader = self._reader or self.base.reader(self.piece.source, self.device)
+        return self._reader.rows(start, stop, self.device)
 
 
 def is_nf4(base: Base, name: str) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmerge.adapters.edits import Edit
-from qmerge.adapters.tying import Both, head_follows
+from qmerge.adapters.tying import Both, head_edit, head_follows
 from qmerge.errors import Refused
 from qmerge.formats.base import Base
 from qmerge.pipeline.skeleton import Skeleton
@@ -104,6 +104,8 @@ def _tied(sources: dict[str, str], edits: dict[str, Edit], configs: list[Mapping
         if stored:
             edits[head] = first
         return sources, edits, None
+    if (own := head_edit(first, second)) is not None:
+        edits[head] = own
     return (sources if stored else sources | {head: sources[entrance]}), edits, head
 
 

@@ -67,7 +67,8 @@ class MergePlan:
         return {
             "base": self.checkpoint.name,
             "adapter": self.adapters[0].name,
-            "adapters": {adapter.name: choice.weight for adapter, choice in zip(self.adapters, self.recipe.choices, strict=True)},
+            "adapters": [adapter.name for adapter in self.adapters],
+            "weights": [choice.weight for choice in self.recipe.choices],
             "format": self.recipe.format,
             "tensors_changed_by_the_adapter": len(self.changed),
             "linears_requantized": len(self.requantized),

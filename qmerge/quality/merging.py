@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qmerge.adapters.edits import Edit
 from qmerge.adapters.several_adapters import AdapterSet, joint_edits
-from qmerge.adapters.tying import head_follows
+from qmerge.adapters.tying import head_edit, head_follows
 from qmerge.errors import Refused
 from qmerge.quality.attach import as_set
 from qmerge.quality.plain import dense_weights
@@ -122,7 +122,8 @@ def _settle_ties(model: nn.Module, edits: dict[str, Edit], configs: list[dict[st
     if head_follows(first, edits.get(first), edits.get(second), configs):
         return {name: edit for name, edit in edits.items() if name != second}
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    return edits
+    own = head_edit(edits.get(first), edits.get(second))
+    return edits if own is None else edits | {second: own}
 
 
 def _has(model: nn.Module, name: str) -> bool:

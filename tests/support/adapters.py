@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 Model = Any
+TOLERANCE = 2e-5
+"""of the largest logit. Both sides compute in fp32 and differ in the order of summation alone: (W + sBA)x against Wx + sB(Ax), 2^-24 per step over sums of 64 to 96 and two layers"""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -23,7 +25,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 class Exact:
     """The merged model answers as PEFT's separate adapter. ``lora``: fields of the PEFT config; ``prepare``: what becomes of the base before PEFT sees it; ``change``: what becomes
     of the saved folder; ``flags``: what the merge is told; ``others``: more adapters, as Exact, with ``weights``; ``base``: the kind of base, where it cannot be the usual one;
-    ``oracle``: None for PEFT's own forward of the saved file, ``live`` for that of the model that was trained, or what makes the wanted model of (base model, folder)."""
+    ``oracle``: None for PEFT's own forward of the saved file, ``live`` for that of the model that was trained, or what makes the wanted model of (base model, folder);
+    ``tolerance``: of the largest logit, the usual one unless ``note`` says why not."""
 
     lora: dict[str, Any] = field(default_factory=dict)
     kind: str = "LORA"
@@ -36,6 +39,7 @@ class Exact:
     base: str | None = None
     oracle: str | Callable[[Model, Path], Model] | None = None
     note: str | None = None
+    tolerance: float = TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,13 @@ def pickled(folder: Path) -> None:
     """The file as PEFT wrote it before safetensors."""
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
+
+
+def disagreeing(folder: Path) -> None:
+    """A saved module twice in one file, once changed."""
+    tensors = load_file(folder / WEIGHTS)
+    copies = {name: tensor + 1 if ".modules_to_save." in name else tensor for name, tensor in tensors.items()}
+    save_file(copies, folder / WEIGHTS, {"format": "pt"})
 
 
 def named(name: str) -> Callable[[Path], None]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-
 from support.architectures import Architecture
 
 Packed = tuple[dict[str, torch.Tensor], torch.Tensor]

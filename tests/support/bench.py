@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from support.adapters import Exact, make
 from support.architectures import ARCHITECTURES, VOCABULARY
 from support.bases import KINDS, Written, save_float, write_base
 from support.references import separate
 
-TOLERANCE = 2e-5
-"""of the largest logit. Both sides compute in fp32 and differ in the order of summation alone: (W + sBA)x against Wx + sB(Ax), 2^-24 per step over sums of 64 to 96 and two layers"""
 MOVED = 1e-2
 """of the largest logit: an adapter that changes less than this proves nothing"""
 

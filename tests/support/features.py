@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-
-from support.adapters import CONFIG, WEIGHTS, Blank, Cell, Exact, Refusal, keys, named, pickled, settings
+from support.adapters import CONFIG, WEIGHTS, Blank, Cell, Exact, Refusal, disagreeing, keys, named, pickled, settings
 from support.architectures import HIDDEN, VOCABULARY, Architecture
 from support.references import by_hand
 
@@ -86,7 +85,7 @@ def tied_pairs(arch: Architecture) -> Cell:
     case = on_ends("embedding", "head", ensure_weight_tying=True)(arch)
     if arch.key != "gpt2":
         return case
-    return replace(case, oracle="live", note="PEFT's reload of this file answers otherwise than the model that it saved (by more than the adapter changes); the reference is the trained model")
+    return replace(case, oracle="live", note="PEFT's reload puts no LoRA on the head, though the file holds its pair, and answers otherwise than the model that was saved; the reference is the trained model")
 
 
 def tokens(both: bool = False) -> Feature:
@@ -234,6 +233,8 @@ FEATURES: dict[str, dict[str, Feature]] = {
         "`ensure_weight_tying`, LoRA on the embedding": where_tied(on_ends("embedding", ensure_weight_tying=True)),
         "`trainable_token_indices`, a list": tokens(),
         "`trainable_token_indices`, embedding and head": tokens(both=True),
+        "`trainable_token_indices`, a list, and LoRA on the head": lambda arch: Exact(
+            lora(arch, target_modules=[*arch.attention, "lm_head"], trainable_token_indices=[3, 5, 90])),
         "new tokens: resized, only they train (`trainable_token_indices`)": lambda arch: Exact(
             lora(arch, target_modules=arch.attention, trainable_token_indices=[96, 97, 98]), prepare=grow, save={"save_embedding_layers": True}),
         "new tokens: resized, embedding in `modules_to_save`": lambda arch: Exact(
@@ -274,6 +275,8 @@ FEATURES: dict[str, dict[str, Feature]] = {
             "tested once: reading a pickle takes a process of its own, and knows of no architecture"),
         "pickle": lambda arch: Refusal("pickle", "a pickle can run code", Exact(lora(arch), change=pickled)),
         "one of several in a folder (`folder#name`)": lambda arch: Exact(lora(arch), change=named("mine"), flags={"pick": "#mine"}),
+        "a saved module twice in one file, not the same": lambda arch: Refusal("holds a module twice", "PEFT's loader would take one of them, silently", Exact(
+            lora(arch, target_modules=arch.attention, modules_to_save=["lm_head"]), prepare=grow, save={"save_embedding_layers": True}, change=disagreeing)),
         "several in a folder, none named": lambda arch: Refusal("several adapters", "which of them is not for qmerge to guess", Exact(lora(arch), change=named("mine"))),
     },
 }  # fmt: skip

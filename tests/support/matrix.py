@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from support.adapters import Blank, Cell, Exact, Refusal
+from support.adapters import TOLERANCE, Blank, Cell, Exact, Refusal
 from support.architectures import ARCHITECTURES, Architecture
 from support.bases import KINDS
-from support.bench import MOVED, TOLERANCE
+from support.bench import MOVED
 from support.features import FEATURES, Feature, lora
 from support.several import COLUMNS, SEVERAL, TYPES
 
@@ -79,7 +79,7 @@ INTRODUCTION = f"""# What is merged, and what is refused
 This page is written by tests/test_support_matrix.py (`{REGENERATE}`), and a test fails when it says something else than the tests do.
 
 **exact**: `qmerge merge --format fp32`, loaded by transformers in fp32, gives the logits of the separate model: PEFT's adapter on the dequantized base in fp32.
-The largest difference is at most {TOLERANCE:g} of the largest logit, and the adapter moves the logits by at least {MOVED:g} of it. Both sides compute in fp32 and differ in the
+The largest difference is at most {TOLERANCE:g} of the largest logit (where a note says so, another share), and the adapter moves the logits by at least {MOVED:g} of it. Both sides compute in fp32 and differ in the
 order of summation alone, (W + s·BA)x against Wx + s·B(Ax). Other formats add one cast of each weight. **refused**: a message says why, and nothing is written.
 **—**: no such adapter can exist there. Numbers lead to the notes below each table.
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from support.adapters import CONFIG, WEIGHTS, Exact
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-
-from support.adapters import CONFIG, WEIGHTS, Exact
 
 Model = Any
 Fresh = Callable[[], Model]

@@ -13,6 +13,8 @@ FORMAT ?= gptq
 TOKENS ?=
 SAMPLES ?=
 ARGS   ?=
+# test processes side by side; each loads torch and the libraries (about 1.5 GB)
+JOBS ?= 2
 RESULTS ?= $(OUT).eval/results.json
 
 ifdef BASE
@@ -44,7 +46,7 @@ merge-qlora: $(STAMP) ## merge, requantize, measure and report: the demo, or BAS
 	@$(BIN)/qmerge run $(INPUTS) --format $(FORMAT) --out "$(OUT)" $(SIZES) $(ARGS)
 
 test: $(STAMP) ## the test suite (minutes)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-slow: $(STAMP) ## the longer checks
 	@$(BIN)/python -m pytest -m slow

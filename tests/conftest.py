@@ -135,7 +135,9 @@ class Zoo:
         return self._made[key]
 
     def float(self, kind: str, name: str | None = None, **changes: Any) -> str:
-        return self._once(f"{name or kind}-float", lambda folder: save_float(folder, build_config(kind, **changes)))
+        key = f"{name or kind}-float"
+        assert self._asked.setdefault(key, (kind, changes)) == (kind, changes), f"{key} was made with other settings"
+        return self._once(key, lambda folder: save_float(folder, build_config(kind, **changes)))
 
     def nf4(self, kind: str, double: bool = True) -> str:
         return self._once(f"{kind}-nf4-{'double' if double else 'single'}", lambda folder: save_nf4(self.float(kind), folder, double))

@@ -262,7 +262,7 @@ def odd(zoo):
     """Llama with hidden 64 and feed-forward 172, as stories260k: groups and 32-packing do not divide."""
     from conftest import TARGETS, save_adapter, save_nf4
 
-    source = zoo.float("llama", "odd", hidden_size=64, intermediate_size=172, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True)
+    source = zoo.float("llama", "feed-forward 172", hidden_size=64, intermediate_size=172, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True)
     base = zoo._once("odd-nf4", lambda folder: save_nf4(source, folder, True))
     return source, base, zoo._once("odd-adapter", lambda folder: save_adapter(source, folder, base, 0.05, 1, target_modules=TARGETS["llama"]))
 

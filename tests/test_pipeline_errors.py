@@ -66,10 +66,10 @@ def test_adapter_of_another_architecture(case):
 def test_adapter_of_another_size(case):
     """Shapes that differ, found out by a crash in the middle of the run."""
     zoo = case.zoo
-    zoo.float("llama", "wide", intermediate_size=512)
+    wide = zoo.float("llama", "wide", intermediate_size=512)
     from conftest import TARGETS, save_adapter
 
-    adapter = zoo._once("adapter-of-wide", lambda folder: save_adapter(zoo.float("llama", "wide"), folder, "wide", 0.02, 1, target_modules=TARGETS["llama"]))
+    adapter = zoo._once("adapter-of-wide", lambda folder: save_adapter(wide, folder, "wide", 0.02, 1, target_modules=TARGETS["llama"]))
     case.refused(4, "another base", "down_proj", "[128, 512]", "[128, 256]", adapter=adapter)
 
 

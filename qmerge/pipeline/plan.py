@@ -101,6 +101,7 @@ def read_inputs(recipe: Recipe, trained_with: Nf4Recipe | None = None) -> MergeP
     if skeleton is None and foreign_modules(adapters, base.names):
         skeleton = _skeleton_or_none(checkpoint)
     pieces, skeleton = _pieces(recipe, base, adapters, skeleton)
+    _check_consumed(adapters, pieces)
     config = expanded_config(checkpoint.config, pieces)
     if skeleton is not None and recipe.format in formats.QUANTIZING and (pieces.layers or pieces.vocabulary):
         skeleton = build_skeleton(checkpoint, config)
@@ -162,6 +163,14 @@ def _pieces(recipe: Recipe, base: Base, adapters: tuple[Adapter, ...], skeleton:
         back = {source: name for name, source in by_class.items()}
         edits = {back.get(name, name): edit for name, edit in edits.items()}
     return make_pieces(base, edits, [adapter.config for adapter in adapters], skeleton, where, by_class), skeleton
+
+
+def _check_consumed(adapters: tuple[Adapter, ...], pieces: Pieces) -> None:
+    """Refused, naming the tensor, where an adapter holds one that no piece uses (and that is not one which only training used)."""
+    used = {key for piece in pieces.table.values() if piece.edit is not None for key in (*piece.edit.keys, *getattr(piece.edit, "shared", ()))}
+    for adapter in adapters:
+        if idle := sorted(set(adapter.specs) - set(adapter.idle) - used):
+            raise Refused("an adapter tensor goes into nothing", where=f"{adapter.name}: {idle[0]}", expected="every tensor used", found=f"{len(idle)} such tensors", fix="keep this adapter separate")
 
 
 def _with_outputs(found: MergePlan) -> MergePlan:

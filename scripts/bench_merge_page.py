@@ -79,6 +79,8 @@ Every run is a process of its own, timed from start to exit, imports included; l
 run dirty pages were written and its input files were {cache};
 a virtual disk's host may still hold them. qmerge and copy fsync what they write inside their time; PEFT as its users run it does not, which favours
 it. The copy also reads its source, so copy + read is more than a merge has to move: by one read of the output.
+qmerge writes large files past the page cache (O_DIRECT); the copy goes through it, as cp does, and pays system time for that. A copy past the cache
+was not measured, and would be quicker here.
 Peak memory is ru_maxrss from wait4: page cache that read() and write() fill is not in it, pages of mapped files that the process touched are;
 anonymous is the part without them, sampled every 50 ms.
 

@@ -22,7 +22,7 @@ def stack(*options: Callable[[Command], Command]) -> Callable[[Command], Command
 
 
 merge_options = stack(
-    click.option("--base", metavar="P", help="NF4 checkpoint, or a float one with --nf4-recipe: a folder or a hub id."),
+    click.option("--base", metavar="P", help="NF4, FP4, LLM.int8, GPTQ or AWQ checkpoint, or a float one with --nf4-recipe or --on original: a folder or a hub id."),
     click.option("--adapter", metavar="P[=W]", multiple=True, help="PEFT adapter: a folder or a hub id; P#NAME picks one of several in a folder. Repeat it to merge several, with weights."),
     click.option("--combine", metavar="HOW", help="Several adapters: sum (default: the exact weighted sum of their deltas), or PEFT's svd, ties, dare_ties, magnitude_prune, …"),
     click.option("--density", type=float, help="Share of values that ties, dare_* and magnitude_prune* keep."),

@@ -222,9 +222,9 @@ class Written:
         return self._made[key]
 
     def _merge(self, kind: str, fmt: str, flags: tuple[str, ...], base: str, adapter: str) -> tuple[Path, dict[str, torch.Tensor]]:
-        from qmerge.pipeline import run
+        from qmerge.pipeline import outputs
 
-        out, weights, inner = self.root / f"{kind}-{fmt}-{len(list(self.root.iterdir()))}", {}, run._packed
+        out, weights, inner = self.root / f"{kind}-{fmt}-{len(list(self.root.iterdir()))}", {}, outputs.packed
 
         def packed(plan: Any, name: str, solved: Any, records: dict) -> Any:
             weights[name] = solved.weight
@@ -232,7 +232,7 @@ class Written:
 
         text = () if fmt in ("bf16", "fp16") or "--rtn" in flags else ("--calibration", self.zoo.calibration, "--samples", 8, "--tokens", 64)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "_packed", packed)
+            patch.setattr(outputs, "packed", packed)
             answer = run_cli("merge", "--base", base, "--adapter", adapter, "--out", out, "--format", fmt, "--device", "cpu", *text, *flags)
         assert answer.code == 0, answer.err
         return out, weights

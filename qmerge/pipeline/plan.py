@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,8 @@ from qmerge.adapters.adapter import Adapter
 from qmerge.adapters.claims import EMBEDDINGS
 from qmerge.adapters.several_adapters import SUM, check_several, joint_edits
 from qmerge.errors import Refused
-from qmerge.formats import gptq as gptq_format
-from qmerge.formats import nf4 as nf4_format
 from qmerge.formats.base import Base, Nf4Recipe, open_base
-from qmerge.formats.dense import DTYPES
-from qmerge.pipeline.merge import is_nf4
+from qmerge.pipeline import outputs
 from qmerge.pipeline.naming import Names, foreign_modules
 from qmerge.pipeline.pieces import Pieces, expanded_config, make_pieces
 from qmerge.pipeline.recipe import Recipe, nf4_recipe_of
@@ -175,11 +171,9 @@ def _check_consumed(adapters: tuple[Adapter, ...], pieces: Pieces) -> None:
 
 def _with_outputs(found: MergePlan) -> MergePlan:
     recipe, base, pieces = found.recipe, found.base, found.pieces
-    requantized, kept = _split(recipe, base, found.skeleton, pieces)
-    if recipe.format == "gptq":
-        for name in requantized:
-            gptq_format.check_shape(name.removesuffix(".weight"), pieces.table[name].shape, recipe.grid)
-    bytes_out = sum(_bytes_out(recipe, base, pieces, name, set(requantized) | set(kept)) for name in pieces.table)
+    requantized, kept = outputs.split_weights(recipe, base, found.skeleton, pieces)
+    outputs.check_shapes(recipe, pieces, requantized)
+    bytes_out = sum(outputs.bytes_out(recipe, base, pieces, name, set(requantized) | set(kept)) for name in pieces.table)
     check_room(Path(recipe.out), bytes_out)
     bytes_in = base.checkpoint.weight_bytes + sum(spec.nbytes for adapter in found.adapters for spec in adapter.specs.values())
     return replace(found, requantized=requantized, kept_4bit=kept, bytes_in=bytes_in, bytes_out=bytes_out)
@@ -197,37 +191,6 @@ def check_room(out: Path, bytes_out: int) -> None:
     free = shutil.disk_usage(there).free
     if free < bytes_out * 1.05:
         raise Refused("the output does not fit on the disk", where=str(out), expected=f"{format_bytes(round(bytes_out * 1.05))} free", found=format_bytes(free), fix="make room, or choose another --out")
-
-
-def _split(recipe: Recipe, base: Base, skeleton: Skeleton | None, pieces: Pieces) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Which weights become 4-bit anew, and which stay as they are stored."""
-    if recipe.format not in formats.QUANTIZING:
-        return (), ()
-    inside, table = set(skeleton.inside), pieces.table
-    rounded = [name for name in skeleton.linears if name in table and table[name].source is not None and base.encoded(table[name].source)]
-    source = rounded or list(skeleton.inside)
-    outside = [name for name in source if name not in inside]
-    if recipe.format == "gptq":
-        return tuple(name for name in source if name in inside), ()
-    touched = [name for name in outside if table[name].edit is not None or not is_nf4(base, table[name].source)]
-    if touched and not recipe.rtn:
-        raise Refused("the adapter changes a linear outside the decoder blocks, which calibration does not reach", where=touched[0], expected="linears inside " + skeleton.blocks_name, found=f"{len(touched)} outside", fix="use --rtn, --format gptq (which keeps it in float) or --format bf16")
-    return tuple(name for name in source if name in inside or name in touched), tuple(name for name in outside if name not in touched)
-
-
-def _bytes_out(recipe: Recipe, base: Base, pieces: Pieces, name: str, quantized: set[str]) -> int:
-    piece = pieces.table[name]
-    if name in quantized:
-        if recipe.format == "gptq":
-            return gptq_format.stored_bytes(piece.shape, recipe.grid)
-        block, double = 64, True
-        if base.recipe:
-            block, double = base.recipe.block_size, base.recipe.double_quant
-        elif piece.source in base.quantized:
-            double = f"{piece.source}.nested_absmax" in base.checkpoint.specs
-        return nf4_format.stored_bytes(piece.shape, block, double)
-    stored = base.dtype(piece.source)
-    return prod(piece.shape) * (DTYPES[recipe.format] if recipe.format in DTYPES and stored.is_floating_point else stored).itemsize
 
 
 def _warnings(recipe: Recipe, base: Base, adapters: tuple[Adapter, ...], pieces: Pieces) -> list[str]:

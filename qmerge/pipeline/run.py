@@ -14,22 +14,19 @@ import torch
 
 from qmerge import __version__, formats
 from qmerge.device import exact_matmuls, peak_rss_bytes, pick_device
-from qmerge.formats import dense, gptq, nf4
-from qmerge.formats.base import Nf4Recipe, quantize_as_bitsandbytes
+from qmerge.formats import dense, nf4
+from qmerge.pipeline import outputs
 from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokenizer
 from qmerge.pipeline.dense import DenseJob, write_dense
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
-from qmerge.pipeline.requantize import Linear, Solved, round_to_nearest
+from qmerge.pipeline.requantize import Linear, round_to_nearest
 from qmerge.pipeline.streams import requantize_blocks
 from qmerge.store.durable import write_json
 from qmerge.store.manifest import build_manifest, input_digests
 from qmerge.store.publish import OutputFolder
 from qmerge.store.sidefiles import copy_side_files
 from qmerge.store.writer import ShardWriter
-from qmerge.types import QuantState
-
-NEVER_COPIED = ("quantization_config", "auto_map", "_name_or_path", "_attn_implementation_internal", "trust_remote_code", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def _output(plan: MergePlan) -> OutputFolder:
 
 def _finish(plan: MergePlan, folder: OutputFolder, facts: dict[str, Any], digests: dict[str, dict[str, Any]], progress: Callable[[str], None]) -> None:
     """Configs and side files beside the weights, then the manifest and the name."""
-    config = output_config(plan)
+    config = outputs.output_config(plan)
     write_json(folder.path / "config.json", config)
     if plan.recipe.format == "gptq":
         write_json(folder.path / "quantize_config.json", config["quantization_config"])
@@ -169,55 +166,17 @@ def tensors(
             yield from nf4.pack(name, merged.four_bit(name)).items()
         elif name not in packed:
             yield name, merged.float_tensor(name)
-    model_dtype = _model_dtype(plan)
-    like = _nf4_template(plan) if plan.recipe.format == "nf4" else None
+    model_dtype = outputs.model_dtype(plan)
+    like = outputs.nf4_template(plan) if plan.recipe.format == "nf4" else None
     if calibration is None:
         for number, name in enumerate(plan.requantized):
-            yield from _packed(plan, name, round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like), records)
+            yield from outputs.packed(plan, name, round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like), records)
             if number % 50 == 0:
                 progress(f"linear {number + 1}/{len(plan.requantized)}")
         return
     for _, solved in requantize_blocks(plan, merged, calibration, model_dtype, like, progress):
         for name, result in solved.items():
-            yield from _packed(plan, name, result, records)
-
-
-def _packed(plan: MergePlan, name: str, solved: Solved, records: dict) -> Iterator[tuple[str, torch.Tensor]]:
-    module = name.removesuffix(".weight")
-    records[module] = solved.to_json()
-    parts = gptq.pack(module, solved.quantized) if plan.recipe.format == "gptq" else nf4.pack(name, solved.quantized)
-    yield from parts.items()
-
-
-def _model_dtype(plan: MergePlan) -> torch.dtype:
-    """The dtype that a loader will give the model: scales are made to fit it."""
-    config = plan.config
-    named = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype") or "bfloat16"
-    return getattr(torch, str(named).removeprefix("torch."))
-
-
-def _nf4_template(plan: MergePlan) -> QuantState:
-    """Block size, code books and nesting for linears that had no NF4 form: the base's recipe, or bitsandbytes' with double quantization."""
-    recipe = plan.base.recipe or Nf4Recipe()
-    named = str(_model_dtype(plan)).removeprefix("torch.")
-    return quantize_as_bitsandbytes(torch.zeros(64, 64, dtype=_model_dtype(plan)), Nf4Recipe(recipe.block_size, recipe.double_quant, named)).state
-
-
-def output_config(plan: MergePlan) -> dict[str, Any]:
-    """The base's config without anything of the old quantization, and with the new one's."""
-    recipe = plan.recipe
-    config = {key: value for key, value in plan.config.items() if key not in NEVER_COPIED}
-    named = str(_model_dtype(plan)).removeprefix("torch.")
-    config["dtype"] = dense.CONFIG_NAMES.get(recipe.format, named)
-    if recipe.format == "gptq":
-        prefix = plan.skeleton.blocks_name + "."
-        short = sorted({name.removeprefix(prefix).partition(".")[2].removesuffix(".weight") for name in plan.requantized})
-        kept = [short] if len(plan.requantized) != len(plan.skeleton.inside) else None
-        config["quantization_config"] = gptq.config(recipe.grid, plan.skeleton.blocks_name, kept, __version__)
-    elif recipe.format == "nf4":
-        old = plan.checkpoint.config.get("quantization_config") if plan.base.quantized and set(plan.base.quantized.values()) == {"nf4"} else None
-        config["quantization_config"] = nf4.config(old, _nf4_template(plan).nested, named) | {"bnb_4bit_quant_storage": "uint8"}
-    return config
+            yield from outputs.packed(plan, name, result, records)
 
 
 def manifest(plan: MergePlan, calibration: Calibration | None, records: dict, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,24 +47,26 @@ class QuantState:
 
 @dataclass(frozen=True)
 class Grid:
-    """The values a weight may take: ``scale * (code - zero)`` (``int``) or ``absmax * level[code]`` (``nf4``).
+    """The values a weight may take: ``scale * (code - zero)`` (``int``) or ``absmax * level[code]`` (``nf4``, ``fp4``).
 
-    ``group_size`` counts inputs that share a scale; -1 is the whole row. For ``nf4`` it is the block size over the flattened weight.
+    ``group_size`` counts inputs that share a scale; -1 is the whole row. For ``nf4`` and ``fp4`` it is the block size over the flattened weight.
+    ``least_zero``: an asymmetric int grid's zeros lie in ``least_zero .. 2^bits - 1``; gptq's first version cannot hold 0.
     """
 
-    kind: str  # "int" | "nf4"
+    kind: str  # "int" | "nf4" | "fp4"
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
     double_quant: bool = True
+    least_zero: int = 1
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """The solver's result before packing. ``codes`` uint8 ``[out, in]``.
+    """The solver's result before packing. ``codes`` uint8 ``[out, in]``, as they are stored (fp4's levels are not sorted).
 
     int grids: ``scales`` and ``zeros`` ``[out, groups]`` (fp32 values that fp16 can hold; zeros as integers), ``g_idx`` int32 ``[in]``.
-    nf4: ``state`` holds absmax and the code book; ``scales``, ``zeros``, ``g_idx`` are None.
+    nf4, fp4: ``state`` holds absmax and the code book; ``scales``, ``zeros``, ``g_idx`` are None.
     """
 
     codes: torch.Tensor

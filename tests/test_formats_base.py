@@ -16,9 +16,9 @@ from conftest import Zoo, build_config, save_float
 from safetensors.torch import load_file, save_file
 
 from qmerge.errors import Refused
-from qmerge.formats import gptq_base
 from qmerge.formats.base import Base, Nf4Recipe, open_base
 from qmerge.numerics import nf4
+from qmerge.numerics.packing import unpack_rows
 from qmerge.pipeline.skeleton import build_skeleton
 from qmerge.quality.arms import load_base
 from qmerge.quality.plain import dense_weights
@@ -296,7 +296,7 @@ def test_codes_by_hand(bits):
     stream = [int("".join(f"{int(value):0{bits}b}"[::-1] for value in column)[::-1], 2) for column in values.T]
     words = [[(number >> 32 * i) & 0xFFFFFFFF for number in stream] for i in range(64 * bits // 32)]
     packed = torch.tensor(words, dtype=torch.int64).to(torch.int32)
-    assert torch.equal(gptq_base.unpack_codes(packed, bits, 64), values.to(torch.uint8)) and torch.equal(gptq_base.unpack_codes(packed, bits, 61), values[:61].to(torch.uint8))
+    assert torch.equal(unpack_rows(packed, bits, 64), values.to(torch.uint8)) and torch.equal(unpack_rows(packed, bits, 61), values[:61].to(torch.uint8))
 
 
 def test_group_index_may_be_left_out(packed, tmp_path):

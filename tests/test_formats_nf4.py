@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from oracles.dequantized import nf4_weights
 from safetensors.torch import load_file, save_file
 
 from qmerge.errors import Refused
+from qmerge.formats import BLOCK_SIZES
 from qmerge.formats import nf4 as nf4_format
 from qmerge.formats.base import Nf4Recipe, decode_with_bitsandbytes, open_base, quantize_as_bitsandbytes
+from qmerge.formats.integers import Layout
 from qmerge.numerics import nf4
 from qmerge.pipeline.recipe import read_nf4_recipe
 from qmerge.pipeline.skeleton import build_skeleton
 from qmerge.store.checkpoint import open_checkpoint
+from qmerge.types import Grid, QuantizedWeight
 
 DOUBLE = pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 
@@ -53,6 +57,53 @@ def test_bitsandbytes_reads_what_we_pack(double):
     assert state.dtype == torch.bfloat16 and tuple(state.shape) == (96, 128) and state.nested == double
     state.dtype = torch.float32
     assert torch.equal(functional.dequantize_4bit(stored["w"], state), nf4.dequantize(wanted.codes, wanted.state))
+
+
+@DOUBLE
+@pytest.mark.parametrize("block_size", BLOCK_SIZES["nf4"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_every_block_size_that_bitsandbytes_takes(kind, block_size, double):
+    """A block size that the recipe takes and the library refuses or reads otherwise; FP4's codes written in the order of their levels."""
+    weight = torch.randn(96, 172, generator=torch.Generator().manual_seed(0)) * 0.05
+    template = quantize_as_bitsandbytes(torch.zeros(64, block_size), Nf4Recipe(block_size, double, "float32", quant_type=kind)).state
+    state = nf4.with_absmax(replace(template, shape=(96, 172)), nf4.block_maxima(weight, block_size))
+    ours = QuantizedWeight(nf4.nearest(weight, nf4.effective_absmax(state), state.code, block_size), Grid(kind, 4, block_size, True, double), state=state)
+    stored = nf4_format.pack("w", ours)
+    theirs = functional.QuantState.from_dict({name.removeprefix("w."): tensor for name, tensor in stored.items() if name != "w"}, device=torch.device("cpu"))
+    theirs.dtype, theirs.shape = torch.float32, torch.Size((1, weight.numel()))  # as one row: its AVX512 kernel misreads widths that the block size does not divide
+    found = functional.dequantize_4bit(stored["w"], theirs).reshape(96, 172)
+    assert theirs.quant_type == kind and theirs.nested == double and torch.equal(found, nf4.dequantize(ours.codes, state))
+    again = nf4_format.unpack("w", stored.__getitem__, stored, kind)
+    assert torch.equal(again.codes, ours.codes) and again.grid == ours.grid
+    if not double:  # their own quantizer takes the same levels; -0 and +0 are two codes of FP4
+        packed, _ = functional.quantize_4bit(weight, blocksize=block_size, compress_statistics=False, quant_type=kind)
+        assert torch.equal(state.code[nf4.unpack_nibbles(packed, weight.numel()).long()], state.code[ours.codes.reshape(-1).long()])
+
+
+def test_only_these_block_sizes():
+    """A size of tomorrow's bitsandbytes refused, or one that it no longer takes."""
+    taken = []
+    for size in (16, 32, 48, *BLOCK_SIZES["nf4"][1:], 8192):
+        try:
+            functional.quantize_4bit(torch.zeros(64, 64), blocksize=size, quant_type="nf4")
+            taken.append(size)
+        except ValueError:
+            pass
+    assert tuple(taken) == BLOCK_SIZES["nf4"] == BLOCK_SIZES["fp4"]
+
+
+@pytest.mark.parametrize("floats, grids_, told, says", [
+    (("lm_head",), ("a",), None, None),
+    (("lm_head", "b"), ("a",), None, ["b", "lm_head"]),
+    (("lm_head", "b"), ("a",), ["lm_head", "b"], ["lm_head", "b"]),
+    (("lm_head",), ("a", "b"), ["b"], ["lm_head"]),
+    ((), ("a", "lm_head"), None, [nf4_format.NOTHING]),
+])  # fmt: skip
+def test_modules_to_skip(floats, grids_, told, says):
+    """A float linear that a loader would round on its own, or a packed one that it would leave at random."""
+    grid = Grid("nf4", 4, 64)
+    found = nf4_format.config(Layout(dict.fromkeys(grids_, grid), floats, "model.layers", "lm_head", "bfloat16", "1.0", (), {"llm_int8_skip_modules": told}))
+    assert found["llm_int8_skip_modules"] == says
 
 
 @DOUBLE
@@ -171,3 +222,14 @@ def test_shards_read_as_one_file(zoo, tmp_path):
     one, two = opened(str(tmp_path)), opened(zoo.nf4("llama"))
     assert one.names == two.names
     assert all(torch.equal(one.weight(name), two.weight(name)) for name in one.names)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_sorted_levels(kind):
+    """A solver that searches levels in the file's order: FP4's are not sorted, and two of its codes are zero."""
+    code = nf4.code_book(kind)
+    levels, stored = nf4.sorted_levels(code)
+    assert bool((levels[1:] > levels[:-1]).all()) and levels.numel() == {"nf4": 16, "fp4": 15}[kind] and torch.equal(code[stored.long()], levels)
+    codes = torch.arange(16, dtype=torch.uint8).reshape(2, 8)
+    positions = nf4.sorted_positions(codes, code)
+    assert positions.shape == codes.shape and torch.equal(levels[positions.long()], code[codes.long()])

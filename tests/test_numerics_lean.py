@@ -53,7 +53,7 @@ def test_requantizing_on_the_nf4_grid_gives_the_lean_back():
     train, held_out = _statistics(mix, 4000, 1), _statistics(mix, 1000, 2)
     grid = Grid("nf4", 4, 64, True, False)
     plain = requantize_group([Linear("w", base + delta, stored)], grid, train, held_out, torch.float32)[0]
-    given_back = requantize_group([Linear("w", base + delta, stored, delta)], grid, train, held_out, torch.float32, blocks=8)[0]
+    given_back = requantize_group([Linear("w", base + delta, stored, delta)], grid, train, held_out, torch.float32, blocks=40)[0]
 
     def lost(weight: torch.Tensor) -> float:
         share, size = lean(weight - base - delta, delta, held_out.hessian)

@@ -76,6 +76,12 @@ class Region:
         if self.turned:
             disk.copy_(target.transpose(-1, -2))
 
+    def read(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The disk tensor, out of the whole ``parameter``; for regions that are all of a disk tensor."""
+        disk = torch.empty(self.shape, dtype=parameter.dtype, device=parameter.device)
+        self.write_disk(disk, parameter)
+        return disk
+
 
 def _select(tensor: torch.Tensor, rows: torch.Tensor | None, cols: torch.Tensor | None) -> torch.Tensor:
     matrix = tensor.reshape(-1, tensor.shape[-1])

@@ -53,6 +53,8 @@ def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: b
         result("\n".join(row["out"] for row in rows))
     for one in done:
         say(_survival(one.linears))
+        for note in one.notes:
+            say(note)
     say(f"merged in {format_seconds(done[0].elapsed_s)}, peak memory {format_bytes(done[0].peak_rss_bytes)}")
     say(f"Next: {eval_line(plans[0].recipe, plans[0].recipe.out)}")
 

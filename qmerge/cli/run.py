@@ -62,6 +62,8 @@ def run_command(
 
     done = run(found, steps.step, calibration, steps.count)
     steps.step(f"wrote {done.out}")
+    for note in done.notes:
+        warn(note)
     files = named_texts(texts) or {"held-out": str(_write_held_out(evidence, held_out))}
     context_length = found.context_length or recipe.tokens
     say(f"         the checkpoint is whole; should measuring it fail, this does that part again: {eval_line(recipe, done.out)}")

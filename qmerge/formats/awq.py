@@ -1,20 +1,23 @@
-"""What weights does an AWQ checkpoint hold?
+"""How does an AWQ checkpoint store an int weight, and what weights does one hold, whoever wrote it?
 
-The GEMM layout of AutoAWQ and gptqmodel: ``qweight`` int32 ``[in, out / 8]``, ``qzeros`` int32 ``[groups, out / 8]``, ``scales`` ``[groups, out]``;
-W = scales * (codes - zeros), transposed. A word holds eight outputs in the order 0 2 4 6 1 3 5 7. Rows of ``[out, in]`` are read together.
+The GEMM layout of AutoAWQ, gptqmodel, transformers and vLLM: ``qweight`` int32 ``[in, out / 8]``, ``qzeros`` int32 ``[groups, out / 8]``, ``scales``
+``[groups, out]``; W = scales * (codes - zeros), transposed. A word holds eight outputs in the order 0 2 4 6 1 3 5 7. Rows of ``[out, in]`` are read together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from qmerge.errors import Refused
+from qmerge.formats.integers import Layout, check_zeros, dequantize, group_index, group_problem, groups_of, no_fit, stored_scales
 from qmerge.formats.rows import Reader, whole_reader
 from qmerge.store.checkpoint import Checkpoint
-from qmerge.types import TensorSpec
+from qmerge.types import Grid, QuantizedWeight, TensorSpec
+
+__all__ = ["SUFFIXES", "check_settings", "check_shape", "components", "config", "dequantize", "grid_of", "open_rows", "pack", "shape", "stored_bytes", "unpack"]
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 SUFFIXES = ("qweight", "qzeros", "scales")
@@ -72,3 +75,62 @@ def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
     for place, output in enumerate(ORDER):
         codes[..., output] = (packed >> 4 * place) & 15
     return codes.reshape(packed.shape[0], -1)
+
+
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Integers 0..15 ``[n, m]`` to int32 ``[n, m / 8]``: the inverse of `unpack_codes`."""
+    wide = codes.to(torch.int32).reshape(codes.shape[0], -1, 8)
+    packed = torch.zeros(wide.shape[:2], dtype=torch.int32, device=codes.device)
+    for place, output in enumerate(ORDER):
+        packed |= wide[..., output] << 4 * place
+    return packed
+
+
+def check_shape(module: str, shape: tuple[int, int], grid: Grid) -> None:
+    """Raise `Refused` where the container cannot hold ``[out, in]``, and say which format can."""
+    problem = "awq packs outputs in words of 8" if shape[0] % 8 else group_problem(shape[1], grid)
+    if problem:
+        raise no_fit("awq", module, shape, grid, problem, "out % 8 == 0, in % group_size == 0", 8, 1)
+
+
+def pack(module: str, quantized: QuantizedWeight, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+    """The three tensors of one linear, by name. Scales are fp16 whatever the model's ``dtype``; what does not fit exactly is a bug and raises."""
+    check_zeros(module, quantized, 0)
+    return {
+        f"{module}.qweight": pack_codes(quantized.codes.T),
+        f"{module}.qzeros": pack_codes(quantized.zeros.T),
+        f"{module}.scales": stored_scales(module, quantized.scales.T.contiguous(), torch.float16),
+    }
+
+
+def unpack(module: str, load: Callable[[str], torch.Tensor], grid: Grid) -> QuantizedWeight:
+    """The inverse of `pack`, bit for bit."""
+    codes, zeros = (unpack_codes(load(f"{module}.{part}")).T.contiguous() for part in ("qweight", "qzeros"))
+    return QuantizedWeight(codes, grid, scales=load(f"{module}.scales").float().T.contiguous(), zeros=zeros.float(), g_idx=group_index(codes.shape[1], grid))
+
+
+def stored_bytes(shape: tuple[int, int], grid: Grid, scale_bytes: int = 2) -> int:
+    """Bytes of the tensors that `pack` makes."""
+    groups = groups_of(shape[1], grid)
+    return (shape[0] * shape[1] + groups * shape[0]) // 2 + 2 * groups * shape[0]
+
+
+def grid_of(settings: Mapping[str, Any], module: str) -> Grid:
+    """What a config that `config` made says about a module."""
+    return Grid("int", int(settings["bits"]), int(settings["group_size"]), False, least_zero=0)
+
+
+def config(layout: Layout) -> dict[str, Any]:
+    """``quantization_config``. ``modules_to_not_convert`` names linears only: vLLM looks for these names anywhere in its own, and a router called ``mlp.gate``
+    would take ``mlp.gate_proj`` with it."""
+    grid = layout.grid
+    return {
+        "quant_method": "awq",
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "backend": "auto",
+        "modules_to_not_convert": sorted(layout.floats) or None,
+        "meta": {"quantizer": [f"qmerge:{layout.version}"]},
+    }

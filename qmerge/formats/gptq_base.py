@@ -14,6 +14,7 @@ import torch
 
 from qmerge.errors import Refused
 from qmerge.formats.rows import Reader, whole_reader
+from qmerge.numerics.packing import unpack_rows
 from qmerge.store.checkpoint import Checkpoint
 from qmerge.types import TensorSpec
 
@@ -77,28 +78,11 @@ def open_rows(weight: str, checkpoint: Checkpoint, settings: Mapping[str, Any]) 
         weights = torch.empty(out, inputs, device=device)
         for start in range(0, out, _COLUMNS):
             part = slice(start, start + _COLUMNS)
-            codes = unpack_codes(packed[:, part], bits, inputs).float()
+            codes = unpack_rows(packed[:, part], bits, inputs).float()
             weights[part] = codes.sub_(near[:, part][group]).mul_(there[:, part][group]).T
         return weights
 
     return whole_reader((out, inputs), load)
-
-
-def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """int32 ``[words, m]`` to uint8 ``[count, m]``: value ``i`` of a column starts at its bit ``i * bits``. Values of 3 bits may lie across two words."""
-    codes = torch.empty(count, packed.shape[1], dtype=torch.uint8, device=packed.device)
-    period = 32 if bits == 3 else 32 // bits  # values until a word begins with a value again
-    words = period * bits // 32
-    for i in range(min(period, count)):
-        word, shift = divmod(i * bits, 32)
-        into = codes[i::period]
-        value = packed[word::words][: into.shape[0]] >> shift
-        if shift:
-            value &= (1 << (32 - shift)) - 1  # the shift brings copies of the sign along
-        if shift + bits > 32:
-            value |= packed[word + 1 :: words][: into.shape[0]] << (32 - shift)
-        into.copy_(value & (2**bits - 1))
-    return codes
 
 
 def _bits(weight: str, specs: Mapping[str, TensorSpec], settings: Mapping[str, Any], out: int, inputs: int) -> int:
@@ -118,5 +102,5 @@ def _zeros(packed: torch.Tensor, bits: int, out: int, settings: Mapping[str, Any
     if first and bits != 3:
         ones = sum(1 << shift for shift in range(0, 32, bits))
         packed = packed + torch.tensor(ones - (1 << 32) if ones >= 1 << 31 else ones, dtype=torch.int32)
-    zeros = unpack_codes(packed.T.contiguous(), bits, out).T.contiguous()
+    zeros = unpack_rows(packed.T.contiguous(), bits, out).T.contiguous()
     return ((zeros + 1) & 7 if first and bits == 3 else zeros).float()

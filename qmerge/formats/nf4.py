@@ -8,12 +8,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from qmerge.errors import Refused
+from qmerge.formats.fly import Nf4Recipe
+from qmerge.formats.integers import Layout
 from qmerge.formats.rows import Reader, four_bit_reader
 from qmerge.numerics import nf4
 from qmerge.store.checkpoint import Checkpoint
@@ -21,6 +23,8 @@ from qmerge.store.tensors import read_bytes
 from qmerge.types import Grid, QuantizedWeight, QuantState
 
 STATE_KEY = ".quant_state.bitsandbytes__"
+NOTHING = "no_module"
+"""transformers leaves the head float where it is told of no module to skip; a name that no module has means none"""
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
@@ -145,22 +149,32 @@ def stored_bytes(shape: tuple[int, int], block_size: int, double_quant: bool) ->
     return -(-count // 2) + blocks + nested + 64 + 180
 
 
-def config(base_config: Mapping[str, Any] | None, double_quant: bool, compute_dtype: str, skip_modules: list[str] | None = None) -> dict[str, Any]:
-    """``quantization_config`` for ``config.json``: the base's own where it had one."""
-    if base_config:
-        return dict(base_config)
-    return {
+def config(layout: Layout) -> dict[str, Any]:
+    """``quantization_config`` for ``config.json``: the base's own where it had one, as far as it is still true. Block sizes are in the tensors' states."""
+    kinds = {(grid.kind, grid.double_quant) for grid in layout.grids.values()} or {("nf4", True)}
+    quant_type, double_quant = min(kinds)  # a loader takes both from each tensor's own state; mixed nesting only where the base mixes it
+    settings = {
         "quant_method": "bitsandbytes",
         "_load_in_4bit": True,
         "_load_in_8bit": False,
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_compute_dtype": compute_dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": layout.dtype,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skip_modules,
+        "llm_int8_skip_modules": None,
         "llm_int8_threshold": 6.0,
-    }
+    } | dict(layout.old or {})
+    settings |= {"bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": quant_type}
+    if layout.old is None or len({nested for _, nested in kinds}) == 1:
+        settings["bnb_4bit_use_double_quant"] = double_quant
+    return settings | {"llm_int8_skip_modules": _skipped(layout, settings["llm_int8_skip_modules"])}
+
+
+def _skipped(layout: Layout, told: list[str] | None) -> list[str] | None:
+    """The modules that a loader must leave float: what the base said where that is still right, None where only the head is (then nothing need be said)."""
+    head = [layout.head] if layout.head is not None else []
+    rule = Nf4Recipe(skip=tuple(told or head or ("lm_head",)))
+    if all(rule.skips(module) for module in layout.floats) and not any(rule.skips(module) for module in layout.grids):
+        return told
+    return sorted(layout.floats) or [NOTHING]

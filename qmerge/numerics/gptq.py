@@ -18,7 +18,7 @@ from qmerge.numerics.hessian import Factor
 class ElementGrid:
     """The grid of every element, ready for the column loop. All ``[in, out]`` (transposed, so that a column is contiguous).
 
-    int: value = ``scale * (code - zero)``, code 0..top. Code book: value = ``scale * levels[code]``, ``zero`` is None.
+    int: value = ``scale * (code - zero)``, code 0..top. Code book: value = ``scale * levels[code]`` with sorted levels, ``zero`` is None.
     """
 
     scale: torch.Tensor
@@ -26,10 +26,33 @@ class ElementGrid:
     top: int = 15
     levels: torch.Tensor | None = None
 
+    @property
+    def bounds(self) -> torch.Tensor:
+        """Midpoints between the levels of a code book; a value on one goes to the lower level, as in bitsandbytes."""
+        return (self.levels[:-1] + self.levels[1:]) / 2
+
+    def take(self, order: torch.Tensor) -> ElementGrid:
+        """The grid with its columns in another order."""
+        return ElementGrid(self.scale[order], None if self.zero is None else self.zero[order], self.top, self.levels)
+
+    def columns(self, span: slice) -> ElementGrid:
+        """Some columns of the weight, as views."""
+        return ElementGrid(self.scale[span], None if self.zero is None else self.zero[span], self.top, self.levels)
+
+    def some(self, rows: slice) -> ElementGrid:
+        """The grid of some of the weight's rows."""
+        return ElementGrid(self.scale[:, rows], None if self.zero is None else self.zero[:, rows], self.top, self.levels)
+
     def stacked(self, copies: int) -> ElementGrid:
         """The same grid for ``copies`` weights that are solved side by side."""
         zero = None if self.zero is None else self.zero.repeat(1, copies)
         return ElementGrid(self.scale.repeat(1, copies), zero, self.top, self.levels)
+
+
+def joined(grids: list[ElementGrid]) -> ElementGrid:
+    """One grid for several weights that are solved side by side, row under row."""
+    zero = None if grids[0].zero is None else torch.cat([grid.zero for grid in grids], dim=1)
+    return ElementGrid(torch.cat([grid.scale for grid in grids], dim=1), zero, grids[0].top, grids[0].levels)
 
 
 def int_grid(scales: torch.Tensor, zeros: torch.Tensor, columns: int, bits: int) -> ElementGrid:
@@ -52,34 +75,52 @@ def solve(target: torch.Tensor, factor: Factor, grid: ElementGrid, block: int = 
     ``block`` columns are updated eagerly, the rest once a block by one matrix product; it changes speed, and the result only by rounding.
     """
     order, upper = factor.order, factor.upper
-    work = target.T[order].contiguous()
-    scale = grid.scale[order]
-    zero = None if grid.zero is None else grid.zero[order]
-    bounds = None if grid.levels is None else (grid.levels[:-1] + grid.levels[1:]) / 2
+    work, ordered = target.T[order].contiguous(), grid.take(order)
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    inverse = (1.0 / torch.diagonal(upper)).tolist()
+    inverse = 1.0 / torch.diagonal(upper)
     columns = work.shape[0]
+    round_block = _round_block_compiled if work.device.type == "cpu" else _round_block
     for start in range(0, columns, block):
         stop = min(start + block, columns)
+        span = slice(start, stop)
         errors = torch.empty(stop - start, work.shape[1], device=work.device)
-        for column in range(start, stop):
-            weight, step = work[column], scale[column]
-            if grid.levels is not None:
-                code = torch.bucketize(weight / step, bounds)
-                value = grid.levels[code].mul_(step)
-            else:
-                code = (weight / step).round_().add_(zero[column]).clamp_(0, grid.top)
-                value = (code - zero[column]).mul_(step)
-            codes[column] = code.to(torch.uint8)
-            error = (weight - value).mul_(inverse[column])
-            errors[column - start] = error
-            if column + 1 < stop:
-                work[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
+        round_block(work[span], ordered.columns(span), upper[span, span], inverse[span], codes[span], errors)
         if stop < columns:
-            work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+            work[stop:].addmm_(upper[span, stop:].T, errors, alpha=-1)
     result = torch.empty_like(codes)
     result[order] = codes
     return result.T.contiguous()
+
+
+def _round_block_compiled(work: torch.Tensor, grid: ElementGrid, upper: torch.Tensor, inverse: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor) -> None:
+    from qmerge.numerics import kernels
+
+    shared = [part.numpy() for part in (upper.contiguous(), inverse.contiguous(), codes, errors)]
+    if grid.levels is None:
+        kernels.round_block_int(work.numpy(), grid.scale.numpy(), grid.zero.numpy(), kernels.float32(grid.top), *shared)
+    else:
+        kernels.round_block_book(work.numpy(), grid.scale.numpy(), grid.levels.numpy(), grid.bounds.numpy(), *shared)
+
+
+def _round_block(work: torch.Tensor, grid: ElementGrid, upper: torch.Tensor, inverse: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor) -> None:
+    """Fill ``codes`` and ``errors`` ``[columns, out]`` of a block; ``work`` is changed. One column after the other, all rows at once."""
+    factors = inverse.tolist()
+    for column in range(work.shape[0]):
+        codes[column], value = nearest(work[column], grid.columns(slice(column, column + 1)))
+        errors[column] = (work[column] - value).mul_(factors[column])
+        if column + 1 < work.shape[0]:
+            work[column + 1 :].addr_(upper[column, column + 1 :], errors[column], alpha=-1)
+
+
+def nearest(weight: torch.Tensor, grid: ElementGrid) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes uint8, values fp32) of the grid values nearest to ``weight``; ``grid`` broadcasts against it, both transposed. One row of the grid gives one row."""
+    scale = grid.scale.reshape(weight.shape)
+    if grid.levels is not None:
+        code = torch.bucketize(weight / scale, grid.bounds)
+        return code.to(torch.uint8), grid.levels[code].mul_(scale)
+    zero = grid.zero.reshape(weight.shape)
+    code = (weight / scale).round_().add_(zero).clamp_(0, grid.top)
+    return code.to(torch.uint8), (code - zero).mul_(scale)
 
 
 def values(codes: torch.Tensor, grid: ElementGrid) -> torch.Tensor:

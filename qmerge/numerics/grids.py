@@ -6,12 +6,22 @@ to what the file can store. Codes are chosen later, by the solver; the search us
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from qmerge.types import Grid
 
 SHRINK_INT = tuple(round(1.06 - 0.02 * step, 4) for step in range(36))
-SHRINK_NF4 = tuple(round(1.10 - 0.02 * step, 4) for step in range(26))
+SHRINK_BOOK = tuple(round(1.10 - 0.02 * step, 4) for step in range(26))
+
+
+@dataclass(frozen=True)
+class Search:
+    """How scales are chosen. ``shrinks``: factors of a group's range that are tried; ``signed``: may a symmetric scale be negative, so that the larger extreme gets the longer half?"""
+
+    shrinks: tuple[float, ...] = ()
+    signed: bool = True
 
 
 def storable(scale: torch.Tensor, model_dtype: torch.dtype) -> torch.Tensor:
@@ -23,34 +33,53 @@ def storable(scale: torch.Tensor, model_dtype: torch.dtype) -> torch.Tensor:
     return shared.float() * sign
 
 
-def search_int(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, model_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def search_int(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, model_dtype: torch.dtype, search: Search | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zeros, fp32 ``[out, groups]``, for an int grid. ``weight`` ``[out, in]``, ``importance`` ``[in]`` ≥ 0 (diag H).
 
     Symmetric: zero is mid-range and the scale is signed, so the larger extreme gets the longer half of the grid.
-    Asymmetric: zeros 1..2^b-1, which gptq's v1 files can hold.
+    Asymmetric: zeros ``grid.least_zero``..2^b-1 (gptq's v1 files cannot hold 0).
     """
+    search = search or Search()
     rows, columns = weight.shape
     size = columns if grid.group_size == -1 else grid.group_size
-    groups = weight.reshape(rows, columns // size, size)
-    cost = importance.reshape(1, columns // size, size)
+    groups = weight.reshape(-1, size)
+    scales, zeros = _trials(groups.amax(-1).clamp(min=0), groups.amin(-1).clamp(max=0), grid, model_dtype, search)
+    best = _best_int(groups, importance.reshape(-1, size), scales, zeros, 2**grid.bits - 1)
+    picked = [values.gather(0, best.unsqueeze(0)).reshape(rows, columns // size) for values in (scales, zeros)]
+    return picked[0], picked[1]
+
+
+def _trials(high: torch.Tensor, low: torch.Tensor, grid: Grid, model_dtype: torch.dtype, search: Search) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros to try, ``[trials, groups]``, the full range first."""
     top, half = 2**grid.bits - 1, 2 ** (grid.bits - 1)
-    high, low = groups.amax(-1).clamp(min=0), groups.amin(-1).clamp(max=0)
-    best = torch.full_like(high, float("inf"))
-    scale, zero = torch.ones_like(high), torch.full_like(high, float(half))
-    for shrink in SHRINK_INT:
+    scales, zeros = [], []
+    for shrink in search.shrinks or SHRINK_INT:
         if grid.symmetric:
-            sign = torch.where(high >= -low, -1.0, 1.0)
-            trials = [(storable(shrink * sign * torch.maximum(high, -low) / half, model_dtype), torch.full_like(high, float(half)))]
-        else:
-            step = storable(shrink * (high - low) / top, model_dtype)
-            exact = -shrink * low / step
-            trials = [(step, exact.floor().clamp(1, top)), (step, exact.ceil().clamp(1, top))]
-        for step, origin in trials:
-            error = round_int(groups, step.unsqueeze(-1), origin.unsqueeze(-1), top).sub_(groups).square_().mul_(cost).sum(-1)
-            better = error < best
-            best = torch.where(better, error, best)
-            scale, zero = torch.where(better, step, scale), torch.where(better, origin, zero)
-    return scale, zero
+            sign = torch.where(high >= -low, -1.0, 1.0) if search.signed else torch.ones_like(high)
+            reach = torch.maximum(high, -low) / half if search.signed else torch.maximum(high / (half - 1), -low / half)
+            scales.append(storable(shrink * sign * reach, model_dtype))
+            zeros.append(torch.full_like(high, float(half)))
+            continue
+        step = storable(shrink * (high - low) / top, model_dtype)
+        exact = -shrink * low / step
+        scales += [step, step]
+        zeros += [exact.floor().clamp(grid.least_zero, top), exact.ceil().clamp(grid.least_zero, top)]
+    return torch.stack(scales), torch.stack(zeros)
+
+
+def _best_int(groups: torch.Tensor, cost: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int) -> torch.Tensor:
+    """Index int64 ``[groups]`` of the trial with the least weighted error. ``cost`` ``[m, size]`` repeats along the groups."""
+    if groups.device.type == "cpu":
+        from qmerge.numerics import kernels
+
+        return torch.from_numpy(kernels.best_int(*(part.contiguous().numpy() for part in (groups, cost, scales, zeros)), kernels.float32(top)))
+    best, found = torch.full_like(scales[0], float("inf")), torch.zeros_like(scales[0], dtype=torch.int64)
+    wide = cost.repeat(groups.shape[0] // cost.shape[0], 1)
+    for index, (step, origin) in enumerate(zip(scales, zeros, strict=True)):
+        error = round_int(groups, step.unsqueeze(-1), origin.unsqueeze(-1), top).sub_(groups).square_().mul_(wide).sum(-1)
+        found = torch.where(error < best, index, found)
+        best = torch.minimum(error, best)
+    return found
 
 
 def round_int(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
@@ -58,18 +87,29 @@ def round_int(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top
     return (weight / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
 
 
-def search_absmax(weight: torch.Tensor, importance: torch.Tensor, code: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Block maxima fp32 ``[blocks]`` for a code-book grid, before double quantization. ``weight`` ``[out, in]``, ``importance`` ``[in]``."""
+def search_absmax(weight: torch.Tensor, importance: torch.Tensor, levels: torch.Tensor, block_size: int, shrinks: tuple[float, ...] = ()) -> torch.Tensor:
+    """Block maxima fp32 ``[blocks]`` for a code-book grid, before double quantization. ``weight`` ``[out, in]``, ``importance`` ``[in]``, ``levels`` sorted."""
     pad = -weight.numel() % block_size
     flat = torch.nn.functional.pad(weight.reshape(-1), (0, pad)).reshape(-1, block_size)
-    cost = torch.nn.functional.pad(importance.expand(weight.shape).reshape(-1), (0, pad)).reshape(-1, block_size)
-    largest = flat.abs().amax(1)
-    bounds = (code[:-1] + code[1:]) / 2
-    best, absmax = torch.full_like(largest, float("inf")), largest.clone()
-    for shrink in SHRINK_NF4:
-        trial = (largest * shrink).clamp(min=1e-12)
-        rounded = code[torch.bucketize(flat / trial.unsqueeze(1), bounds)] * trial.unsqueeze(1)
-        error = rounded.sub_(flat).square_().mul_(cost).sum(1)
-        better = error < best
-        best, absmax = torch.where(better, error, best), torch.where(better, trial, absmax)
-    return absmax
+    if weight.shape[1] % block_size == 0:
+        cost = importance.reshape(-1, block_size)
+    else:  # blocks run across rows
+        cost = torch.nn.functional.pad(importance.expand(weight.shape).reshape(-1), (0, pad)).reshape(-1, block_size)
+    trials = (flat.abs().amax(1) * torch.tensor(shrinks or SHRINK_BOOK, device=flat.device).unsqueeze(1)).clamp(min=1e-12)
+    return trials.gather(0, _best_book(flat, cost, trials, levels).unsqueeze(0)).squeeze(0)
+
+
+def _best_book(flat: torch.Tensor, cost: torch.Tensor, trials: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    bounds = (levels[:-1] + levels[1:]) / 2
+    if flat.device.type == "cpu":
+        from qmerge.numerics import kernels
+
+        return torch.from_numpy(kernels.best_book(*(part.contiguous().numpy() for part in (flat, cost, trials, levels, bounds))))
+    best, found = torch.full_like(trials[0], float("inf")), torch.zeros_like(trials[0], dtype=torch.int64)
+    wide = cost.repeat(flat.shape[0] // cost.shape[0], 1)
+    for index, trial in enumerate(trials):
+        rounded = levels[torch.bucketize(flat / trial.unsqueeze(1), bounds)] * trial.unsqueeze(1)
+        error = rounded.sub_(flat).square_().mul_(wide).sum(1)
+        found = torch.where(error < best, index, found)
+        best = torch.minimum(error, best)
+    return found

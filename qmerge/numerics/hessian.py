@@ -10,7 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qmerge.device import in_parallel
 from qmerge.errors import CheckFailed
+
+STRIP = 128
+"""rows of a sum that are formed together"""
 
 
 @dataclass
@@ -34,18 +38,36 @@ class Statistics:
 
     def add(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None = None) -> None:
         """``runtime`` and ``teacher`` are ``[tokens, in]``; ``residual`` is ``[tokens, out]`` or None."""
-        x, difference = runtime.float(), teacher.float() - runtime.float()
-        self._hessian.addmm_(x.T, x)
-        self._drift.addmm_(difference.T, x)
-        if residual is not None:
-            if self._residual is None:
-                self._residual = torch.zeros(residual.shape[1], self.features, device=self.device)
-            self._residual.addmm_(residual.float().T, x)
-        self.tokens += x.shape[0]
+        self.add_all([(runtime, teacher, residual)])
+
+    def add_all(self, parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> None:
+        """`add` for several batches at once: strips of the sums side by side, each by one thread, the batches in their order, so the bits are those of one after the other."""
+        if not parts:
+            return
+        batches = [(runtime.float(), teacher.float() - runtime.float(), residual if residual is None else residual.float()) for runtime, teacher, residual in parts]
+        same = all(not bool(difference.any()) for _, difference, _ in batches)
+        width = batches[0][2].shape[1] if batches[0][2] is not None else 0
+        if width and self._residual is None:
+            self._residual = torch.zeros(width, self.features, device=self.device)
+        jobs = [(self._hessian, 0, start) for start in range(0, self.features, STRIP)]
+        jobs += [] if same else [(self._drift, 1, start) for start in range(0, self.features, STRIP)]
+        jobs += [(self._residual, 2, start) for start in range(0, width, STRIP)]
+
+        def strip(job: tuple[torch.Tensor, int, int]) -> None:
+            total, which, start = job
+            rows = slice(start, min(start + STRIP, total.shape[0]))
+            columns = slice(0, rows.stop) if which == 0 else slice(None)  # H is symmetric
+            for batch in batches:
+                total[rows, columns].addmm_(batch[which][:, rows].T, batch[0][:, columns])
+
+        in_parallel(strip, jobs, self._hessian.device)
+        self.tokens += sum(batch[0].shape[0] for batch in batches)
 
     @property
     def hessian(self) -> torch.Tensor:
-        return self._hessian / max(self.tokens, 1)
+        """Both halves, from the lower one."""
+        lower = torch.tril(self._hessian) / max(self.tokens, 1)
+        return lower + torch.tril(lower, -1).T
 
     @property
     def drift(self) -> torch.Tensor:
@@ -58,39 +80,51 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Factor:
-    """A damped Hessian, factored. ``upper`` is U with ``UᵀU = (H + λI)⁻¹`` in the solver's column order; ``damp`` is λ / mean(diag H)."""
+    """A damped Hessian, factored. ``upper`` fp32 is U with ``UᵀU = (H + λI)⁻¹`` in the solver's column order; ``damp`` is λ / mean(diag H)."""
 
     order: torch.Tensor
     upper: torch.Tensor
-    cholesky: torch.Tensor
     damp: float
 
     def solve(self, right: torch.Tensor) -> torch.Tensor:
         """``right @ (H + λI)⁻¹`` for ``right`` ``[rows, in]``, in the original column order."""
-        permuted = right[:, self.order].to(self.cholesky.dtype)
-        solved = torch.cholesky_solve(permuted.T, self.cholesky).T
-        result = torch.empty_like(solved)
-        result[:, self.order] = solved
-        return result.float()
+        result = torch.empty_like(right)
+        result[:, self.order] = (right[:, self.order] @ self.upper.T) @ self.upper
+        return result
 
 
-def factor(hessian: torch.Tensor, damp: float) -> Factor:
-    """Factor ``H + λI`` with columns in descending order of diag(H), in fp64. A failure raises λ tenfold, and the result says so in ``damp``.
+def factor(hessian: torch.Tensor, damp: float, by_activation: bool = True) -> Factor:
+    """Factor ``H + λI`` with columns in descending order of diag(H) (or, not ``by_activation``, as they are), in fp64. A failure raises λ tenfold, and
+    the result says so in ``damp``.
 
-    Raises `CheckFailed` for a Hessian that is not finite.
+    H is taken apart from its last column to its first (H = R Rᵀ, R upper triangular), so U is R⁻¹ and no inverse of H is formed. Raises `CheckFailed`
+    for a Hessian that is not finite.
     """
     if not torch.isfinite(hessian).all():
         raise CheckFailed("the calibration activations are not finite", fix="check the base and the adapter for NaN or overflow")
     diagonal = torch.diagonal(hessian)
-    order = torch.argsort(diagonal, descending=True, stable=True)
+    order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else torch.arange(len(diagonal), device=diagonal.device)
     mean = float(diagonal.double().mean())
-    matrix = hessian[order][:, order].double()
+    backwards = order.flip(0)
+    matrix = hessian[backwards][:, backwards].double()
     for attempt in range(8):
         level = damp * 10**attempt
         damped = matrix.clone()
         damped.diagonal().add_(level * mean if mean > 0 else 1.0)
         cholesky, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            upper = torch.linalg.cholesky(torch.cholesky_inverse(cholesky), upper=True)
-            return Factor(order, upper.float(), cholesky, level)
+            return Factor(order, _inverse_upper(cholesky.flip(0, 1).contiguous()).float(), level)
     raise CheckFailed("the calibration Hessian could not be factored", found=f"damping up to {damp * 10**7:g} × mean(diag)")
+
+
+def _inverse_upper(upper: torch.Tensor) -> torch.Tensor:
+    """The inverse of an upper triangular matrix, by halves: two products a level, and no work on zeros."""
+    size = upper.shape[0]
+    if size <= STRIP:
+        return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True)
+    half = size // 2
+    first, last = _inverse_upper(upper[:half, :half]), _inverse_upper(upper[half:, half:])
+    result = torch.zeros_like(upper)
+    result[:half, :half], result[half:, half:] = first, last
+    result[:half, half:] = -(first @ upper[:half, half:]) @ last
+    return result

@@ -49,6 +49,24 @@ def nf4_code(device: torch.device | str = "cpu") -> torch.Tensor:
     return code_book("nf4", device)
 
 
+def sorted_levels(code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct levels of a code book in ascending order, fp32 ``[n]``, and the code that stores each, uint8 ``[n]``.
+
+    What a solver that searches sorted levels works on: it finds positions in the first, and ``stored[positions]`` goes into the file. NF4: 16 levels, positions
+    are codes. FP4: 15, for its codes 0 and 8 are +0 and -0 and the first one stores both.
+    """
+    levels, order = torch.sort(code.float(), stable=True)
+    first = torch.ones_like(levels, dtype=torch.bool)
+    first[1:] = levels[1:] != levels[:-1]
+    return levels[first], order[first].to(torch.uint8)
+
+
+def sorted_positions(codes: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """Stored codes of any shape to positions in `sorted_levels`, uint8: ``sorted_levels(code)[0][positions] == code[codes]``."""
+    levels, _ = sorted_levels(code)
+    return torch.bucketize(code.float(), levels).to(torch.uint8)[codes.long()]
+
+
 def unpack_nibbles(packed: torch.Tensor, count: int) -> torch.Tensor:
     """uint8 storage of any shape to uint8 codes ``[count]``; ``unpack_nibbles(tensor([0xA3]), 2) == [0xA, 0x3]``."""
     flat = packed.reshape(-1)
@@ -146,11 +164,12 @@ def midpoints(code: torch.Tensor) -> torch.Tensor:
 
 
 def nearest(weight: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Round-to-nearest codes, uint8 in ``weight``'s shape, on given fp32 block maxima."""
+    """Round-to-nearest codes as they are stored, uint8 in ``weight``'s shape, on given fp32 block maxima."""
     scale = spread(absmax, block_size, weight.numel())
     # times the reciprocal, as bitsandbytes does: a division rounds one weight in a million to the other side of a bound
     scaled = weight.reshape(-1) * (1.0 / torch.where(scale == 0, torch.ones_like(scale), scale))
-    return torch.bucketize(scaled, midpoints(code)).to(torch.uint8).reshape(weight.shape)
+    levels, stored = sorted_levels(code)
+    return stored[torch.bucketize(scaled, midpoints(levels))].reshape(weight.shape)
 
 
 def block_maxima(weight: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -1,14 +1,17 @@
-"""Can single codes still be moved to lower the error, once all are chosen?
+"""Can codes and scales still be moved to lower the error, once all are chosen?
 
-GPTQ decides each column once. Coordinate descent goes back over them: each code moves to the grid value that is best with all others fixed, which
-never raises the objective on the statistics it is given. Whether it helps on held-out tokens is for the caller to check.
+GPTQ decides each column once. Coordinate descent goes back over them: each code moves to the grid value that is best with all others fixed; then each
+scale to what is best with the codes fixed. Neither ever raises the objective on the statistics it is given. Whether it helps on held-out tokens is
+for the caller to check.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from qmerge.numerics.gptq import ElementGrid, values
+from qmerge.numerics.gptq import ElementGrid, nearest, values
 
 
 def lean(error: torch.Tensor, delta: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,39 +25,102 @@ def lean(error: torch.Tensor, delta: torch.Tensor, hessian: torch.Tensor) -> tup
     return (seen * error).sum(1, keepdim=True) / size.clamp(min=1e-30), size
 
 
-def descend(codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, sweeps: int = 3, block: int = 64) -> torch.Tensor:
-    """Codes uint8 ``[out, in]`` after ``sweeps`` passes that lower ``tr(E (H + λI) Eᵀ)``, ``E = Q - target``; ``hessian`` ``[in, in]``, ``damp`` = λ / mean(diag H).
+def descend(
+    codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, sweeps: int = 3, block: int = 64
+) -> torch.Tensor:
+    """Codes uint8 ``[out, in]`` after up to ``sweeps`` passes that lower ``tr(E (H + λI) Eᵀ)``, ``E = Q - target``; ``hessian`` ``[in, in]``, ``damp`` = λ / mean(diag H).
 
-    Columns in descending order of diag(H), as the solver takes them.
+    Columns in descending order of diag(H), as the solver takes them. ``block`` is speed only, on a GPU.
     """
-    diagonal = torch.diagonal(hessian)
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    matrix = hessian[order][:, order].clone()
-    matrix.diagonal().add_(damp * float(diagonal.double().mean()))
+    matrix = damped(hessian, damp)
+    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
+    current = values(codes, grid)
+    gradient = (current - target) @ matrix
+    if codes.device.type == "cpu":
+        return _descend_compiled(codes.clone(), current, gradient, matrix, order, grid, sweeps)
+    return _descend(codes, current, gradient, matrix, order, grid, sweeps, block)
+
+
+def damped(hessian: torch.Tensor, damp: float) -> torch.Tensor:
+    """``H + λI`` with λ = ``damp`` × mean(diag H)."""
+    matrix = hessian.clone()
+    matrix.diagonal().add_(damp * float(torch.diagonal(hessian).double().mean()))
+    return matrix
+
+
+def _descend_compiled(
+    codes: torch.Tensor,
+    current: torch.Tensor,
+    gradient: torch.Tensor,
+    matrix: torch.Tensor,
+    order: torch.Tensor,
+    grid: ElementGrid,
+    sweeps: int,
+) -> torch.Tensor:
+    from qmerge.numerics import kernels
+
+    none = torch.empty(0)
+    zero = grid.zero.T if grid.zero is not None else torch.zeros(1, 1)
+    book = (none, none) if grid.levels is None else (grid.levels, grid.bounds)
+    steps = 1.0 / torch.diagonal(matrix).clamp(min=1e-30)
+    arrays = [part.contiguous().numpy() for part in (codes, current, gradient, matrix, steps, order, grid.scale.T, zero)]
+    kernels.descend_rows(*arrays, kernels.float32(grid.top), *(part.numpy() for part in book), sweeps)
+    return codes
+
+
+def _descend(
+    codes: torch.Tensor,
+    current: torch.Tensor,
+    gradient: torch.Tensor,
+    matrix: torch.Tensor,
+    order: torch.Tensor,
+    grid: ElementGrid,
+    sweeps: int,
+    block: int,
+) -> torch.Tensor:
+    """All rows at once, column by column; the gradients outside a block follow by one matrix product."""
+    matrix, ordered = matrix[order][:, order], grid.take(order)
     steps = (1.0 / torch.diagonal(matrix).clamp(min=1e-30)).tolist()
-    current = values(codes, grid).T[order].contiguous()
-    gradient = matrix @ (current - target.T[order])
-    scale = grid.scale[order]
-    zero = None if grid.zero is None else grid.zero[order]
-    found = codes.T[order].contiguous()
-    bounds = None if grid.levels is None else (grid.levels[:-1] + grid.levels[1:]) / 2
+    current, gradient, found = (part.T[order].contiguous() for part in (current, gradient, codes))
     for _ in range(sweeps):
         for start in range(0, current.shape[0], block):
             stop = min(start + block, current.shape[0])
             moved = torch.empty(stop - start, current.shape[1], device=current.device)
             local = gradient[start:stop].clone()
             for column in range(start, stop):
-                wanted, step = current[column] - local[column - start] * steps[column], scale[column]
-                if grid.levels is not None:
-                    code = torch.bucketize(wanted / step, bounds)
-                    value = grid.levels[code] * step
-                else:
-                    code = (wanted / step).round_().add_(zero[column]).clamp_(0, grid.top)
-                    value = (code - zero[column]) * step
+                wanted = current[column] - local[column - start] * steps[column]
+                found[column], value = nearest(wanted, ordered.columns(slice(column, column + 1)))
                 change = value - current[column]
-                found[column], current[column], moved[column - start] = code.to(torch.uint8), value, change
+                current[column], moved[column - start] = value, change
                 local.addr_(matrix[start:stop, column], change)
             gradient.addmm_(matrix[:, start:stop], moved)
     result = torch.empty_like(found)
     result[order] = found
     return result.T.contiguous()
+
+
+def refit(
+    scales: torch.Tensor, units: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor, storable: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Scales fp32 ``[out, groups]`` that lower ``tr(E M Eᵀ)`` with codes fixed: Q = scales × ``units`` ``[out, in]`` (code - zero, or the level), group after group.
+
+    Each group's scale moves to its closed-form optimum given the others, rounded by ``storable`` ``[out, groups] -> [out, groups]`` to what the file holds,
+    and only where that lowers the objective.
+    """
+    rows, groups = scales.shape
+    size = units.shape[1] // groups
+    scales = scales.clone()
+    gradient = (scales.repeat_interleave(size, dim=1) * units - target) @ matrix
+    for group in range(groups):
+        span = slice(group * size, (group + 1) * size)
+        part = units[:, span]
+        slope = (gradient[:, span] * part).sum(1)
+        bend = ((part @ matrix[span, span]) * part).sum(1)
+        wanted = scales.clone()
+        wanted[:, group] -= slope / bend.clamp(min=1e-30)
+        change = storable(wanted)[:, group] - scales[:, group]
+        change = torch.where(change * slope + 0.5 * change.square() * bend < 0, change, torch.zeros_like(change))
+        scales[:, group] += change
+        if groups > 1:
+            gradient += (change.unsqueeze(1) * part) @ matrix[span]
+    return scales

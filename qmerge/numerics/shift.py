@@ -12,23 +12,51 @@ import torch
 from qmerge.numerics.hessian import Factor, Statistics
 
 
+def shifts(weight: torch.Tensor, statistics: Statistics, factor: Factor, own: bool = True, residual: bool = True) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``(W D (H+λI)⁻¹, R (H+λI)⁻¹)``, each fp32 ``[out, in]``, or None where not asked for, not there, or zero."""
+    drift, rest = statistics.drift if own else None, statistics.residual if residual else None
+    first = factor.solve(weight @ drift) if drift is not None and bool(drift.any()) else None
+    return first, factor.solve(rest) if rest is not None else None
+
+
 def shifted(weight: torch.Tensor, statistics: Statistics, factor: Factor, own: float, residual: float) -> torch.Tensor:
     """``W + own · W D (H+λI)⁻¹ + residual · R (H+λI)⁻¹``, fp32 ``[out, in]``. 0 and 0 give ``weight`` itself."""
-    right = torch.zeros_like(weight)
-    if own:
-        right += own * (weight @ statistics.drift)
-    if residual and statistics.residual is not None:
-        right += residual * statistics.residual
-    return weight + factor.solve(right) if own or residual else weight
+    return aim(weight, shifts(weight, statistics, factor, bool(own), bool(residual)), own, residual)
 
 
-def objective(candidate: torch.Tensor, weight: torch.Tensor, held_out: Statistics) -> float:
-    """Mean squared output error on held-out tokens up to a constant that all candidates of one linear share; lower is better.
+def aim(weight: torch.Tensor, found: tuple[torch.Tensor | None, torch.Tensor | None], own: float, residual: float) -> torch.Tensor:
+    """``weight`` with shares of its `shifts` added."""
+    for share, part in zip((own, residual), found, strict=True):
+        if share and part is not None:
+            weight = weight.add(part, alpha=share)
+    return weight
+
+
+class Judge:
+    """Mean squared output error of candidates of one linear on held-out tokens, up to a constant that all share; lower is better.
 
     With E = Q - W it is ``tr(E H Eᵀ) - 2 tr((W D + R) Eᵀ)``, the expansion of ``E‖(W x̃ + r) - Q x‖²`` without its large constant terms.
     """
-    error = candidate - weight
-    aim = weight @ held_out.drift
-    if held_out.residual is not None:
-        aim = aim + held_out.residual
-    return float((error.double() * (error @ held_out.hessian - 2 * aim).double()).sum())
+
+    def __init__(self, weight: torch.Tensor, held_out: Statistics, hessian: torch.Tensor | None = None, drift: torch.Tensor | None = None) -> None:
+        self.weight = weight
+        self.hessian = held_out.hessian if hessian is None else hessian
+        self._aim = weight @ (held_out.drift if drift is None else drift)
+        if held_out.residual is not None:
+            self._aim = self._aim + held_out.residual
+
+    def __call__(self, candidate: torch.Tensor) -> float:
+        """``candidate`` fp32 ``[out, in]``."""
+        error = candidate - self.weight
+        return float((error * ((error @ self.hessian).sub_(self._aim, alpha=2))).sum(dtype=torch.float64))
+
+    def some(self, rows: slice) -> Judge:
+        """The judge of some rows of the linear."""
+        part = object.__new__(Judge)
+        part.weight, part.hessian, part._aim = self.weight[rows], self.hessian, self._aim[rows]
+        return part
+
+
+def objective(candidate: torch.Tensor, weight: torch.Tensor, held_out: Statistics) -> float:
+    """`Judge` for a single candidate."""
+    return Judge(weight, held_out)(candidate)

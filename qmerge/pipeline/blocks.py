@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,10 +179,13 @@ def _find_writers(hidden: torch.Tensor, result: torch.Tensor, seen: list, output
 
 @contextmanager
 def _capturing(block: nn.Module, names: list[str], store: dict[str, torch.Tensor], stop: bool) -> Iterator[None]:
-    """Keep the first argument of each named module; with ``stop``, end the pass once all are there."""
+    """Keep the first argument of each named module; with ``stop``, end the pass once all are there. Passes in other threads are none of its business."""
+    me = threading.get_ident()
 
     def hook(name: str) -> Any:
         def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            if threading.get_ident() != me:
+                return
             store.setdefault(name, args[0] if args else next(iter(kwargs.values())))
             if stop and len(store) == len(names):
                 raise _Stop
@@ -196,14 +200,15 @@ def _capturing(block: nn.Module, names: list[str], store: dict[str, torch.Tensor
             handle.remove()
 
 
-def _watched(group: Group) -> list[str]:
+def watched(group: Group) -> list[str]:
+    """The modules whose first argument tells what the group receives and, where it has a residual, that stream."""
     return [group.modules[0]] + ([group.residual] if group.residual not in (None, "<in>") else [])
 
 
 def group_inputs(block: nn.Module, group: Group, hidden: torch.Tensor, call: Call) -> dict[str, torch.Tensor]:
     """What the group's linears receive and, where it has a residual, that stream before the addition, by module name; the pass ends there."""
     store: dict[str, torch.Tensor] = {}
-    names = _watched(group)
+    names = watched(group)
     with _capturing(block, names, store, stop=True):
         try:
             run_block(block, hidden, call)
@@ -215,10 +220,27 @@ def group_inputs(block: nn.Module, group: Group, hidden: torch.Tensor, call: Cal
 def all_inputs(block: nn.Module, groups: list[Group], hidden: torch.Tensor, call: Call) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """`group_inputs` of every group, and the block's output, from one pass."""
     store: dict[str, torch.Tensor] = {}
-    names = list(dict.fromkeys(name for group in groups for name in _watched(group)))
+    names = list(dict.fromkeys(name for group in groups for name in watched(group)))
     with _capturing(block, names, store, stop=False):
         out = run_block(block, hidden, call)
     return store, out
+
+
+def activation_bytes(block: nn.Module, hidden: torch.Tensor, call: Call) -> int:
+    """About what one pass of ``hidden`` keeps alive: every module's output, in fp32."""
+    sizes: list[int] = []
+
+    def after(_: nn.Module, args: tuple, out: Any) -> None:
+        parts = out if isinstance(out, tuple) else (out,)
+        sizes.extend(4 * part.numel() for part in parts if isinstance(part, torch.Tensor))
+
+    handles = [module.register_forward_hook(after) for module in block.modules()]
+    try:
+        run_block(block, hidden, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(sizes)
 
 
 def split_inputs(group: Group, store: dict[str, torch.Tensor], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 from qmerge.adapters.adapter import Adapter
 from qmerge.adapters.edits import Change, Proof
+from qmerge.adapters.regions import Region
 from qmerge.errors import CheckFailed, Refused
 from qmerge.formats.base import Base
 from qmerge.formats.dense import cast
+from qmerge.formats.rows import Reader
 from qmerge.numerics.finite import all_finite
 from qmerge.pipeline.pieces import Piece, Pieces
 from qmerge.store.adapter import check_finite
@@ -54,7 +56,7 @@ class OpenPiece:
         self.change: Change | None = piece.edit.load(device) if piece.edit is not None else None
         self.base, self.reads = base, piece.source is not None and (piece.edit is None or piece.edit.needs_base)
         self.label = f"{base.checkpoint.name}: {piece.source}"
-        whole = self.change is not None and not self.change.rowwise
+        whole = piece.cut is not None or (self.change is not None and not self.change.rowwise)
         self.step = piece.shape[0] if whole else base.row_step(piece.source) if self.reads else 1
         self._lock, self._reader = threading.Lock(), None
 
@@ -81,7 +83,19 @@ class OpenPiece:
             return torch.empty(stop - start, *self.piece.shape[1:], device=self.device)
         with self._lock:  # opened when first asked for: where outputs share the base's rows, one of them reads
             self._reader = self._reader or self.base.reader(self.piece.source, self.device)
+        if self.piece.cut is not None:
+            return cut_out(self.piece.cut, self._reader, self.device)
         return self._reader.rows(start, stop, self.device)
+
+
+def cut_out(cut: Region, reader: Reader, device: torch.device) -> torch.Tensor:
+    """One expert's weight, fp32 ``[out, in]``, from a tensor that holds those of all experts: no other expert is read."""
+    height = cut.parameter_shape[1]
+    rows = torch.arange(cut.parameter_shape[0] * height) if cut.rows is None else cut.rows
+    first, last = int(rows.min()) // height, int(rows.max()) // height
+    found = torch.empty(cut.shape, device=device)
+    replace(cut, rows=rows - first * height).write_disk(found, reader.rows(first, last + 1, device))
+    return found
 
 
 def is_nf4(base: Base, name: str) -> bool:
@@ -128,6 +142,16 @@ class Merged:
         parts = [found.merged for found in self.stretches(name)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def parameter(self, name: str) -> torch.Tensor:
+        """A parameter of the module tree, fp32 (linears ``[out, in]``), put together where the output holds it in pieces."""
+        parts = self.pieces.made_of.get(name)
+        if parts is None:
+            return self.weight(name)
+        whole = torch.empty(parts[0][1].parameter_shape, device=self.device)
+        for part, region in parts:
+            region.write(whole, self.weight(part))
+        return whole
+
     def four_bit(self, name: str) -> QuantizedWeight | None:
         """The base's own NF4 form of a weight, or None where it has none."""
         source = self.pieces.table[name].source
@@ -149,7 +173,7 @@ class Merged:
     def float_tensor(self, name: str) -> torch.Tensor:
         """A tensor that stays float, in the base's dtype and file order: stored bytes where untouched, one cast otherwise. Raises Refused where the cast overflows."""
         source = self.pieces.table[name].source
-        if self.untouched(name) and not self.base.encoded(source):
+        if self.untouched(name) and self.pieces.table[name].cut is None and not self.base.encoded(source):
             stored = self.base.stored(source)
             check_finite(f"{self.base.checkpoint.name}: {source}", stored)
             return stored

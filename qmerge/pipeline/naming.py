@@ -6,6 +6,7 @@ An adapter names parameters of the module tree, a file may spell them otherwise 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from qmerge.adapters.adapter import Adapter
 from qmerge.adapters.edits import Edit
 from qmerge.adapters.lowrank import Experts, Factors, LowRank
-from qmerge.adapters.several import Chain
+from qmerge.adapters.regions import Region
+from qmerge.adapters.several import Chain, WeightedSum
 from qmerge.errors import Refused
 from qmerge.formats.base import Base
 from qmerge.pipeline.skeleton import Skeleton
@@ -28,7 +30,19 @@ def foreign_modules(adapters: Sequence[Adapter], names: Sequence[str]) -> list[s
     return sorted(wanted - held)
 
 
-def _split(edit: Experts | LowRank, region: Any, factors: Factors, parameter: str) -> Edit:
+def split_edit(edit: Edit, regions: Sequence[Region], parameter: str, where: str) -> list[Edit]:
+    """What each part of a parameter gets of its edit. Refused where that is no low-rank delta."""
+    if isinstance(edit, (Chain, WeightedSum)):
+        parts = zip(*(split_edit(one, regions, parameter, where) for one in edit.edits), strict=True)
+        return [replace(edit, edits=tuple(part)) for part in parts]
+    if not isinstance(edit, (Experts, LowRank)):
+        raise Refused("The adapter replaces a parameter that base or output hold in pieces.", where=f"{where}: {edit.keys[0]}", expected="LoRA on it, or a tensor of the file", found=f"{parameter}, {len(regions)} pieces",
+                      fix="save the base with the transformers version that the adapter was trained with")
+    recent = lru_cache(maxsize=1)(lambda: edit.factors())  # the parts of one parameter are merged one after the other
+    return [_split(edit, region, recent, parameter) for region in regions]
+
+
+def _split(edit: Experts | LowRank, region: Region, factors: Factors, parameter: str) -> Edit:
     """What one disk tensor gets of a fused parameter's delta."""
     from qmerge.adapters.experts import split_lowrank
 
@@ -88,28 +102,4 @@ class Names:
         regions = self.map.regions_of_parameter(parameter)
         if len(regions) == 1 and regions[0].same:
             return {regions[0].disk: edit}
-        if not isinstance(edit, (Experts, LowRank)):
-            raise Refused("The adapter replaces a parameter that the file holds in pieces.", where=f"{where}: {edit.keys[0]}", expected="LoRA on it, or a tensor of the file", found=f"{name}, {len(regions)} pieces",
-                          fix="save the base with the transformers version that the adapter was trained with")
-        recent = lru_cache(maxsize=1)(lambda: edit.factors())  # the parts of one parameter are merged one after the other
-        return {region.disk: _split(edit, region, recent, parameter) for region in regions}
-
-    def by_class(self) -> dict[str, str]:
-        """Module-tree name -> the file's, for what the model class is made of. Refused where a parameter is not one whole tensor of the file."""
-        wanted = [name for name, _ in self.skeleton.model.named_parameters(remove_duplicate=False)]
-        tied = self.skeleton.tied_names
-        if all(name in self.disk or name in tied for name in wanted):
-            return {name: name for name in self.disk}
-        found, used = {}, set()
-        for name in wanted:
-            if name in tied and name not in self.disk and name in self.map.missing:
-                continue
-            if name in self.map.missing:
-                raise Refused("the base lacks a tensor that its model class has", where=self.base.checkpoint.name, expected=name, found="no such tensor")
-            regions = self.map.regions_of_parameter(name)
-            if len(regions) != 1 or not regions[0].same:
-                raise Refused("this base holds a parameter of its model class in pieces, which this version does not requantize", where=self.base.checkpoint.name, expected=name,
-                              found=f"{len(regions)} tensors, the first {regions[0].disk}", fix="use --format bf16")
-            found[name] = regions[0].disk
-            used.add(regions[0].disk)
-        return found | {name: name for name in self.disk if name not in used and name not in found}
+        return {region.disk: part for region, part in zip(regions, split_edit(edit, regions, parameter, where), strict=True)}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmerge.adapters.edits import Edit
+from qmerge.adapters.regions import Region
 from qmerge.adapters.tying import Both, head_edit, head_follows
 from qmerge.errors import Refused
 from qmerge.formats.base import Base
@@ -21,17 +22,29 @@ _LAYER = re.compile(r"((?:.*\.)?(?:layers|layer|h|blocks))\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the merged model. ``shape`` is ``[out, in]`` for linears. ``source``: the base tensor that it starts from, None where it comes from the adapter alone."""
+    """One tensor of the merged model. ``shape`` is ``[out, in]`` for linears. ``source``: the base tensor that it starts from, None where it comes from the adapter alone.
+    ``cut``: where it lies in that tensor, where it is one expert's part of it."""
 
     name: str
     source: str | None
     shape: tuple[int, ...]
     edit: Edit | None = None
+    cut: Region | None = None
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How the output spells the module tree. ``sources``: output name -> base tensor. ``cuts``: output name -> the part of that tensor that it is, where it is not all of it.
+    ``made_of``: parameter -> the output tensors that it is made of, where that is not just one of its own name."""
+
+    sources: Mapping[str, str]
+    cuts: Mapping[str, Region] = field(default_factory=dict)
+    made_of: Mapping[str, tuple[tuple[str, Region], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """``table``: output name -> piece. ``untied``: the head that no longer shares its tensor with the embedding. ``vocabulary``: the new number of rows, where it
+    """``table``: output name -> piece. ``made_of`` as in `Spelling`. ``untied``: the head that no longer shares its tensor with the embedding. ``vocabulary``: the new number of rows, where it
     changed. ``layers``: for replicated layers, the base layer of each output layer."""
 
     table: dict[str, Piece]
@@ -39,26 +52,29 @@ class Pieces:
     vocabulary: int | None = None
     layers: tuple[int, ...] | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
+    made_of: Mapping[str, tuple[tuple[str, Region], ...]] = field(default_factory=dict)
 
     @property
     def edited(self) -> tuple[str, ...]:
         return tuple(name for name, piece in self.table.items() if piece.edit is not None)
 
 
-def make_pieces(base: Base, edits: Mapping[str, Edit], configs: Iterable[Mapping[str, Any]], skeleton: Skeleton | None, where: str, names: Mapping[str, str] | None = None) -> Pieces:
-    """``edits`` are by output name. ``names``: output name -> base tensor, where they differ. ``configs`` of all adapters. Raises Refused, naming the adapter's tensor."""
-    sources = dict(names) if names else {name: name for name in base.names}
-    configs = list(configs)
+def make_pieces(base: Base, edits: Mapping[str, Edit], configs: Iterable[Mapping[str, Any]], skeleton: Skeleton | None, where: str, spelling: Spelling | None = None) -> Pieces:
+    """``edits`` are by output name. ``spelling``: None where output and base spell all alike. ``configs`` of all adapters. Raises Refused, naming the adapter's tensor."""
+    spelling = spelling or Spelling({name: name for name in base.names})
+    sources, cuts, configs = dict(spelling.sources), spelling.cuts, list(configs)
     layers = _replicated(sources, configs, where)
     if layers is not None:
+        if spelling.made_of:
+            raise Refused("The adapter replicates layers whose experts the output holds one by one.", where=where, expected="a format that keeps them fused", found="layer_replication", fix="use --format bf16")
         sources = _replicate(sources, layers)
     sources, edits, untied = _tied(sources, dict(edits), configs, skeleton)
-    shapes = {name: base.shape(source) for name, source in sources.items()}
+    shapes = {name: cuts[name].shape if name in cuts else base.shape(source) for name, source in sources.items()}
     vocabulary = _vocabulary(shapes, edits, skeleton, where)
     for name, edit in edits.items():
         _check_edit(base, name, edit, sources, shapes, vocabulary, skeleton, where)
-    table = {name: Piece(name, sources[name], edits[name].shape if name in edits else shapes[name], edits.get(name)) for name in sorted(sources)}
-    return Pieces(table, untied, vocabulary, layers)
+    table = {name: Piece(name, sources[name], edits[name].shape if name in edits else shapes[name], edits.get(name), cuts.get(name)) for name in sorted(sources)}
+    return Pieces(table, untied, vocabulary, layers, made_of=spelling.made_of)
 
 
 def _replicated(sources: Mapping[str, str], configs: list[Mapping[str, Any]], where: str) -> tuple[int, ...] | None:

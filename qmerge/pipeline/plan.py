@@ -15,6 +15,7 @@ from qmerge.adapters.several_adapters import SUM, check_several, joint_edits
 from qmerge.errors import Refused
 from qmerge.formats.base import Base, Nf4Recipe, open_base
 from qmerge.pipeline import outputs
+from qmerge.pipeline.experts_names import ExpertWeight, float_experts, routed_weights, spell, written_edits
 from qmerge.pipeline.naming import Names, foreign_modules
 from qmerge.pipeline.pieces import Pieces, expanded_config, make_pieces
 from qmerge.pipeline.recipe import Recipe, nf4_recipe_of
@@ -23,10 +24,13 @@ from qmerge.store.checkpoint import Checkpoint, open_checkpoint
 from qmerge.store.publish import check_output
 from qmerge.units import format_bytes
 
+NARROW, RATHER_NARROW = 32, 128
+"""outputs below which an int format leaves a linear float, the latter where inputs are 16 times as many: it is a gate (of a shared expert, of heads), which engines read as float"""
+
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The whole job. ``requantized`` are weight names that become 4-bit; ``kept_4bit`` stay as the base stores them, byte for byte. ``skeleton`` is None where the
+    """The whole job. ``requantized`` are weight names that become 4-bit; ``routed`` are those of them that are routed experts'; ``kept_4bit`` stay as the base stores them, byte for byte. ``skeleton`` is None where the
     merge works on tensors alone. ``config`` is the base's with what the adapter changed (tokens, layers, tying)."""
 
     recipe: Recipe
@@ -40,6 +44,7 @@ class MergePlan:
     bytes_in: int
     bytes_out: int
     warnings: tuple[str, ...]
+    routed: tuple[ExpertWeight, ...] = ()
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -153,12 +158,11 @@ def _pieces(recipe: Recipe, base: Base, adapters: tuple[Adapter, ...], skeleton:
     model = skeleton.model if skeleton else None
     edits = joint_edits(adapters, recipe.adapter_set.weights, recipe.adapter_set.combination, names.shapes(adapters), model)
     edits = names.on_disk(edits, where)
-    by_class = None
+    spelling = None
     if recipe.format in formats.QUANTIZING:
-        by_class = names.by_class()
-        back = {source: name for name, source in by_class.items()}
-        edits = {back.get(name, name): edit for name, edit in edits.items()}
-    return make_pieces(base, edits, [adapter.config for adapter in adapters], skeleton, where, by_class), skeleton
+        spelling = spell(names, recipe.format)
+        edits = written_edits(spelling, edits, where)
+    return make_pieces(base, edits, [adapter.config for adapter in adapters], skeleton, where, spelling), skeleton
 
 
 def _check_consumed(adapters: tuple[Adapter, ...], pieces: Pieces) -> None:
@@ -172,11 +176,35 @@ def _check_consumed(adapters: tuple[Adapter, ...], pieces: Pieces) -> None:
 def _with_outputs(found: MergePlan) -> MergePlan:
     recipe, base, pieces = found.recipe, found.base, found.pieces
     requantized, kept = outputs.split_weights(recipe, base, found.skeleton, pieces)
+    narrow = [name for name in requantized if recipe.format in formats.BITS and _is_gate(*pieces.table[name].shape)]
+    requantized = tuple(name for name in requantized if name not in narrow)
+    routed = routed_weights(found.skeleton, pieces, recipe.format) if found.skeleton else ()
+    head = [name for name in requantized if name == found.skeleton.output_embedding] if routed else []
+    requantized = (*(name for name in requantized if name not in head), *(weight.name for weight in routed), *head)
     outputs.check_shapes(recipe, pieces, requantized)
     bytes_out = sum(outputs.bytes_out(recipe, base, pieces, name, set(requantized) | set(kept)) for name in pieces.table)
     check_room(Path(recipe.out), bytes_out)
     bytes_in = base.checkpoint.weight_bytes + sum(spec.nbytes for adapter in found.adapters for spec in adapter.specs.values())
-    return replace(found, requantized=requantized, kept_4bit=kept, bytes_in=bytes_in, bytes_out=bytes_out)
+    return replace(found, requantized=requantized, kept_4bit=kept, bytes_in=bytes_in, bytes_out=bytes_out, routed=routed, warnings=(*found.warnings, *_on_narrow(narrow), *_on_experts(found, routed)))
+
+
+def _is_gate(outputs: int, inputs: int) -> bool:
+    return outputs < NARROW or (outputs < RATHER_NARROW and outputs * 16 <= inputs)
+
+
+def _on_narrow(names: list[str]) -> list[str]:
+    return [f"{len(names)} linears with few outputs stay float, as engines keep such gates: {names[0].removesuffix('.weight')}" + (" …" if len(names) > 1 else "")] if names else []
+
+
+def _on_experts(found: MergePlan, routed: tuple[ExpertWeight, ...]) -> list[str]:
+    """A word on routed experts that a quantizing format leaves float."""
+    kept = float_experts(found.skeleton, routed) if found.recipe.format in formats.QUANTIZING else ()
+    if not kept:
+        return []
+    parameters = dict(found.skeleton.model.named_parameters())
+    count = sum(parameters[name].shape[0] for name in kept)
+    why = "transformers knows no names for them one by one" if found.recipe.format in formats.BITS else "bitsandbytes quantizes no fused parameter"
+    return [f"{count} routed experts' weights stay float ({why}), e.g. {kept[0]}: {sum(parameters[name].numel() for name in kept)} values"]
 
 
 def check_calibration_given(recipe: Recipe) -> None:

@@ -11,21 +11,28 @@ import yaml
 from qmerge.adapters.adapter import Adapter
 from qmerge.adapters.several_adapters import SUM, AdapterSet, Choice, Combination, parse_choice
 from qmerge.errors import UsageProblem
-from qmerge.formats import BUILT, KNOWN, QUANTIZING
+from qmerge.formats import BITS, BLOCK_SIZES, BUILT, GROUP_SIZES, HEADS, MIXED, QUANTIZING
 from qmerge.formats.base import Nf4Recipe
 from qmerge.formats.training import recipe_from_adapter, recipe_from_file
 from qmerge.types import Grid
 from qmerge.units import parse_bytes
 
 MAX_RECIPE_BYTES = 1_000_000
-GROUP_SIZES = (128, 64, 32, -1)
+POLISH = ("blocks", "distill")
+LOW_TRAFFIC = ("pooled", "rtn")
 COMBINATIONS = ("svd", "linear", "cat", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")
 """PEFT's names; `qmerge.adapters.combine` refuses two of them with the reason"""
+FIXED: dict[str, dict[str, Any]] = {"awq": {"symmetric": False}}
+"""what a format settles where the user said nothing"""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge job. Paths are folders or hub ids; ``tokens`` is the length of a calibration window."""
+    """A merge job. Paths are folders or hub ids; ``tokens`` is the length of a calibration window.
+
+    ``bits``, ``group_size`` and ``symmetric`` are those of int formats; ``block_size`` and ``double_quant`` those of nf4 and fp4, None for what the base has
+    (64 and double where it has none). ``bits_per_weight`` is a budget for stored bits, spent where the measured loss says so.
+    """
 
     base: str = ""
     adapter: tuple[str, ...] = ()
@@ -34,6 +41,12 @@ class Recipe:
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    block_size: int | None = None
+    double_quant: bool | None = None
+    bits_per_weight: float | None = None
+    polish: tuple[str, ...] = ()
+    quantize_head: bool = False
+    low_traffic: str = "pooled"
     calibration: str | None = None
     template: str | None = None
     generic: str | None = None
@@ -70,17 +83,20 @@ class Recipe:
 
     @property
     def grid(self) -> Grid:
-        if self.format == "nf4":
-            return Grid("nf4", 4, 64, True, True)
-        return Grid("int", self.bits, self.group_size, self.symmetric)
+        """What weights are rounded to (with a budget: most of them). Where nf4 or fp4 follow the base, `qmerge.pipeline.outputs.output_grid` knows the block size."""
+        if self.format in BLOCK_SIZES:
+            return Grid(self.format, 4, self.block_size or 64, True, self.double_quant is not False)
+        # gptq's first version stores zero - 1, so a zero of 0 would borrow from its neighbour
+        return Grid("int", self.bits, self.group_size, self.symmetric and self.format != "awq", least_zero=1 if self.format == "gptq" else 0)
 
     def to_json(self) -> dict[str, Any]:
         """The fields that decide the result: no paths, no device."""
-        quantizing = {"bits", "group_size", "symmetric"} if self.format == "gptq" else set()
-        calibrated = {"template", "generic_share", "samples", "tokens", "seed"} if self.format in QUANTIZING and not self.rtn else set()
+        quantizing = {"bits", "group_size", "symmetric", "bits_per_weight"} if self.format in BITS else {"block_size", "double_quant"} if self.format in BLOCK_SIZES else set()
+        quantizing |= {"quantize_head"} if self.quantize_head else set()
+        calibrated = {"template", "generic_share", "samples", "tokens", "seed", "polish", "low_traffic"} if self.format in QUANTIZING and not self.rtn else set()
         combined = {"combine", "density", "combine_rank", "seed"} if self.combine != SUM else set()
         wanted = {"format", "on", "nf4_recipe", "rtn", "residual_base"} | quantizing | calibrated | combined
-        row = {field.name: getattr(self, field.name) for field in fields(self) if field.name in wanted}
+        row = {field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value for field in fields(self) if field.name in wanted}
         if self.nf4_recipe and self.nf4_recipe not in ("double", "single"):
             row["nf4_recipe"] = Path(self.nf4_recipe).name
         if self.combine != SUM or any(choice.weight != 1.0 for choice in self.choices) or len(self.choices) > 1:
@@ -132,22 +148,21 @@ def _read_file(file: str, faults: list[str]) -> dict[str, Any]:
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (float, int), "bool": (bool,), "str": (str,), "str | None": (str, type(None)), "float | None": (float, int, type(None)),
-    "int | None": (int, type(None)), "tuple[str, ...]": (tuple,),
+    "int | None": (int, type(None)), "bool | None": (bool, type(None)), "tuple[str, ...]": (tuple,),
 }  # fmt: skip
 
 
 def _check(given: dict[str, Any], faults: list[str]) -> Recipe:
     known = {field.name: str(field.type) for field in fields(Recipe)}
-    if isinstance(given.get("adapter"), str):
-        given["adapter"] = (given["adapter"],)
-    elif isinstance(given.get("adapter"), list) and all(isinstance(item, str) for item in given["adapter"]):
-        given["adapter"] = tuple(given["adapter"])
+    _split_lists(given)
     for key in sorted(given.keys() - known.keys()):
         faults.append(f"unknown setting {key!r}; known: {', '.join(known)}")
     for key, kind in known.items():
-        if key in given and (not isinstance(given[key], _KINDS[kind]) or (kind in ("int", "float") and isinstance(given[key], bool))):
+        if key in given and (not isinstance(given[key], _KINDS[kind]) or ("bool" not in kind and isinstance(given[key], bool))):
             faults.append(f"{key}: expected {kind}, found {given[key]!r}")
             del given[key]
+    if given.get("format") in FIXED:
+        given = FIXED[given["format"]] | given
     recipe = replace(Recipe(), **{key: value for key, value in given.items() if key in known})
     for key in ("base", "adapter", "out"):
         if not getattr(recipe, key):
@@ -156,16 +171,22 @@ def _check(given: dict[str, Any], faults: list[str]) -> Recipe:
     return recipe
 
 
+def _split_lists(given: dict[str, Any]) -> None:
+    """``adapter`` and ``polish`` may come as one string (a comma list for the latter) or as a YAML list."""
+    for key in ("adapter", "polish"):
+        value = given.get(key)
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+            continue
+        given[key] = tuple(items) if key == "adapter" else tuple(dict.fromkeys(part.strip() for item in items for part in item.split(",") if part.strip()))
+
+
 def _check_values(recipe: Recipe, faults: list[str]) -> None:
-    if recipe.format not in KNOWN:
+    if recipe.format not in BUILT:
         faults.append(f"--format {recipe.format}: no such format; this version writes {', '.join(BUILT)}")
-    elif recipe.format not in BUILT:
-        faults.append(f"--format {recipe.format} is not built yet; this version writes {', '.join(BUILT)}")
-    if recipe.format == "gptq":
-        if recipe.bits != 4:
-            faults.append(f"--bits {recipe.bits} is not built yet; this version writes 4")
-        if recipe.group_size not in GROUP_SIZES:
-            faults.append(f"--group-size {recipe.group_size}: expected one of {', '.join(map(str, GROUP_SIZES))}")
+    else:
+        _check_grid(recipe, faults)
+        _check_quantizing(recipe, faults)
     if recipe.on not in ("dequantized", "original"):
         faults.append(f"--on {recipe.on}: expected dequantized or original")
     if recipe.original and recipe.on != "original":
@@ -179,6 +200,47 @@ def _check_values(recipe: Recipe, faults: list[str]) -> None:
     _check_adapters(recipe, faults)
     if recipe.rtn and recipe.calibration:
         faults.append("--rtn uses no calibration text, and --calibration was given: leave one of them out")
+
+
+def _check_grid(recipe: Recipe, faults: list[str]) -> None:
+    """Can the format hold these bits, groups and blocks?"""
+    fmt, bits = recipe.format, BITS.get(recipe.format, (4,))
+    if recipe.bits not in bits:
+        others = [name for name, held in BITS.items() if recipe.bits in held]
+        faults.append(f"--bits {recipe.bits}: format {fmt} {'has' if fmt in BITS else 'takes no --bits, or'} {', '.join(map(str, bits))}" + (f"; {' and '.join(others)} can" if others else ""))
+    if fmt in BITS and recipe.group_size not in GROUP_SIZES:
+        faults.append(f"--group-size {recipe.group_size}: expected one of {', '.join(map(str, GROUP_SIZES))}")
+    if fmt == "awq" and recipe.symmetric:
+        faults.append("--sym: format awq is asymmetric; use --format gptq or compressed-tensors")
+    for flag, value in (("--block-size", recipe.block_size), ("--double-quant", recipe.double_quant)):
+        if value is not None and fmt not in BLOCK_SIZES:
+            faults.append(f"{flag} belongs to --format {' and '.join(BLOCK_SIZES)}" + ("; here it is --group-size" if fmt in BITS and flag == "--block-size" else ""))
+    if fmt in BLOCK_SIZES and recipe.block_size is not None and recipe.block_size not in BLOCK_SIZES[fmt]:
+        faults.append(f"--block-size {recipe.block_size}: bitsandbytes takes {', '.join(map(str, BLOCK_SIZES[fmt]))}")
+
+
+def _check_quantizing(recipe: Recipe, faults: list[str]) -> None:
+    """Settings that only some formats, or only a calibrated run, can follow."""
+    fmt, budget = recipe.format, recipe.bits_per_weight
+    if budget is not None and fmt not in MIXED:
+        faults.append(f"--bits-per-weight: format {fmt} has one bit width for all linears; {' and '.join(MIXED)} can mix them")
+    elif budget is not None and not 4 <= budget <= 16:
+        faults.append(f"--bits-per-weight {budget:g}: expected 4 to 16, which --format {fmt} can store")
+    if budget is not None and not recipe.symmetric:
+        faults.append("--bits-per-weight with --asym: transformers reads several asymmetric grids in one checkpoint as if they were the first one; leave --asym out")
+    if recipe.quantize_head and fmt not in HEADS:
+        faults.append(f"--quantize-head: no loader takes a quantized head in format {fmt}; use --format {' or '.join(HEADS)}")
+    elif recipe.quantize_head and fmt == "gptq" and not recipe.symmetric:
+        faults.append("--quantize-head with --asym: only gptqmodel reads a quantized head in format gptq, and asymmetric files only from its own hand; leave --asym out, or use --format compressed-tensors")
+    if unknown := [name for name in recipe.polish if name not in POLISH]:
+        faults.append(f"--polish {unknown[0]}: expected {' or '.join(POLISH)}")
+    if recipe.low_traffic not in LOW_TRAFFIC:
+        faults.append(f"--low-traffic {recipe.low_traffic}: expected {' or '.join(LOW_TRAFFIC)}")
+    for flag, value in (("--polish", recipe.polish), ("--bits-per-weight", budget)):
+        if value and recipe.rtn:
+            faults.append(f"{flag} measures on calibration text, and --rtn uses none: leave one of them out")
+        if value and fmt not in QUANTIZING:
+            faults.append(f"{flag} belongs to formats that quantize: {', '.join(QUANTIZING)}")
 
 
 def _check_adapters(recipe: Recipe, faults: list[str]) -> None:

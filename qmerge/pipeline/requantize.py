@@ -6,36 +6,55 @@ overfit (damping, how far to shift the target, whether to keep the base's block 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qmerge.device import in_parallel
-from qmerge.numerics import gptq, grids, nf4
+from qmerge.numerics import gptq
 from qmerge.numerics.distances import weight_fit
-from qmerge.numerics.gptq import ElementGrid
+from qmerge.numerics.grids import Search
 from qmerge.numerics.hessian import Factor, Statistics, factor
 from qmerge.numerics.lora import delta_survival
-from qmerge.numerics.polish import descend, lean
-from qmerge.numerics.shift import objective, shifted
+from qmerge.numerics.polish import damped, descend, lean, refit
+from qmerge.numerics.shift import Judge, aim
+from qmerge.pipeline.candidates import BASES, FULL_RANGE, Linear, Option, options, positions
 from qmerge.types import Grid, QuantizedWeight, QuantState
 
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+USUAL_DAMP = 0.01
 SHIFTS = (0.0, 0.5, 1.0)
-BASES = "base's"
-LEAN_ROUNDS = 2
+LEAN_ROUNDS = 5
+REFITS = 2
+TRIAL_ROWS = 128
+"""rows of a linear, about, on which damping, grid and shifts are chosen: rows are solved one by one, so these speak for the rest"""
+FACTOR_BYTES = 2**30
+"""factors of all dampings are kept while a group is solved where they fit into this"""
 
 
 @dataclass(frozen=True)
-class Linear:
-    """One linear to requantize. ``merged`` fp32 ``[out, in]``; ``base`` is its NF4 form before the merge, where it had one; ``delta`` what the adapter added."""
+class Steps:
+    """What the solver does, each a switch, so that each step's gain can be measured (`scripts/bench_quality.py --ablations`). All are on unless that is asked for."""
 
-    name: str
-    merged: torch.Tensor
-    base: QuantizedWeight | None
-    delta: torch.Tensor | None = None
+    weighted_scales: bool = True
+    """scales searched with diag(H) as weights, not all alike"""
+    scale_search: bool = True
+    """shrink factors tried, not the full range taken"""
+    signed_scales: bool = True
+    act_order: bool = True
+    chosen_damp: bool = True
+    """damping chosen on held-out tokens, not 0.01"""
+    own_shift: bool = True
+    """the target answers run-time inputs as the teacher answers its own"""
+    residual_shift: bool = True
+    """projections into the residual stream aim at the teacher's residual"""
+    keep_base: bool = True
+    """NF4: the base's own maxima, and its codes where nothing changed, are candidates"""
+    descent: bool = True
+    refit: bool = True
+    lean: bool = True
+    """what is left of the adapter's effect is given back"""
 
 
 @dataclass(frozen=True)
@@ -51,15 +70,6 @@ class Choice:
 
     def to_json(self) -> dict[str, Any]:
         return {"damp": self.damp, "own_shift": self.own_shift, "residual_shift": self.residual_shift, "scales": self.scales, "polished": self.polished}
-
-
-@dataclass(frozen=True)
-class Option:
-    """A grid that a linear may be solved on, and how to make the result of the codes."""
-
-    label: str
-    element: ElementGrid
-    build: Callable[[torch.Tensor], QuantizedWeight]
 
 
 @dataclass(frozen=True)
@@ -79,148 +89,172 @@ class Solved:
         return self.choice.to_json() | {"distance": round(self.distance, 6), "slope": round(self.slope, 6)} | kept
 
 
-def options(linear: Linear, grid: Grid, importance: torch.Tensor, model_dtype: torch.dtype, nf4_like: QuantState | None) -> list[Option]:
-    """The grids to try. int: searched scales. NF4: searched maxima, and the base's own ones where it has any."""
-    weight = linear.merged
-    if grid.kind == "int":
-        scales, zeros = grids.search_int(weight, importance, grid, model_dtype)
-        g_idx = torch.arange(weight.shape[1], dtype=torch.int32) // (weight.shape[1] if grid.group_size == -1 else grid.group_size)
-
-        def build(codes: torch.Tensor) -> QuantizedWeight:
-            return QuantizedWeight(codes.cpu(), grid, scales=scales.cpu(), zeros=zeros.cpu(), g_idx=g_idx)
-
-        return [Option("searched", gptq.int_grid(scales, zeros, weight.shape[1], grid.bits), build)]
-    like = linear.base.state if linear.base is not None else nf4_like
-    like = replace(like, shape=tuple(weight.shape))
-    levels = like.code.to(weight.device)
-    searched = nf4.with_absmax(like, grids.search_absmax(weight, importance, levels, like.block_size).cpu())
-    states = [("searched", searched)] + ([(BASES, linear.base.state)] if linear.base is not None else [])
-    found = []
-    for label, state in states:
-        element = gptq.book_grid(nf4.effective_absmax(state).to(weight.device), tuple(weight.shape), state.block_size, levels)
-        found.append(Option(label, element, lambda codes, state=state: QuantizedWeight(codes.cpu(), grid, state=state)))
-    return found
-
-
 def requantize_group(
-    linears: list[Linear], grid: Grid, train: Statistics, held_out: Statistics, model_dtype: torch.dtype, nf4_like: QuantState | None = None, blocks: int = 1
+    linears: list[Linear],
+    grid: Grid,
+    train: Statistics,
+    held_out: Statistics,
+    model_dtype: torch.dtype,
+    nf4_like: QuantState | None = None,
+    blocks: int = 1,
+    steps: Steps | None = None,
 ) -> list[Solved]:
     """Solve every linear of a group. ``train`` sums the tokens that are solved on, ``held_out`` those that choose. ``blocks``: how many the model has.
 
-    Two rounds: every grid at every damping with the target fully shifted; then the other shifts at what won. Then polish.
+    Some rows of each linear try every grid at every damping with the target fully shifted, then the other shifts at what won; all rows are solved with
+    what the held-out tokens chose, and polished.
     """
-    device = train.hessian.device
-    importance = torch.diagonal(train.hessian)
-    factors = in_parallel(lambda damp: factor(train.hessian, damp), DAMPS, device)
-    tables = in_parallel(lambda linear: options(linear, grid, importance, model_dtype, nf4_like), linears, device)
-    best = [_Best() for _ in linears]
-    first = (1.0, 0.5 if train.residual is not None else 0.0)
-    everyone = range(len(linears))
-    rounds = [(level, [(index, tables[index][number], first) for index in everyone]) for number in range(len(tables[0])) for level in factors]
-    _try(rounds, linears, train, held_out, best, device)
-    _try(_other_shifts(first, factors, best, train), linears, train, held_out, best, device)
-    in_parallel(lambda index: _polish(linears[index], train, held_out, best[index], blocks), list(everyone), device)
-    for index, linear in enumerate(linears):
-        _keep_base_codes(linear, tables[index], factors[0], held_out, best[index], blocks)
-    return [_finish(linear, found) for linear, found in zip(linears, best, strict=True)]
+    steps = steps or Steps()
+    known = _Known(train, held_out, steps)
+    device = known.hessian.device
+    importance = torch.diagonal(known.hessian) if steps.weighted_scales else torch.ones_like(torch.diagonal(known.hessian))
+    search = Search(() if steps.scale_search else FULL_RANGE, steps.signed_scales)
+    jobs = in_parallel(lambda linear: _Job(linear, options(linear, grid, importance, model_dtype, nf4_like, search, steps.keep_base), known), linears, device)
+    shifts = _shifts(known, steps)
+    trials = [(damp, [(job, number, shifts[0]) for job in jobs for number in range(len(job.options))]) for damp in known.damps]
+    _settle(in_parallel(lambda trial: _try(*trial, known), trials, device))
+    if len(shifts) > 1:
+        damps = sorted({job.choice[0] for job in jobs})
+        others = [(damp, [(job, job.choice[1], shift) for job in jobs if job.choice[0] == damp for shift in shifts[1:]]) for damp in damps]
+        _settle(in_parallel(lambda trial: _try(*trial, known), others, device))
+    return in_parallel(lambda job: _solve(job, known, blocks, steps), jobs, device)
+
+
+class _Known:
+    """The statistics of a group as matrices, and H factored at each damping that is asked for, once where a few factors fit."""
+
+    def __init__(self, train: Statistics, held_out: Statistics, steps: Steps) -> None:
+        self.train, self.held_out, self.by_activation = train, held_out, steps.act_order
+        self.hessian, self.drift, self.residual = train.hessian, train.drift, train.residual
+        self.seen, self.seen_drift = held_out.hessian, held_out.drift
+        self.damps = DAMPS if steps.chosen_damp else (USUAL_DAMP,)
+        self._keep = len(self.damps) * self.hessian.numel() * 4 <= FACTOR_BYTES
+        self._factors: dict[float, Factor] = {}
+
+    def factor(self, damp: float) -> Factor:
+        if damp in self._factors:
+            return self._factors[damp]
+        found = factor(self.hessian, damp, self.by_activation)
+        if self._keep:
+            self._factors[damp] = found
+        return found
+
+    def shifts(self, weight: torch.Tensor, level: Factor, rows: slice, own: bool, residual: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`numerics.shift.shifts` of some rows of a linear."""
+        rest = self.residual[rows] if self.residual is not None and residual else None
+        first = level.solve(weight[rows] @ self.drift) if own and bool(self.drift.any()) else None
+        return first, level.solve(rest) if rest is not None else None
+
+
+class _Job:
+    """A linear on its way: the grids it may be solved on, its judge, and what has been chosen so far."""
+
+    def __init__(self, linear: Linear, found: list[Option], known: _Known) -> None:
+        self.linear, self.options = linear, found
+        self.judge = Judge(linear.merged, known.held_out, known.seen, known.seen_drift)
+        self.rows = slice(None, None, max(1, linear.merged.shape[0] // TRIAL_ROWS))
+        self.some = self.judge.some(self.rows)
+        self.value = float("inf")
+        self.choice: tuple[float, int, tuple[float, float]] = (0.0, 0, (0.0, 0.0))
+        """(damping, which option, (own, residual) shift)"""
+
+
+Trial = tuple[_Job, int, tuple[float, float]]
+
+
+def _shifts(known: _Known, steps: Steps) -> list[tuple[float, float]]:
+    """(own, residual) target shifts to try, the likeliest first."""
+    own = SHIFTS if steps.own_shift and bool(known.drift.any()) else (0.0,)
+    residual = SHIFTS if steps.residual_shift and known.residual is not None and bool(known.residual.any()) else (0.0,)
+    first = (own[-1], residual[len(residual) // 2])
+    return [first, *(pair for pair in ((a, b) for a in own for b in residual) if pair != first)]
+
+
+def _try(damp: float, trials: list[Trial], known: _Known) -> list[tuple[float, float, Trial]]:
+    """Solve some rows of each trial's linear at one damping, side by side: (held-out objective, damping, trial)."""
+    level = known.factor(damp)
+    found: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+    targets, grids = [], []
+    for job, number, (own, residual) in trials:
+        if id(job) not in found:
+            wanted = [shift for other, _, shift in trials if other is job]
+            found[id(job)] = known.shifts(job.linear.merged, level, job.rows, any(a for a, _ in wanted), any(b for _, b in wanted))
+        targets.append(aim(job.linear.merged[job.rows], found[id(job)], own, residual))
+        grids.append(job.options[number].element.some(job.rows))
+    codes = gptq.solve(torch.cat(targets), level, gptq.joined(grids)).split([target.shape[0] for target in targets])
+    return [(trial[0].some(gptq.values(part, grid)), damp, trial) for trial, part, grid in zip(trials, codes, grids, strict=True)]
+
+
+def _settle(results: list[list[tuple[float, float, Trial]]]) -> None:
+    """Each linear keeps the choice with the lowest objective, the first of equals."""
+    for value, damp, (job, number, shift) in (row for rows in results for row in rows):
+        if value < job.value:
+            job.value, job.choice = value, (damp, number, shift)
 
 
 @dataclass
 class _Best:
-    value: float = float("inf")
-    option: Option | None = None
-    level: Factor | None = None
-    shift: tuple[float, float] = (0.0, 0.0)
-    codes: torch.Tensor | None = None
+    """The best so far of one linear, by the held-out objective with the lean counted in."""
+
+    value: float
+    option: Option
+    codes: torch.Tensor
     polished: bool = False
 
 
-Plan = tuple[int, Option, tuple[float, float]]
-"""(which linear, on which grid, with which target shifts)"""
+def _solve(job: _Job, known: _Known, blocks: int, steps: Steps) -> Solved:
+    """All rows with what was chosen; then coordinate descent on scales and codes, the target moved against the lean of what is left, and the descent again.
 
-
-def _other_shifts(done: tuple[float, float], factors: list[Factor], best: list[_Best], train: Statistics) -> list[tuple[Factor, list[Plan]]]:
-    """The target shifts not tried yet, each linear at the damping and on the grid that it has chosen."""
-    residuals = SHIFTS if train.residual is not None else (0.0,)
-    shifts = [(own, residual) for own in SHIFTS for residual in residuals if (own, residual) != done]
-    rounds = []
-    for level in factors:
-        here = [(index, found.option) for index, found in enumerate(best) if found.level is level]
-        rounds += [(level, [(index, option, shift) for index, option in here]) for shift in shifts if here]
-    return rounds
-
-
-def _try(rounds: list[tuple[Factor, list[Plan]]], linears: list[Linear], train: Statistics, held_out: Statistics, best: list[_Best], device: torch.device) -> None:
-    """Solve each round's linears side by side at its damping, and keep every result that lowers its linear's held-out objective."""
-
-    def attempt(item: tuple[Factor, list[Plan]]) -> list[tuple[float, torch.Tensor]]:
-        level, plans = item
-        targets = [shifted(linears[index].merged, train, level, *shift) for index, _, shift in plans]
-        joined = _join([option.element for _, option, _ in plans])
-        codes = gptq.solve(torch.cat(targets), level, joined).split([target.shape[0] for target in targets])
-        return [
-            (objective(gptq.values(found, option.element), linears[index].merged, held_out), found)
-            for (index, option, _), found in zip(plans, codes, strict=True)
-        ]
-
-    for (level, plans), results in zip(rounds, in_parallel(attempt, rounds, device), strict=True):
-        for (index, option, shift), (value, codes) in zip(plans, results, strict=True):
-            if value < best[index].value:
-                found = best[index]
-                found.value, found.option, found.level, found.shift, found.codes = value, option, level, shift, codes
-
-
-def _polish(linear: Linear, train: Statistics, held_out: Statistics, best: _Best, blocks: int) -> None:
-    """Coordinate descent from the winner's codes; then the target is moved against the lean of what is left, and the descent goes on.
-
-    Each result is kept only where the held-out objective falls, the lean counted once for every block that it adds up over.
+    Each result is kept only where the held-out objective falls, the lean counted once for every block that it adds up over. Block maxima of code books are
+    not refitted: that lowered KL and cost retention on a small adapter, and lowered neither on a strong one.
     """
-    element = best.option.element
-    target = shifted(linear.merged, train, best.level, *best.shift)
-    best.value = _with_lean(best.codes, linear, held_out, element, blocks)
-    codes, aim = best.codes, target
-    for _ in range(1 + (LEAN_ROUNDS if linear.delta is not None else 0)):
-        codes = descend(codes, aim, train.hessian, best.level.damp, element)
-        value = _with_lean(codes, linear, held_out, element, blocks)
+    damp, number, shift = job.choice
+    linear, level, option = job.linear, known.factor(damp), job.options[number]
+    delta = linear.delta if steps.lean else None
+    target = aim(linear.merged, known.shifts(linear.merged, level, slice(None), bool(shift[0]), bool(shift[1])), *shift)
+    codes = gptq.solve(target, level, option.element)
+    best = _Best(_with_lean(codes, option, job, known, blocks, delta), option, codes)
+    goal, matrix = target, damped(known.hessian, level.damp)
+    fitting = steps.refit and option.storable is not None and option.element.levels is None
+    for _ in range(1 + (LEAN_ROUNDS if delta is not None and (steps.descent or fitting) else 0)):
+        for _ in range(REFITS if fitting and steps.descent else 1):
+            if fitting:
+                option = option.with_scales(refit(option.scales, option.units(codes), goal, matrix, option.storable))
+            if steps.descent:
+                codes = descend(codes, goal, known.hessian, level.damp, option.element)
+        value = _with_lean(codes, option, job, known, blocks, delta)
         if value < best.value:
-            best.value, best.codes, best.polished = value, codes, True
-        if linear.delta is not None:
-            aim = aim - lean(gptq.values(codes, element) - target, linear.delta, train.hessian)[0] * linear.delta
+            best = _Best(value, option, codes, True)
+        if delta is not None:
+            goal = goal - lean(gptq.values(codes, option.element) - target, delta, known.hessian)[0] * delta
+    if steps.keep_base:
+        best = _keep_base_codes(job, known, blocks, best)
+    return _finish(linear, best, Choice(level.damp, *shift, best.option.label, best.polished, best.value))
 
 
-def _with_lean(codes: torch.Tensor, linear: Linear, held_out: Statistics, element: ElementGrid, blocks: int) -> float:
-    weight = gptq.values(codes, element)
-    value = objective(weight, linear.merged, held_out)
-    if linear.delta is None:
+def _with_lean(codes: torch.Tensor, option: Option, job: _Job, known: _Known, blocks: int, delta: torch.Tensor | None) -> float:
+    weight = gptq.values(codes, option.element)
+    value = job.judge(weight)
+    if delta is None:
         return value
-    share, size = lean(weight - linear.merged, linear.delta, held_out.hessian)
+    share, size = lean(weight - job.linear.merged, delta, known.seen)
     total = float(size.sum())
     return value + blocks * (float((share * size).sum()) ** 2 / total if total > 0 else 0.0)
 
 
-def _keep_base_codes(linear: Linear, table: list[Option], level: Factor, held_out: Statistics, best: _Best, blocks: int) -> None:
-    """On the NF4 grid a linear that the adapter does not touch may be best left byte for byte as it is."""
-    kept = next((option for option in table if option.label == BASES), None)
-    if kept is None or (linear.delta is not None and bool(linear.delta.any())):
-        return
-    codes = linear.base.codes.to(linear.merged.device)
-    value = _with_lean(codes, linear, held_out, kept.element, blocks)
-    if value < best.value:
-        best.value, best.option, best.level, best.shift, best.codes, best.polished = value, kept, level, (0.0, 0.0), codes, False
+def _keep_base_codes(job: _Job, known: _Known, blocks: int, best: _Best) -> _Best:
+    """On the base's own grid a linear that the adapter does not touch may be best left byte for byte as it is."""
+    kept = next((option for option in job.options if option.label == BASES), None)
+    if kept is None or (job.linear.delta is not None and bool(job.linear.delta.any())):
+        return best
+    codes = positions(job.linear.base.state, job.linear.base.codes).to(job.linear.merged.device)
+    value = _with_lean(codes, kept, job, known, blocks, None)
+    return _Best(value, kept, codes) if value < best.value else best
 
 
-def _join(elements: list[ElementGrid]) -> ElementGrid:
-    if len(elements) == 1:
-        return elements[0]
-    zero = None if elements[0].zero is None else torch.cat([element.zero for element in elements], dim=1)
-    return ElementGrid(torch.cat([element.scale for element in elements], dim=1), zero, elements[0].top, elements[0].levels)
-
-
-def _finish(linear: Linear, found: _Best) -> Solved:
-    quantized = found.option.build(found.codes)
+def _finish(linear: Linear, found: _Best, choice: Choice) -> Solved:
     weight = gptq.values(found.codes, found.option.element)
-    choice = Choice(found.level.damp, *found.shift, found.option.label, found.polished, found.value)
-    return Solved(quantized, weight, choice, *weight_fit(weight, linear.merged), _survival(linear, weight))
+    return Solved(found.option.build(found.codes, found.option.scales), weight, choice, *weight_fit(weight, linear.merged), _survival(linear, weight))
 
 
 def _survival(linear: Linear, weight: torch.Tensor) -> float | None:
@@ -233,11 +267,7 @@ def _survival(linear: Linear, weight: torch.Tensor) -> float | None:
 def round_to_nearest(linear: Linear, grid: Grid, model_dtype: torch.dtype, nf4_like: QuantState | None = None) -> Solved:
     """No calibration (``--rtn``): scales searched with equal weights, every element to its nearest value."""
     option = options(linear, grid, torch.ones(linear.merged.shape[1], device=linear.merged.device), model_dtype, nf4_like)[0]
-    element, work = option.element, linear.merged.T.contiguous()
-    if element.levels is not None:
-        codes = torch.bucketize(work / element.scale, (element.levels[:-1] + element.levels[1:]) / 2)
-    else:
-        codes = (work / element.scale).round_().add_(element.zero).clamp_(0, element.top)
-    codes = codes.to(torch.uint8).T.contiguous()
-    weight = gptq.values(codes, element)
-    return Solved(option.build(codes), weight, Choice(0.0, 0.0, 0.0, "searched, round to nearest", False, 0.0), *weight_fit(weight, linear.merged), _survival(linear, weight))
+    codes = gptq.nearest(linear.merged.T.contiguous(), option.element)[0].T.contiguous()
+    weight = gptq.values(codes, option.element)
+    choice = Choice(0.0, 0.0, 0.0, "searched, round to nearest", False, 0.0)
+    return Solved(option.build(codes, option.scales), weight, choice, *weight_fit(weight, linear.merged), _survival(linear, weight))

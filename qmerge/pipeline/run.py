@@ -14,19 +14,21 @@ import torch
 
 from qmerge import __version__, formats
 from qmerge.device import exact_matmuls, peak_rss_bytes, pick_device
-from qmerge.formats import dense, nf4
+from qmerge.formats import dense, nf4, registry
 from qmerge.pipeline import outputs
 from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokenizer
 from qmerge.pipeline.dense import DenseJob, write_dense
+from qmerge.pipeline.experts import Traffic, few_tokens
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
-from qmerge.pipeline.requantize import Linear, round_to_nearest
+from qmerge.pipeline.requantize import Linear, Steps, round_to_nearest
 from qmerge.pipeline.streams import requantize_blocks
 from qmerge.store.durable import write_json
 from qmerge.store.manifest import build_manifest, input_digests
 from qmerge.store.publish import OutputFolder
 from qmerge.store.sidefiles import copy_side_files
 from qmerge.store.writer import ShardWriter
+from qmerge.types import Grid
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ class RunReport:
     peak_rss_bytes: int
     documents: tuple
     linears: dict[str, dict[str, Any]]
+    notes: tuple[str, ...] = ()
+    """what a user must be told at the end, such as experts that saw too few tokens"""
 
 
 def quiet(_: str) -> None:
     """No progress."""
 
 
-def run(plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: Calibration | None = None, count: Callable[[str, int, int], None] | None = None) -> RunReport:
+def run(plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: Calibration | None = None, count: Callable[[str, int, int], None] | None = None, steps: Steps | None = None) -> RunReport:
     """Write ``plan`` to its OUT: absent or whole, never half. Raises `qmerge.errors.QmergeError` kinds only for what the inputs can cause.
 
     ``progress`` gets a line per step, ``count`` a label, what is done and what there is to do.
@@ -60,15 +64,17 @@ def run(plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: C
         calibration = calibration_for(plan)
     merged = Merged(plan.base, plan.pieces, plan.adapters, device)
     records: dict[str, dict[str, Any]] = {}
+    traffic: dict[str, Traffic] = {}
+    grids: dict[str, Grid] = {}
     with Digests([plan]) as inputs, _output(plan) as folder:
         writer = ShardWriter(folder.path, recipe.shard_bytes)
         with torch.no_grad():
-            for name, tensor in tensors(plan, merged, calibration, records, progress):
+            for name, tensor in tensors(plan, merged, calibration, records, grids, progress, steps, traffic):
                 writer.add(name, tensor)
         writer.finish()
         merged.check_all_used()
-        _finish(plan, folder, manifest(plan, calibration, records, inputs.result()[0]), {}, progress)
-    return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), records)
+        _finish(plan, folder, manifest(plan, calibration, records, inputs.result()[0]), {}, progress, grids)
+    return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), records, tuple(filter(None, (few_tokens(traffic.values()),))))
 
 
 def run_dense(plans: list[MergePlan], progress: Callable[[str], None] = quiet, count: Callable[[str, int, int], None] | None = None) -> list[RunReport]:
@@ -104,12 +110,13 @@ def _output(plan: MergePlan) -> OutputFolder:
     return OutputFolder(Path(plan.recipe.out), [plan.checkpoint.path, *(adapter.path for adapter in plan.adapters)], plan.recipe.overwrite)
 
 
-def _finish(plan: MergePlan, folder: OutputFolder, facts: dict[str, Any], digests: dict[str, dict[str, Any]], progress: Callable[[str], None]) -> None:
+def _finish(plan: MergePlan, folder: OutputFolder, facts: dict[str, Any], digests: dict[str, dict[str, Any]], progress: Callable[[str], None], grids: Mapping[str, Grid] | None = None) -> None:
     """Configs and side files beside the weights, then the manifest and the name."""
-    config = outputs.output_config(plan)
+    config = outputs.output_config(plan, grids)
     write_json(folder.path / "config.json", config)
-    if plan.recipe.format == "gptq":
-        write_json(folder.path / "quantize_config.json", config["quantization_config"])
+    fmt = registry.of_format(plan.recipe.format)
+    if fmt is not None and fmt.config_file:
+        write_json(folder.path / fmt.config_file, config["quantization_config"])
     copy_side_files(plan.checkpoint.path, plan.adapters[0].path, folder.path)
     progress("publishing")
     folder.commit(build_manifest(folder.path, known=digests, **facts))
@@ -157,9 +164,12 @@ def calibration_for(plan: MergePlan, documents: list | None = None) -> Calibrati
 
 
 def tensors(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, records: dict, progress: Callable[[str], None]
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, records: dict, grids: dict[str, Grid], progress: Callable[[str], None], steps: Steps | None = None,
+    traffic: dict[str, Traffic] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the output by name, each once. ``records`` fills with what was chosen per linear."""
+    """Every tensor of the output by name, each once. ``records`` fills with what was chosen per linear, ``grids`` with what each was solved on, ``traffic`` with
+    what routed experts saw."""
+    traffic = {} if traffic is None else traffic
     packed = set(plan.requantized)
     for name in merged.names:
         if name in plan.kept_4bit:
@@ -167,16 +177,21 @@ def tensors(
         elif name not in packed:
             yield name, merged.float_tensor(name)
     model_dtype = outputs.model_dtype(plan)
-    like = outputs.nf4_template(plan) if plan.recipe.format == "nf4" else None
+    like = outputs.nf4_template(plan)
     if calibration is None:
         for number, name in enumerate(plan.requantized):
-            yield from outputs.packed(plan, name, round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like), records)
+            solved = round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like)
+            grids[name] = solved.quantized.grid
+            yield from outputs.packed(plan, name, solved, records)
             if number % 50 == 0:
                 progress(f"linear {number + 1}/{len(plan.requantized)}")
         return
-    for _, solved in requantize_blocks(plan, merged, calibration, model_dtype, like, progress):
+    for _, solved in requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, traffic):
         for name, result in solved.items():
+            grids[name] = result.quantized.grid
             yield from outputs.packed(plan, name, result, records)
+            if name in traffic:
+                records[name.removesuffix(".weight")] |= traffic[name].to_json()
 
 
 def manifest(plan: MergePlan, calibration: Calibration | None, records: dict, inputs: Mapping[str, Any]) -> dict[str, Any]:

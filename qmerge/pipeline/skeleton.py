@@ -36,6 +36,11 @@ class Skeleton:
         return self.model.get_submodule(self.blocks_name)
 
     @property
+    def experts(self) -> tuple[str, ...]:
+        """Modules that hold the weights of all routed experts of a layer in parameters of three axes, the experts first."""
+        return tuple(name for name, module in self.model.named_modules() if hasattr(module, "is_transposed") and any(p.dim() == 3 for p in module.parameters(recurse=False)))
+
+    @property
     def tied(self) -> bool:
         return bool(getattr(self.model.config.get_text_config(), "tie_word_embeddings", False))
 
@@ -76,8 +81,8 @@ def build_skeleton(checkpoint: Checkpoint, changed: dict[str, Any] | None = None
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
-            # None: what transformers picks for this class, whatever the file asks for; Gemma 2 has no sdpa, and no machine every kernel
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=None, trust_remote_code=False)
+            # None: what transformers picks for this class, whatever the file asks for; Gemma 2 has no sdpa, and no machine every kernel. eager: one expert after the other
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=None, experts_implementation="eager", trust_remote_code=False)
     except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError) as problem:
         raise Refused("transformers cannot build a causal language model from this config", where=f"{checkpoint.name}/config.json",
                       found=str(problem).splitlines()[0][:200], fix="qmerge never runs remote code; the architecture must be one that transformers has") from problem

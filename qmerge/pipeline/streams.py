@@ -12,13 +12,28 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qmerge.device import in_parallel, worker_threads
 from qmerge.numerics.hessian import Statistics
-from qmerge.pipeline.blocks import Call, Group, all_inputs, empty_copy, find_groups, group_inputs, record_calls, run_block, split_inputs
+from qmerge.pipeline.blocks import (
+    Call,
+    Group,
+    activation_bytes,
+    all_inputs,
+    empty_copy,
+    find_groups,
+    group_inputs,
+    record_calls,
+    run_block,
+    split_inputs,
+)
 from qmerge.pipeline.calibrate import Calibration
+from qmerge.pipeline.experts import ARRIVALS, Arrived, ExpertSolver, Traffic, receive
+from qmerge.pipeline.experts_names import ExpertWeight
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
-from qmerge.pipeline.requantize import Linear, Solved, requantize_group
+from qmerge.pipeline.requantize import Linear, Solved, Steps, requantize_group, round_to_nearest
 from qmerge.pipeline.skeleton import set_weight
+from qmerge.pipeline.stepwise import Walk
 from qmerge.types import QuantState
 
 TOKENS_PER_BATCH = 4096
@@ -34,25 +49,38 @@ class _Batch:
 
 
 def requantize_blocks(
-    plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, nf4_like: QuantState | None, progress: Callable[[str], None]
+    plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, nf4_like: QuantState | None, progress: Callable[[str], None], steps: Steps | None = None,
+    traffic: dict[str, Traffic] | None = None,
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
-    """Yields, per block, its number and the solved linears by weight name. One block's weights and two streams are alive at a time."""
+    """Yields, per block, its number and the solved linears by weight name. One block's weights and two streams are alive at a time. ``traffic`` fills with what routed experts saw."""
     skeleton = plan.skeleton
     batches = _start(plan, merged, calibration)
     for index, empty in enumerate(skeleton.blocks):
         prefix = f"{skeleton.blocks_name}.{index}"
-        wanted = [name.removeprefix(prefix + ".").removesuffix(".weight") for name in plan.requantized if name.startswith(prefix + ".")]
-        pair = _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype), batches, index, wanted)
+        routed = [weight for weight in plan.routed if weight.name.startswith(prefix + ".")]
+        apart = {weight.name for weight in routed}
+        wanted = [name.removeprefix(prefix + ".").removesuffix(".weight") for name in plan.requantized if name.startswith(prefix + ".") and name not in apart]
+        experts = {f"{weight.module.removeprefix(prefix + '.')}.{ARRIVALS}": weight.module for weight in routed}
         solved: dict[str, Solved] = {}
-        for group in pair.groups:
-            names = [f"{prefix}.{module}.weight" for module in group.modules]
-            conv = [skeleton.linears[name] for name in names]
-            linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name), merged.delta(name)) for name, module, turned in zip(names, group.modules, conv, strict=True)]
-            found = requantize_group(linears, plan.recipe.grid, *pair.statistics(group), model_dtype, nf4_like, len(skeleton.blocks))
-            for module, turned, result in zip(group.modules, conv, found, strict=True):
-                set_weight(pair.runtime, f"{module}.weight", result.weight.T.contiguous() if turned else result.weight)
-            solved |= dict(zip(names, found, strict=True))
-        pair.advance()
+        with _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype, routed), batches, index, [*wanted, *experts]) as pair:
+            for group in pair.groups:
+                if group.modules[0] in experts:
+                    here = [weight for weight in routed if weight.module == experts[group.modules[0]]]
+                    solver = pair.experts(group, here, merged, plan, lambda linears, *sums: requantize_group(linears, plan.recipe.grid, *sums, model_dtype, nf4_like, len(skeleton.blocks), steps),
+                                          lambda linear: round_to_nearest(linear, plan.recipe.grid, model_dtype, nf4_like))  # fmt: skip
+                    solver.run()
+                    solved |= solver.solved
+                    if traffic is not None:
+                        traffic |= solver.traffic
+                    continue
+                names = [f"{prefix}.{module}.weight" for module in group.modules]
+                conv = [skeleton.linears[name] for name in names]
+                linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name), merged.delta(name)) for name, module, turned in zip(names, group.modules, conv, strict=True)]
+                found = requantize_group(linears, plan.recipe.grid, *pair.statistics(group), model_dtype, nf4_like, len(skeleton.blocks), steps)
+                for module, turned, result in zip(group.modules, conv, found, strict=True):
+                    set_weight(pair.runtime, f"{module}.weight", result.weight.T.contiguous() if turned else result.weight)
+                solved |= dict(zip(names, found, strict=True))
+            pair.advance()
         progress(_line(index, len(skeleton.blocks), batches))
         yield index, solved
 
@@ -60,18 +88,31 @@ def requantize_blocks(
 class _BlockPair:
     """One block as the teacher has it and as requantized so far, with the batches that flow through both.
 
-    The teacher's activations within the block do not change while it is requantized: where they fit into ``TAPE_BYTES`` one pass records them all.
+    The teacher's activations within the block do not change while it is requantized, and the run-time pass can wait at each group until that is solved: where
+    the activations fit into ``TAPE_BYTES`` each stream passes the block once. Else passes are repeated up to each group, to the same bits.
     """
 
     def __init__(self, teacher: nn.Module, runtime: nn.Module, batches: list[_Batch], index: int, linears: list[str]) -> None:
         self.teacher, self.runtime, self.batches, self.index = teacher, runtime, batches, index
+        self.device = batches[0].runtime.device
         probe = batches[0]
         call = _first_row(probe.calls[index], probe.runtime.shape[0])
         self.groups = find_groups(runtime, linears, probe.runtime[:1], call) if linears else []
-        sample, _ = all_inputs(runtime, self.groups, probe.runtime[:1], call)
-        windows = sum(batch.runtime.shape[0] for batch in batches)
-        self.taped = sum(tensor.numel() for tensor in sample.values()) * 4 * windows <= TAPE_BYTES
-        self.tape = [all_inputs(teacher, self.groups, batch.teacher, batch.calls[index]) for batch in batches] if self.taped else []
+        inside = activation_bytes(runtime, probe.runtime[:1], call) * sum(batch.runtime.shape[0] for batch in batches)
+        self.taped, self.walked = inside <= TAPE_BYTES, inside <= TAPE_BYTES and self.device.type == "cpu"
+
+    def __enter__(self) -> _BlockPair:
+        calls = [batch.calls[self.index] for batch in self.batches]
+        teachers = list(zip(self.batches, calls, strict=True))
+        self.tape = in_parallel(lambda part: all_inputs(self.teacher, self.groups, part[0].teacher, part[1]), teachers, self.device) if self.taped else []
+        self.walk = Walk(self.runtime, self.groups, [(batch.runtime, call) for batch, call in teachers], worker_threads(self.device)) if self.walked else None
+        if self.walk is not None:
+            self.walk.__enter__()
+        return self
+
+    def __exit__(self, *found: object) -> None:
+        if self.walk is not None:
+            self.walk.__exit__(*found)
 
     def weight(self, module: str, turned: bool) -> torch.Tensor:
         """The merged weight ``[out, in]`` of a linear; ``turned`` where the module holds ``[in, out]``."""
@@ -81,22 +122,46 @@ class _BlockPair:
     def statistics(self, group: Group) -> tuple[Statistics, Statistics]:
         """Sums over the windows to solve on and over those to choose with, in the order of the batches."""
         sums: dict[bool, Statistics] = {}
-        for number, batch in enumerate(self.batches):
-            call = batch.calls[self.index]
-            aims = self.tape[number][0] if self.taped else group_inputs(self.teacher, group, batch.teacher, call)
-            aim, aim_residual = split_inputs(group, aims, batch.teacher)
-            x, residual = split_inputs(group, group_inputs(self.runtime, group, batch.runtime, call), batch.runtime)
-            if batch.held_out not in sums:
-                sums[batch.held_out] = Statistics(x.shape[1], x.device)
-            sums[batch.held_out].add(x, aim, None if residual is None else aim_residual - residual)
+        reached = self.walk.reach(group) if self.walk is not None else None
+        together = len(self.batches) if reached is not None else worker_threads(self.device)
+        for start in range(0, len(self.batches), together):  # a few batches' inputs at a time
+            numbers = range(start, min(start + together, len(self.batches)))
+            parts = in_parallel(lambda number: self._inputs(group, number, reached), numbers, self.device)
+            for held_out in (False, True):
+                chosen = [part for number, part in zip(numbers, parts, strict=True) if self.batches[number].held_out is held_out]
+                if chosen:
+                    sums.setdefault(held_out, Statistics(chosen[0][0].shape[1], self.device)).add_all(chosen)
         return sums[False], sums[True]
+
+    def _inputs(self, group: Group, number: int, reached: list[dict[str, torch.Tensor]] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(run-time inputs, the teacher's, the teacher's residual minus the run-time one) of one batch."""
+        batch = self.batches[number]
+        call = batch.calls[self.index]
+        aims = self.tape[number][0] if self.taped else group_inputs(self.teacher, group, batch.teacher, call)
+        aim, aim_residual = split_inputs(group, aims, batch.teacher)
+        found = reached[number] if reached is not None else group_inputs(self.runtime, group, batch.runtime, call)
+        x, residual = split_inputs(group, found, batch.runtime)
+        return x, aim, None if residual is None else aim_residual - residual
+
+    def experts(self, group: Group, weights: list[ExpertWeight], merged: Merged, plan: MergePlan, solve: Callable, nearest: Callable) -> ExpertSolver:
+        """For the routed experts that ``group`` receives the tokens of."""
+        reached = self.walk.reach(group) if self.walk is not None else None
+        numbers = range(len(self.batches))
+        parts = in_parallel(lambda number: self._inputs(group, number, reached), numbers, self.device)
+        arrived = [Arrived(runtime, teacher, self.batches[number].held_out) for number, (runtime, teacher, _) in zip(numbers, parts, strict=True)]
+        module = group.modules[0].rpartition(".")[0]
+        return ExpertSolver(weights, self.teacher.get_submodule(module), self.runtime.get_submodule(module), arrived, merged, solve, nearest, plan.recipe.low_traffic)
 
     def advance(self) -> None:
         """Both streams go on to the next block."""
-        for number, batch in enumerate(self.batches):
-            call = batch.calls[self.index]
-            batch.teacher = self.tape[number][1] if self.taped else run_block(self.teacher, batch.teacher, call)
-            batch.runtime = run_block(self.runtime, batch.runtime, call)
+        calls = [batch.calls[self.index] for batch in self.batches]
+        parts = list(zip(self.batches, calls, strict=True))
+        if not self.taped:
+            self.tape = in_parallel(lambda part: ({}, run_block(self.teacher, part[0].teacher, part[1])), parts, self.device)
+        ahead = self.walk.finish() if self.walk is not None else in_parallel(lambda part: run_block(self.runtime, part[0].runtime, part[1]), parts, self.device)
+        for batch, (_, teacher), runtime in zip(self.batches, self.tape, ahead, strict=True):
+            batch.teacher, batch.runtime = teacher, runtime
+        self.tape = []
 
 
 def _start(plan: MergePlan, merged: Merged, calibration: Calibration) -> list[_Batch]:
@@ -105,7 +170,7 @@ def _start(plan: MergePlan, merged: Merged, calibration: Calibration) -> list[_B
     model = skeleton.model
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         if not name.startswith(skeleton.blocks_name + ".") and name in merged.pieces.table:
-            set_weight(model, name, merged.in_file_order(name, merged.weight(name)))
+            set_weight(model, name, merged.in_file_order(name, merged.weight(name)))  # no routed experts out here, so nothing is in pieces
     head = skeleton.output_embedding
     if head and head not in merged.pieces.table:  # tied: the recorder's forward ends in the head, so it needs some weight
         set_weight(model, head, model.get_input_embeddings().weight)
@@ -125,15 +190,19 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _load_block(empty: nn.Module, prefix: str, merged: Merged, linears: dict[str, bool], model_dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """(teacher, run-time) blocks in fp32. They share the linears' tensors until those are requantized; the run-time one has all else as it will be stored."""
+def _load_block(empty: nn.Module, prefix: str, merged: Merged, linears: dict[str, bool], model_dtype: torch.dtype, routed: list[ExpertWeight]) -> tuple[nn.Module, nn.Module]:
+    """(teacher, run-time) blocks in fp32. They share the linears' tensors until those are requantized; the run-time one has all else as it will be stored.
+    ``routed``: the weights of routed experts that will be requantized; both blocks have a fused parameter of their own for them."""
     teacher, runtime = empty_copy(empty), empty_copy(empty)
+    fused = {weight.parameter for weight in routed}
     for name, _ in list(empty.named_parameters()):
         full = f"{prefix}.{name}"
-        weight = merged.weight(full)
+        weight = merged.parameter(full)
         weight = weight.T.contiguous() if linears.get(full) else weight  # a Conv1D module holds [in, out]
         set_weight(teacher, name, weight)
-        set_weight(runtime, name, weight if full in linears else weight.to(model_dtype).float())
+        set_weight(runtime, name, weight if full in linears else weight.clone() if full in fused else weight.to(model_dtype).float())
+    for block in (teacher, runtime):
+        receive(block, dict.fromkeys(weight.module.removeprefix(prefix + ".") for weight in routed))
     return teacher, runtime
 
 

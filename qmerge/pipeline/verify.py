@@ -15,10 +15,8 @@ import torch
 
 from qmerge.adapters.several_adapters import SUM, Choice, parse_choice
 from qmerge.errors import QmergeError, Refused
-from qmerge.formats import dense, gptq
-from qmerge.formats import nf4 as nf4_format
+from qmerge.formats import dense, registry
 from qmerge.formats.base import Nf4Recipe
-from qmerge.numerics import nf4
 from qmerge.numerics.distances import weight_fit
 from qmerge.pipeline.calibrate import load_tokenizer
 from qmerge.pipeline.merge import Merged, stretches
@@ -29,7 +27,6 @@ from qmerge.store.checkpoint import Checkpoint, open_checkpoint
 from qmerge.store.headers import rows_of
 from qmerge.store.manifest import MANIFEST, input_digests, read_manifest, verify_files
 from qmerge.store.tensors import read_tensor
-from qmerge.types import Grid
 
 SAME = 2e-5
 """how far a distance or slope derived again may lie from the recorded one: fp32 products differ a little between machines, a changed scale differs more"""
@@ -108,32 +105,34 @@ def _tokenizer(folder: Path) -> Check:
 
 
 class Written:
-    """The weights of a written checkpoint as fp32 ``[out, in]``."""
+    """The weights of a written checkpoint as fp32 ``[out, in]``, whatever format its config names."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        settings: dict[str, Any] = checkpoint.config.get("quantization_config") or {}
-        self.nf4 = nf4_format.find_quantized(checkpoint.specs)
-        self.gptq = {name.removesuffix(".qweight") + ".weight" for name in checkpoint.specs if name.endswith(".qweight")}
-        self.grid = Grid("int", settings.get("bits", 4), settings.get("group_size", 128), settings.get("sym", True))
+        self.settings: dict[str, Any] = checkpoint.config.get("quantization_config") or {}
+        self.format = registry.of_settings(self.settings)
+        if self.settings and self.format is None:
+            raise Refused("the config names a quantization that this version does not write", where="config.json", expected="one of qmerge's formats", found=str(self.settings.get("quant_method")))
+        self.linears = self.format.find(checkpoint.specs) if self.format else []
 
     @property
-    def linears(self) -> list[str]:
-        return sorted(self.gptq | set(self.nf4))
+    def parts(self) -> set[str]:
+        """The tensors of the file that make up the quantized weights."""
+        return {part for name in self.linears for part in self.format.components(name)}
 
     def linear(self, name: str) -> torch.Tensor:
-        if name in self.nf4:
-            found = nf4_format.unpack(name, self.checkpoint.load, self.checkpoint.specs, self.nf4[name])
-            return nf4.dequantize(found.codes, found.state)
-        return gptq.dequantize(gptq.unpack(name.removesuffix(".weight"), self.checkpoint.load, self.grid))
+        """Raises `Refused` where a part of the weight is missing, or the config does not say how it is quantized."""
+        try:
+            return self.format.dequantize(self.format.unpack(name, self.checkpoint.load, self.checkpoint.specs, self.settings))
+        except (KeyError, RuntimeError, ValueError) as problem:  # a part that is missing, or whose shape the config contradicts
+            raise Refused("a quantized weight cannot be unpacked as the config says", where=name, found=str(problem).splitlines()[0][:200]) from problem
 
 
 def _weights(checkpoint: Checkpoint, skeleton: Skeleton | None) -> Check:
     written = Written(checkpoint)
     bad = [name for name in written.linears if not torch.isfinite(written.linear(name)).all()]
-    parts = {part for name in written.nf4 for part in nf4_format.components(name)[1:]}
-    parts |= {f"{name.removesuffix('.weight')}.{suffix}" for name in written.gptq for suffix in gptq.SUFFIXES}
-    floats = [name for name in checkpoint.specs if name not in parts and name not in written.nf4]
+    parts = written.parts
+    floats = [name for name in checkpoint.specs if name not in parts]
     bad += [name for name in floats if checkpoint.specs[name].dtype in ("BF16", "F16", "F32") and not _finite(checkpoint, name)]
     missing = _missing(skeleton, set(floats) | set(written.linears), checkpoint) if skeleton else []
     if bad or missing:

@@ -7,19 +7,19 @@ request ``rtn`` (merged, rounded back to NF4) and ``original`` (the adapter merg
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
+from transformers import BitsAndBytesConfig
 
 from qmerge.adapters.edits import Edit
 from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.errors import Refused, UsageProblem
 from qmerge.quality.attach import as_set, attach
+from qmerge.quality.loaders import from_pretrained, label, load_public, quantization_config, quantization_method
 from qmerge.quality.merging import merge_in_memory, model_edits
 from qmerge.quality.plain import dense_weights, make_plain, round_trip_nf4
 
@@ -27,7 +27,6 @@ NF4_DEFAULT: dict[str, Any] = {"block_size": 64, "double_quant": True, "dtype": 
 """``dtype`` is what the float weights were cast to before they were rounded; None: as the file holds them. ``skip``: transformers' ``llm_int8_skip_modules``"""
 PACKED = ("bitsandbytes", "gptq", "awq")
 """quantized bases that an adapter can be put on"""
-PREFERRED_KERNEL = {"gptq": "gptq_torch", "awq": "torch_awq"}
 
 
 @dataclass
@@ -54,16 +53,16 @@ def load_base(base: str, *, on: str = "dequantized", nf4_recipe: dict[str, Any] 
     ``original``."""
     method = quantization_method(base)
     if method not in ("none", *PACKED):
-        raise Refused("the base is quantized in a way that evaluation does not read", where=_label(base),
+        raise Refused("the base is quantized in a way that evaluation does not read", where=label(base),
                       expected=f"a float checkpoint or {', '.join(PACKED)}", found=method)
     if method != "none" or on == "original":
-        model, loader = _loaded(base, method)
+        model, loader = load_public(base, method)
         return Arm("base", "base", make_plain(model), weight_bytes(base), base, loader=loader)
     recipe = full_recipe(nf4_recipe)
     dtype = getattr(torch, recipe["dtype"]) if recipe["dtype"] else "auto"
     if recipe["block_size"] == 64:  # what transformers' configuration can express
-        return Arm("base", "base", make_plain(_from_pretrained(base, dtype=dtype, quantization_config=four_bit_config(recipe))), weight_bytes(base), base)
-    model = make_plain(_from_pretrained(base, dtype=dtype))
+        return Arm("base", "base", make_plain(from_pretrained(base, dtype=dtype, quantization_config=four_bit_config(recipe))), weight_bytes(base), base)
+    model = make_plain(from_pretrained(base, dtype=dtype))
     return Arm("base", "base", _rounded(model, _quantizable(model, recipe), recipe), weight_bytes(base), base)
 
 
@@ -118,7 +117,7 @@ def load_original(original: str, adapter: str | AdapterSet) -> Arm:
 def load_candidate(name: str, path: str) -> Arm:
     """Arm D: a finished checkpoint, through the loader that its config names."""
     method = check_method(path)
-    model, loader = _loaded(path, method)
+    model, loader = load_public(path, method)
     return Arm(name, method, make_plain(model), weight_bytes(path), path, loader=loader)
 
 
@@ -127,28 +126,8 @@ def check_method(path: str) -> str:
     alone."""
     method = quantization_method(path)
     if method not in ("none", *PACKED, "compressed-tensors"):
-        raise Refused("evaluation does not know this quantization", where=_label(path), expected=f"none, {', '.join(PACKED)}, compressed-tensors", found=method)
+        raise Refused("evaluation does not know this quantization", where=label(path), expected=f"none, {', '.join(PACKED)}, compressed-tensors", found=method)
     return method
-
-
-def _loaded(path: str, method: str) -> tuple[nn.Module, str | None]:
-    """A checkpoint as its public loader gives it, and a word on the loader where it is not transformers'."""
-    options: dict[str, Any] = {}
-    if method in ("gptq", "awq"):
-        _need("gptqmodel", "gptq"), _need("optimum", "gptq")
-        options = _plain_kernel(path, method)
-    elif method == "compressed-tensors":
-        _need("compressed_tensors", "compressed")
-        from transformers import CompressedTensorsConfig
-
-        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    try:
-        return _from_pretrained(path, **options), None
-    except AttributeError as problem:
-        # transformers 5.23 initializes a packed Conv1D (GPT-2) anew and stops; gptqmodel's own loader reads the file
-        if method != "gptq":
-            raise
-        return _from_gptqmodel(path, problem), f"GPTQModel.load; transformers stops with: {problem}"
 
 
 def grow(model: nn.Module, rows: int) -> None:
@@ -163,33 +142,16 @@ def grow(model: nn.Module, rows: int) -> None:
             module.requires_grad_(False)
 
 
-def quantization_config(path: str) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint folder, ``{}`` for a float one."""
-    file = Path(path) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refused("no checkpoint here", where=_label(path), expected="a folder with config.json", found=error.strerror) from error
-    except ValueError as error:
-        raise Refused("the config is not JSON", where=_label(path) + "/config.json", found=str(error)) from error
-    return config.get("quantization_config") or {}
-
-
-def quantization_method(path: str) -> str:
-    config = quantization_config(path)
-    return str(config.get("quant_method") or ("bitsandbytes" if config.get("load_in_4bit") or config.get("load_in_8bit") else "none"))
-
-
 def nf4_layout(base: str) -> tuple[set[str], dict[str, Any]]:
     """Which linears an NF4 checkpoint rounds, and its ``block_size``, ``double_quant`` and ``quant_type``: asked of the loaded modules, for its config does
     not hold them all."""
     states = {}
-    for name, module in _from_pretrained(base).named_modules():
+    for name, module in from_pretrained(base).named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
             states[name] = {"block_size": int(state.blocksize), "double_quant": bool(state.nested), "quant_type": state.quant_type}
     if not states:
-        raise Refused("the base says NF4 and no linear of it is", where=_label(base), expected="Linear4bit modules", found="none")
+        raise Refused("the base says NF4 and no linear of it is", where=label(base), expected="Linear4bit modules", found="none")
     return set(states), next(iter(states.values()))
 
 
@@ -211,43 +173,6 @@ def full_recipe(recipe: dict[str, Any] | None) -> dict[str, Any]:
     return NF4_DEFAULT | given
 
 
-def _from_pretrained(path: str, dtype: torch.dtype | str = torch.float32, **options: Any) -> nn.Module:
-    # On the CPU always: arms are read exactly there, and moved when they are measured.
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=False, **options)
-    except (ValueError, KeyError, OSError) as problem:
-        raise Refused("transformers cannot load this checkpoint, so it cannot be measured", where=_label(path), expected="a causal language model that transformers has",
-                      found=(str(problem).splitlines() or [type(problem).__name__])[0][:300], fix="qmerge never runs remote code; qmerge merge --format bf16 works on tensors alone") from problem
-
-
-def _from_gptqmodel(path: str, problem: Exception) -> nn.Module:
-    from gptqmodel import GPTQModel
-
-    try:
-        return GPTQModel.load(path, device="cpu", backend="gptq_torch").model.eval()
-    except (ValueError, RuntimeError, NotImplementedError) as second:
-        raise Refused("no public loader reads this gptq checkpoint", where=_label(path),
-                      found=f"transformers: {problem}; gptqmodel: {str(second).splitlines()[0]}",
-                      fix="use --sym, or --format nf4") from second
-
-
-def _plain_kernel(path: str, method: str) -> dict[str, Any]:
-    """Ask for the torch kernel: it keeps plain codes and scales, where others repack them for their hardware."""
-    stored = quantization_config(path)
-    if method == "gptq":
-        return {"quantization_config": GPTQConfig(bits=int(stored["bits"]), backend=PREFERRED_KERNEL["gptq"])}
-    from transformers import AwqConfig
-
-    return {"quantization_config": AwqConfig(bits=int(stored.get("bits", 4)), backend=PREFERRED_KERNEL["awq"])}
-
-
-def _need(module: str, extra: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(module) is None:
-        raise UsageProblem(f"loading this checkpoint needs {module}, which is not installed", fix=f"pip install 'qmerge[{extra}]'")
-
-
 def _quantizable(model: nn.Module, recipe: dict[str, Any]) -> set[str]:
     """What bitsandbytes rounds in a float model: every linear but the output head, or but those that ``skip`` names by transformers' rule."""
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -265,7 +190,3 @@ def _rounded(model: nn.Module, names: set[str], recipe: dict[str, Any]) -> nn.Mo
 
 def _elements(model: nn.Module) -> int:
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-
-
-def _label(path: str) -> str:
-    return Path(path).name or str(path)

@@ -17,7 +17,8 @@ from qmerge.errors import Refused
 
 
 def make_plain(model: nn.Module) -> nn.Module:
-    """``model`` itself, in eval mode, all parameters fp32, every bitsandbytes and gptqmodel (GPTQ, AWQ) linear replaced by ``nn.Linear``.
+    """``model`` itself, in eval mode, all parameters fp32, every bitsandbytes, gptqmodel (GPTQ, AWQ) and compressed-tensors
+    linear replaced by ``nn.Linear``.
 
     Use it on a fresh load: where the CPU has AVX512-BF16, bitsandbytes repacks a ``Linear4bit`` in place at its first eval forward.
     Raises ``Refused`` for a quantized module of another kind.
@@ -29,7 +30,7 @@ def make_plain(model: nn.Module) -> nn.Module:
             model.set_submodule(name, _linear(weight, getattr(module, "bias", None)))
         elif _is_foreign(module):
             raise Refused("a quantized module of a kind that evaluation cannot read", where=name,
-                          expected="bitsandbytes 4-bit or 8-bit, gptqmodel GPTQ or AWQ", found=type(module).__name__)
+                          expected="bitsandbytes 4-bit or 8-bit, gptqmodel GPTQ or AWQ, compressed-tensors", found=type(module).__name__)
     for parameter in model.parameters():
         # Buffers stay as they are: casting a rotary table through a 16-bit dtype would damage it.
         parameter.requires_grad_(False)
@@ -83,6 +84,8 @@ def _reader(module: nn.Module) -> Callable[[nn.Module], torch.Tensor] | None:
         return _awq_weight
     if "gptqmodel.BaseQuantLinear" in names and hasattr(type(module), "dequantize_weight"):
         return _gptqmodel_weight
+    if hasattr(module, "weight_packed") and hasattr(module, "quantization_scheme"):
+        return _compressed_weight
     return None
 
 
@@ -134,6 +137,16 @@ def _gptqmodel_weight(module: nn.Module) -> torch.Tensor:
     # Taken from the class: the instance's own attribute is a torch.compile wrapper.
     weight = type(module).dequantize_weight(module)
     return weight.T[: module.out_features].float().contiguous()
+
+
+def _compressed_weight(module: nn.Module) -> torch.Tensor:
+    """compressed-tensors' own decompression by the module's scheme, scales widened first: it computes in their dtype."""
+    from compressed_tensors.compressors import BaseCompressor
+
+    parts = {name: value.data for name, value in module.named_parameters(recurse=False) if name.startswith("weight_")}
+    scheme = module.quantization_scheme
+    compressor = BaseCompressor.get_value_from_registry(scheme.format or "pack-quantized")
+    return compressor.decompress(parts | {"weight_scale": parts["weight_scale"].float()}, scheme)["weight"].float()
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

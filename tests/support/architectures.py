@@ -100,3 +100,36 @@ ARCHITECTURES = {
         Architecture("gpt_oss", "gpt-oss", _gpt_oss, _ATTENTION, biased=_ATTENTION, fused=_FUSED),
     )
 }
+
+
+_SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+_LINEAR_ATTENTION = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+REQUANTIZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {}),
+    "mistral": ("MistralConfig", {"sliding_window": 16}),
+    "gemma2": ("Gemma2Config", _SLIDING | {"query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3TextConfig", _SLIDING | {"query_pre_attn_scalar": 16, "rope_local_base_freq": 100.0, "tie_word_embeddings": True}),
+    "phi3": ("Phi3Config", {}),
+    "gpt2": ("GPT2Config", {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 96}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "gpt_neox-serial": ("GPTNeoXConfig", {"use_parallel_residual": False}),
+    "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": HIDDEN, "do_layer_norm_before": True}),
+    "opt-projected": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3MoeConfig", _ROUTED),
+    "gpt_oss": ("GptOssConfig", _SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 2}),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "rope_theta": 10000.0}),
+    "qwen3_next": ("Qwen3NextConfig", _ROUTED | _LINEAR_ATTENTION | {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 32, "partial_rotary_factor": 0.5}),
+}  # fmt: skip
+"""Models whose linears are requantized: config class and what is its own. Every kind of block, mask, position and projection that tells one architecture from another."""
+
+
+def requantized_config(key: str) -> Any:
+    """The config, with shapes that every format can hold in groups of 32 and a vocabulary that the tests' tokenizer fills."""
+    import transformers
+
+    kind, own = REQUANTIZED[key]
+    return getattr(transformers, kind)(**COMMON | {"vocab_size": 320, "max_position_embeddings": 128} | own)

@@ -182,3 +182,28 @@ def _save(folder: Path, source: Path, tensors: dict[str, torch.Tensor], quantiza
     (folder / "config.json").write_text(json.dumps(config | ({"quantization_config": quantization} if quantization else {})))
     for extra in source.glob("generation_config.json"):
         shutil.copy(extra, folder)
+
+
+def save_moving_adapter(base: str, folder: Path, trained_on: str, relative: float = 0.05, seed: int = 1, **lora: Any) -> str:
+    """A PEFT adapter on every linear and, where there are routed experts, on their fused parameters; each delta is ``relative`` of its weight, every expert's too."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    head = model.get_output_embeddings()
+    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+    fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and name.rpartition(".")[0].endswith(".experts")]
+    wish = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "init_lora_weights": False, "target_modules": linears, "target_parameters": fused or None} | lora
+    model = get_peft_model(model, LoraConfig(**wish))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and "default" in getattr(module, "lora_B", {}):
+                weight = module.get_param() if hasattr(module, "get_param") else module.get_base_layer().weight
+                module.lora_B["default"].weight.mul_(relative * weight.norm() / module.get_delta_weight("default").norm())
+    model.peft_config["default"].base_model_name_or_path = trained_on
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return str(folder)

@@ -1,0 +1,139 @@
+"""Which public loader reads a finished checkpoint, and does it read all of it?
+
+transformers first; gptqmodel's own where transformers stops or would leave weights at random. Kernels are the plain ones, which keep codes and scales as
+stored.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPTQConfig
+
+from qmerge.errors import Refused, UsageProblem
+from qmerge.store.checkpoint import open_checkpoint
+
+PREFERRED_KERNEL = {"gptq": "gptq_torch", "awq": "torch_awq"}
+
+
+def load_public(path: str, method: str) -> tuple[nn.Module, str | None]:
+    """A checkpoint as its public loader gives it, and a word on the loader where it is not transformers'."""
+    if method == "compressed-tensors":
+        _need("compressed_tensors", "compressed")
+        return _from_compressed(path), None
+    if method not in ("gptq", "awq"):
+        return from_pretrained(path), None
+    _need("gptqmodel", "gptq"), _need("optimum", "gptq")
+    if quantization_config(path).get("lm_head"):
+        return _from_gptqmodel(path, "it has no quantized head"), "GPTQModel.load; transformers reads no quantized head"
+    try:
+        model = from_pretrained(path, **_plain_kernel(path, method))
+    except AttributeError as problem:
+        # transformers 5.23 initializes a packed Conv1D (GPT-2) anew and stops; gptqmodel's own loader reads the file
+        if method != "gptq":
+            raise
+        return _from_gptqmodel(path, problem), f"GPTQModel.load; transformers stops with: {problem}"
+    if unread := _unread(path, model):
+        # fused experts: transformers keeps them as they were initialized, and only reports it
+        problem = f"it leaves {unread[0]} at random"
+        return _from_gptqmodel(path, problem), f"GPTQModel.load; transformers: {problem}"
+    return model, None
+
+
+def _unread(path: str, model: nn.Module) -> list[str]:
+    """Packed modules of the file that the loaded model has no packed module for."""
+    there = {name for name, module in model.named_modules() if hasattr(module, "qweight")}
+    return sorted({name.removesuffix(".qweight") for name in open_checkpoint(path).specs if name.endswith(".qweight")} - there)
+
+
+def _from_compressed(path: str) -> nn.Module:
+    """transformers' loader, in fp32 throughout.
+
+    One grid: it dequantizes while loading, in the dtype of the stored scales, so these are widened first. Several: transformers would read all as the first, so
+    modules stay packed, which works for symmetric grids alone (transformers 5.23 builds packed zero points in another shape than the library stores).
+    """
+    import transformers
+
+    groups = list((quantization_config(path).get("config_groups") or {}).values())
+    if len(groups) > 1:
+        if not all(group["weights"]["symmetric"] for group in groups):
+            raise Refused("no loader here reads several asymmetric grids in one checkpoint", where=label(path), expected="one config group, or symmetric ones", found=f"{len(groups)} groups")
+        return from_pretrained(path, quantization_config=transformers.CompressedTensorsConfig(dequantize=False))
+    checkpoint = open_checkpoint(path)
+    tensors = {name: checkpoint.load(name) for name in checkpoint.specs}
+    tensors |= {name: tensor.float() for name, tensor in tensors.items() if name.endswith(".weight_scale")}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        kind = getattr(transformers, (config.architectures or ["none"])[0])
+        wish = transformers.CompressedTensorsConfig(dequantize=True)
+        model, found = kind.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=wish, output_loading_info=True
+        )
+    except (ValueError, KeyError, OSError, AttributeError, RuntimeError) as problem:
+        raise Refused("transformers cannot load this checkpoint, so it cannot be measured", where=label(path), found=(str(problem).splitlines() or [type(problem).__name__])[0][:300]) from problem
+    if found["missing_keys"]:
+        raise Refused("transformers finds no weights for a part of this checkpoint", where=label(path), expected="every parameter in the file", found=sorted(found["missing_keys"])[0])
+    return model
+
+
+def quantization_config(path: str) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint folder, ``{}`` for a float one."""
+    file = Path(path) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refused("no checkpoint here", where=label(path), expected="a folder with config.json", found=error.strerror) from error
+    except ValueError as error:
+        raise Refused("the config is not JSON", where=label(path) + "/config.json", found=str(error)) from error
+    return config.get("quantization_config") or {}
+
+
+def quantization_method(path: str) -> str:
+    config = quantization_config(path)
+    return str(config.get("quant_method") or ("bitsandbytes" if config.get("load_in_4bit") or config.get("load_in_8bit") else "none"))
+
+
+def from_pretrained(path: str, dtype: torch.dtype | str = torch.float32, **options: Any) -> nn.Module:
+    # On the CPU always: arms are read exactly there, and moved when they are measured.
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=False, **options)
+    except (ValueError, KeyError, OSError) as problem:
+        raise Refused("transformers cannot load this checkpoint, so it cannot be measured", where=label(path), expected="a causal language model that transformers has",
+                      found=(str(problem).splitlines() or [type(problem).__name__])[0][:300], fix="qmerge never runs remote code; qmerge merge --format bf16 works on tensors alone") from problem
+
+
+def _from_gptqmodel(path: str, problem: object) -> nn.Module:
+    from gptqmodel import GPTQModel
+
+    try:
+        return GPTQModel.load(path, device="cpu", backend="gptq_torch").model.eval()
+    except (ValueError, RuntimeError, NotImplementedError) as second:
+        raise Refused("no public loader reads this gptq checkpoint", where=label(path),
+                      found=f"transformers: {problem}; gptqmodel: {str(second).splitlines()[0]}",
+                      fix="use --sym, or --format nf4") from second
+
+
+def _plain_kernel(path: str, method: str) -> dict[str, Any]:
+    """Ask for the torch kernel: it keeps plain codes and scales, where others repack them for their hardware."""
+    stored = quantization_config(path)
+    if method == "gptq":
+        return {"quantization_config": GPTQConfig(bits=int(stored["bits"]), backend=PREFERRED_KERNEL["gptq"])}
+    from transformers import AwqConfig
+
+    return {"quantization_config": AwqConfig(bits=int(stored.get("bits", 4)), backend=PREFERRED_KERNEL["awq"])}
+
+
+def _need(module: str, extra: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(module) is None:
+        raise UsageProblem(f"loading this checkpoint needs {module}, which is not installed", fix=f"pip install 'qmerge[{extra}]'")
+
+
+def label(path: str) -> str:
+    """The last part of a path: local folders are in no message."""
+    return Path(path).name or str(path)

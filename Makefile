@@ -26,7 +26,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup merge-qlora test test-slow check eval report notebook bench bench-merge demo clean
+.PHONY: help setup merge-qlora test test-slow check eval report notebook bench bench-peers bench-merge demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -63,8 +63,16 @@ report: $(STAMP) ## write report.md and report.html from RESULTS
 notebook: $(STAMP) ## run the notebook on RESULTS and render it to HTML beside them
 	@QMERGE_RESULTS="$(abspath $(RESULTS))" $(BIN)/jupyter nbconvert --to html --execute eval/separate_vs_merged.ipynb --output-dir "$(dir $(RESULTS))"
 
-bench: $(STAMP) ## quality against round-to-nearest and gptqmodel (uses ../shared where it is there)
-	@$(BIN)/python scripts/bench_quality.py
+bench: $(STAMP) ## quality against round-to-nearest, PEFT, gptqmodel and what bench-peers installed (uses ../shared where it is there; under an hour)
+	@$(BIN)/python scripts/bench_quality.py $(ARGS)
+
+# their pins contradict gptqmodel's; what both can use comes from $(VENV), so that torch is not installed three times
+bench-peers: $(STAMP) ## llm-compressor and auto-round for the bench, each in an environment of its own below .bench (some GB)
+	@set -e; for peer in llmcompressor=llmcompressor==0.14.0.1 autoround=auto-round==0.16.1; do \
+	  env=.bench/env-$${peer%%=*}; $(PYTHON) -m venv $$env; \
+	  site='import sysconfig; print(sysconfig.get_paths()["purelib"])'; \
+	  $(BIN)/python -c "$$site" > "$$($$env/bin/python -c "$$site")/zz_qmerge_venv.pth"; \
+	  $$env/bin/python -m pip install --quiet "$${peer#*=}"; done
 
 bench-merge: $(STAMP) ## speed and memory of the float merge against a copy and PEFT, on the shapes of an 8B model (minutes, some 20 GB of disk)
 	@$(BIN)/python scripts/bench_merge.py

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
-import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,22 +100,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory, zoo: Zoo) -> Shop:
     return Shop(tmp_path_factory.mktemp("shop"), zoo)
 
 
-@contextlib.contextmanager
-def own_classes() -> Iterator[None]:
-    """gptqmodel puts classes and functions of its own into transformers' modules when it loads a model with experts, and leaves them there."""
-    patched = re.compile(r"transformers\.(models\..*\.modeling_\w+|conversion_mapping|modeling_utils)")
-    kept = [(module, dict(vars(module))) for name, module in list(sys.modules.items()) if patched.fullmatch(name)]
-    try:
-        yield
-    finally:
-        for module, names in kept:
-            vars(module).update(names)
-
-
 def public(folder: Path) -> nn.Module:
     """As its public loader reads it, each linear as that loader dequantizes it, in fp32."""
-    with own_classes():
-        return load_candidate("d", str(folder)).model
+    return load_candidate("d", str(folder)).model
 
 
 def expert_slice(model: nn.Module, name: str) -> torch.Tensor | None:

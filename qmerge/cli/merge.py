@@ -20,7 +20,7 @@ from qmerge.errors import UsageProblem
 def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, resume: bool, as_json: bool, **flags: Any) -> None:
     """Merge an adapter into its base and write one checkpoint.
 
-    W = dequantize(NF4) + scaling · B·A in fp32; then, for gptq and nf4, each linear is requantized so that the model answers as base + adapter did.
+    W = dequantize(NF4) + scaling · B·A in fp32; then, for quantizing formats, each linear is requantized so that the model answers as base + adapter did.
     """
     if resume:
         raise UsageProblem("--resume is not built yet", where="--resume", fix="run again without it: an interrupted run leaves nothing at OUT")

@@ -24,9 +24,11 @@ from qmerge.pipeline.requantize import Linear, Solved
 
 ARRIVALS = "arrivals"
 """a module that experts get, which does nothing but receive what they receive"""
-FEW = 0.25
-"""tokens per input feature below which an expert has too few"""
+FEW = 1 / 3
+"""tokens per input feature below which an expert has too few: at 1/4 sums over all tokens of the layer gave smaller errors than its own in the lab (0.65 against 0.78 of plain
+rounding's where experts see much the same, 0.79 against 0.69 where they do not), at 1/2 its own did (0.60 against 0.64, 0.52 against 0.78)"""
 FEW_HELD_OUT = 16
+"""held-out tokens below which those of all the layer choose"""
 POOLED, NEAREST = "pooled", "rtn"
 
 
@@ -157,7 +159,7 @@ class ExpertSolver:
         if few and self.low_traffic == NEAREST:
             found = [self.nearest(linear) for linear in linears]
         else:
-            found = self.solve(linears, self._statistics(expert, name, few, False), self._statistics(expert, name, few or counts[True] < FEW_HELD_OUT, True))
+            found = self.solve(linears, self._statistics(expert, name, few, False), self._statistics(expert, name, counts[True] < FEW_HELD_OUT, True))
         traffic = Traffic(f"{weights[0].module}.{expert}", counts[False], counts[True], least, self.low_traffic if few else "own")
         for weight, result in zip(weights, found, strict=True):
             weight.region.write(self.runtime.get_parameter(name).data, result.weight)

@@ -89,6 +89,21 @@ def float_experts(skeleton: Skeleton | None, routed: tuple[ExpertWeight, ...]) -
     return tuple(name for name, parameter in parameters.items() if parameter.dim() == 3 and name.rpartition(".")[0] in skeleton.experts and name not in quantized)
 
 
+def held_one_by_one(skeleton: Skeleton, held: set[str]) -> set[str]:
+    """Parameters of routed experts of which a file with weights named ``held`` has every expert's part, under the hub's names or the module tree's."""
+    from qmerge.adapters.names import relate, saved_shapes
+
+    fused = [name for name in float_experts(skeleton, ()) if name not in held]
+    saved = relate(skeleton.model, saved_shapes(skeleton.model)) if fused else None
+    found = set()
+    for name in fused:
+        parts = saved.regions_of_parameter(name)
+        experts = [expert_of(region) for region in parts]
+        if None not in experts and any(held.issuperset(_labels(name, parts, experts, by_tree)) for by_tree in (False, True)):
+            found.add(name)
+    return found
+
+
 class _Speller:
     def __init__(self, names: Names, fmt: str) -> None:
         self.names, self.skeleton = names, names.skeleton
@@ -141,7 +156,7 @@ class _Speller:
         parts = self.saved.regions_of_parameter(name) if fused and self.apart else regions
         alone = [expert_of(region) for region in parts]
         if self.apart and None not in alone:
-            spelled = list(zip(self._labels(name, parts, alone), parts, strict=True))
+            spelled = list(zip(_labels(name, parts, alone, self.by_tree), parts, strict=True))
             sources |= {label: regions[0].disk if fused else region.disk for label, region in spelled}
             cuts |= dict(spelled) if fused else {}
             made_of[name] = tuple(spelled)
@@ -162,19 +177,20 @@ class _Speller:
         if label != name:
             made_of[name] = ((label, regions[0]),)
 
-    def _labels(self, name: str, parts: tuple[Region, ...], experts: list[int]) -> list[str]:
-        """The output's names of the experts' weights."""
-        if not self.by_tree:
-            return [region.disk for region in parts]
-        module, _, leaf = name.rpartition(".")
-        halves = ["gate_proj", "up_proj"] if leaf == "gate_up_proj" else [leaf]
-        found = {}
-        for number, mates in _by_expert(experts).items():
-            if len(mates) != len(halves):
-                raise Refused("nobody knows what the parts of this expert's weight are called", where=name, expected=f"{len(halves)} parts", found=f"{len(mates)}",
-                              fix="use --format compressed-tensors or bf16")
-            found |= {place: f"{module}.{number}.{half}.weight" for place, half in zip(sorted(mates, key=lambda place: _first(parts[place])), halves, strict=True)}
-        return [found[place] for place in range(len(parts))]
+
+def _labels(name: str, parts: tuple[Region, ...], experts: list[int], by_tree: bool) -> list[str]:
+    """The output's names of the experts' weights."""
+    if not by_tree:
+        return [region.disk for region in parts]
+    module, _, leaf = name.rpartition(".")
+    halves = ["gate_proj", "up_proj"] if leaf == "gate_up_proj" else [leaf]
+    found = {}
+    for number, mates in _by_expert(experts).items():
+        if len(mates) != len(halves):
+            raise Refused("nobody knows what the parts of this expert's weight are called", where=name, expected=f"{len(halves)} parts", found=f"{len(mates)}",
+                          fix="use --format compressed-tensors or bf16")
+        found |= {place: f"{module}.{number}.{half}.weight" for place, half in zip(sorted(mates, key=lambda place: _first(parts[place])), halves, strict=True)}
+    return [found[place] for place in range(len(parts))]
 
 
 def _by_expert(experts: list[int]) -> dict[int, list[int]]:

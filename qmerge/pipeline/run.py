@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from qmerge import __version__, formats
 from qmerge.device import exact_matmuls, peak_rss_bytes, pick_device
 from qmerge.formats import dense, nf4, registry
 from qmerge.pipeline import outputs
+from qmerge.pipeline.budget import Division, choose_grids
 from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokenizer
 from qmerge.pipeline.dense import DenseJob, write_dense
+from qmerge.pipeline.distill import distill
 from qmerge.pipeline.experts import Traffic, few_tokens
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
-from qmerge.pipeline.requantize import Linear, Steps, round_to_nearest
+from qmerge.pipeline.requantize import Linear, Solved, Steps, round_to_nearest
 from qmerge.pipeline.streams import requantize_blocks
 from qmerge.store.durable import write_json
 from qmerge.store.manifest import build_manifest, input_digests
@@ -63,18 +66,20 @@ def run(plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: C
     if calibration is None:
         calibration = calibration_for(plan)
     merged = Merged(plan.base, plan.pieces, plan.adapters, device)
-    records: dict[str, dict[str, Any]] = {}
-    traffic: dict[str, Traffic] = {}
-    grids: dict[str, Grid] = {}
+    work = Work()
     with Digests([plan]) as inputs, _output(plan) as folder:
         writer = ShardWriter(folder.path, recipe.shard_bytes)
+        if recipe.bits_per_weight is not None:
+            work.division = choose_grids(plan, merged, calibration, outputs.model_dtype(plan), progress)
         with torch.no_grad():
-            for name, tensor in tensors(plan, merged, calibration, records, grids, progress, steps, traffic):
+            for name, tensor in tensors(plan, merged, calibration, work, progress, steps):
                 writer.add(name, tensor)
         writer.finish()
         merged.check_all_used()
-        _finish(plan, folder, manifest(plan, calibration, records, inputs.result()[0]), {}, progress, grids)
-    return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), records, tuple(filter(None, (few_tokens(traffic.values()),))))
+        _finish(plan, folder, manifest(plan, calibration, work, inputs.result()[0]), {}, progress, work.grids)
+    shutil.rmtree(polish_folder(Path(recipe.out)), ignore_errors=True)
+    few = few_tokens(work.traffic.values())
+    return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), work.records, (few,) if few else ())
 
 
 def run_dense(plans: list[MergePlan], progress: Callable[[str], None] = quiet, count: Callable[[str, int, int], None] | None = None) -> list[RunReport]:
@@ -94,7 +99,7 @@ def run_dense(plans: list[MergePlan], progress: Callable[[str], None] = quiet, c
         write_dense(jobs, device, count or (lambda *_: None))
         for plan, job, folder, found in zip(plans, jobs, folders, inputs.result(), strict=True):
             job.merged.check_all_used()
-            _finish(plan, folder, manifest(plan, None, job.records, found), job.digests, progress)
+            _finish(plan, folder, manifest(plan, None, Work(job.records), found), job.digests, progress)
     return [RunReport(Path(plan.recipe.out), time.perf_counter() - began, peak_rss_bytes(), (), job.records) for plan, job in zip(plans, jobs, strict=True)]
 
 
@@ -163,44 +168,79 @@ def calibration_for(plan: MergePlan, documents: list | None = None) -> Calibrati
     )
 
 
+@dataclass
+class Work:
+    """What a quantizing run learns on its way, for config and manifest: choices per linear, what each was solved on, what routed experts saw, what polishing did."""
+
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    tuned: list[dict[str, Any]] = field(default_factory=list)
+    distilled: dict[str, Any] | None = None
+    division: Division | None = None
+
+    def polish(self) -> dict[str, Any]:
+        """For the manifest."""
+        return ({"blocks": self.tuned} if self.tuned else {}) | ({"distill": self.distilled} if self.distilled else {})
+
+
 def tensors(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, records: dict, grids: dict[str, Grid], progress: Callable[[str], None], steps: Steps | None = None,
-    traffic: dict[str, Traffic] | None = None,
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, progress: Callable[[str], None], steps: Steps | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the output by name, each once. ``records`` fills with what was chosen per linear, ``grids`` with what each was solved on, ``traffic`` with
-    what routed experts saw."""
-    traffic = {} if traffic is None else traffic
-    packed = set(plan.requantized)
+    """Every tensor of the output by name, each once."""
+    chosen = {} if work.division is None else work.division.grids
+    packed = {name for name in plan.requantized if chosen.get(name, plan.recipe.grid) is not None}
+    distilling = calibration is not None and "distill" in plan.recipe.polish
+    solved = _solved(plan, merged, calibration, work, progress, steps)
+    trained: dict[str, torch.Tensor] = {}
+    if distilling:
+        everything = dict(solved)
+        found = distill(plan, merged, calibration, everything, outputs.model_dtype(plan), workdir=polish_folder(Path(plan.recipe.out)), progress=progress)
+        work.distilled, trained = found.record | {"floats": sorted(found.floats)}, found.floats
+        solved = iter(found.solved.items())
     for name in merged.names:
         if name in plan.kept_4bit:
             yield from nf4.pack(name, merged.four_bit(name)).items()
         elif name not in packed:
-            yield name, merged.float_tensor(name)
-    model_dtype = outputs.model_dtype(plan)
-    like = outputs.nf4_template(plan)
+            own = merged.float_tensor(name)  # also where it was trained: the adapter's part in it must have been used
+            yield name, trained.get(name, own)
+    for name, result in solved:
+        work.grids[name] = result.quantized.grid
+        yield from outputs.packed(plan, name, result, work.records)
+        if name in work.traffic:
+            work.records[name.removesuffix(".weight")] |= work.traffic[name].to_json()
+
+
+def _solved(
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, progress: Callable[[str], None], steps: Steps | None
+) -> Iterator[tuple[str, Solved]]:
+    model_dtype, like = outputs.model_dtype(plan), outputs.nf4_template(plan)
     if calibration is None:
         for number, name in enumerate(plan.requantized):
-            solved = round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like)
-            grids[name] = solved.quantized.grid
-            yield from outputs.packed(plan, name, solved, records)
+            yield name, round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like)
             if number % 50 == 0:
                 progress(f"linear {number + 1}/{len(plan.requantized)}")
         return
-    for _, solved in requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, traffic):
-        for name, result in solved.items():
-            grids[name] = result.quantized.grid
-            yield from outputs.packed(plan, name, result, records)
-            if name in traffic:
-                records[name.removesuffix(".weight")] |= traffic[name].to_json()
+    chosen = None if work.division is None else work.division.grids
+    for _, found in requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned):
+        yield from found.items()
 
 
-def manifest(plan: MergePlan, calibration: Calibration | None, records: dict, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def polish_folder(out: Path) -> Path:
+    """Where ``--polish distill`` keeps its state, so that a rerun of a killed run goes on from it."""
+    return out.absolute().with_name(f".{out.name}.qmerge-polish")
+
+
+def manifest(plan: MergePlan, calibration: Calibration | None, work: Work, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What is known at the commit point: inputs with digests, recipe, versions, choices per linear."""
     inputs = dict(inputs) | ({"calibration": calibration.facts} if calibration else {})
     recipe = plan.recipe.to_json() | {"merged_on": "float base" if plan.recipe.on == "original" else "dequantized base"}
     if plan.base.recipe:
         recipe["nf4"] = plan.base.recipe.to_json()
-    return {"inputs": inputs, "recipe": recipe, "versions": versions(), "extra": {"linears": records, "warnings": list(plan.warnings)}}
+    extra = {"linears": work.records, "warnings": list(plan.warnings)}
+    extra |= {"mixed_precision": work.division.to_json()} if work.division is not None else {}
+    extra |= {"polish": polish} if (polish := work.polish()) else {}
+    return {"inputs": inputs, "recipe": recipe, "versions": versions(), "extra": extra}
 
 
 def versions() -> dict[str, str]:

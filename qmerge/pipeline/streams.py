@@ -6,8 +6,9 @@ stream through the model as requantized so far. Within a block the groups of lin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,12 +30,14 @@ from qmerge.pipeline.blocks import (
 from qmerge.pipeline.calibrate import Calibration
 from qmerge.pipeline.experts import ARRIVALS, Arrived, ExpertSolver, Traffic, receive
 from qmerge.pipeline.experts_names import ExpertWeight
+from qmerge.pipeline.head import solve_head, wants_head
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Linear, Solved, Steps, requantize_group, round_to_nearest
 from qmerge.pipeline.skeleton import set_weight
 from qmerge.pipeline.stepwise import Walk
-from qmerge.types import QuantState
+from qmerge.pipeline.tune_blocks import Passage, tune_block
+from qmerge.types import Grid, QuantState
 
 TOKENS_PER_BATCH = 4096
 TAPE_BYTES = 2 * 2**30
@@ -50,10 +53,11 @@ class _Batch:
 
 def requantize_blocks(
     plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, nf4_like: QuantState | None, progress: Callable[[str], None], steps: Steps | None = None,
-    traffic: dict[str, Traffic] | None = None,
+    traffic: dict[str, Traffic] | None = None, grids: Mapping[str, Grid | None] | None = None, tuned: list[dict[str, Any]] | None = None,
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
-    """Yields, per block, its number and the solved linears by weight name. One block's weights and two streams are alive at a time. ``traffic`` fills with what routed experts saw."""
-    skeleton = plan.skeleton
+    """Yields, per block, its number and the solved linears by weight name; the head comes last, where it is requantized. One block's weights and two streams are alive at a time.
+    ``traffic`` fills with what routed experts saw. ``grids``: by weight name where it is not the recipe's, None for what stays float. ``tuned`` fills with what ``--polish blocks`` did."""
+    skeleton, grids = plan.skeleton, grids or {}
     batches = _start(plan, merged, calibration)
     for index, empty in enumerate(skeleton.blocks):
         prefix = f"{skeleton.blocks_name}.{index}"
@@ -62,6 +66,7 @@ def requantize_blocks(
         wanted = [name.removeprefix(prefix + ".").removesuffix(".weight") for name in plan.requantized if name.startswith(prefix + ".") and name not in apart]
         experts = {f"{weight.module.removeprefix(prefix + '.')}.{ARRIVALS}": weight.module for weight in routed}
         solved: dict[str, Solved] = {}
+        alone: dict[str, Linear] = {}
         with _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype, routed), batches, index, [*wanted, *experts]) as pair:
             for group in pair.groups:
                 if group.modules[0] in experts:
@@ -75,14 +80,26 @@ def requantize_blocks(
                     continue
                 names = [f"{prefix}.{module}.weight" for module in group.modules]
                 conv = [skeleton.linears[name] for name in names]
+                grid = grids.get(names[0], plan.recipe.grid)
+                if grid is None:
+                    for module in group.modules:
+                        set_weight(pair.runtime, f"{module}.weight", pair.teacher.get_submodule(module).weight.to(model_dtype).float())
+                    continue
                 linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name), merged.delta(name)) for name, module, turned in zip(names, group.modules, conv, strict=True)]
-                found = requantize_group(linears, plan.recipe.grid, *pair.statistics(group), model_dtype, nf4_like, len(skeleton.blocks), steps)
+                found = requantize_group(linears, grid, *pair.statistics(group), model_dtype, nf4_like, len(skeleton.blocks), steps)
                 for module, turned, result in zip(group.modules, conv, found, strict=True):
                     set_weight(pair.runtime, f"{module}.weight", result.weight.T.contiguous() if turned else result.weight)
                 solved |= dict(zip(names, found, strict=True))
-            pair.advance()
+                alone |= dict(zip(group.modules, linears, strict=True))
+            if again := bool(alone) and "blocks" in plan.recipe.polish:
+                record = pair.tune(solved, alone, skeleton.linears, model_dtype)
+                if tuned is not None:
+                    tuned.append({"block": index} | record)
+            pair.advance(again)
         progress(_line(index, len(skeleton.blocks), batches))
         yield index, solved
+    if wants_head(plan) and (grid := grids.get(skeleton.output_embedding, plan.recipe.grid)) is not None:
+        yield len(skeleton.blocks), solve_head(plan, merged, [(batch.teacher, batch.runtime, batch.held_out) for batch in batches], grid, model_dtype, nf4_like, steps)
 
 
 class _BlockPair:
@@ -152,13 +169,28 @@ class _BlockPair:
         module = group.modules[0].rpartition(".")[0]
         return ExpertSolver(weights, self.teacher.get_submodule(module), self.runtime.get_submodule(module), arrived, merged, solve, nearest, plan.recipe.low_traffic)
 
-    def advance(self) -> None:
-        """Both streams go on to the next block."""
-        calls = [batch.calls[self.index] for batch in self.batches]
-        parts = list(zip(self.batches, calls, strict=True))
-        if not self.taped:
+    def tune(self, solved: dict[str, Solved], linears: dict[str, Linear], conv: Mapping[str, bool], model_dtype: torch.dtype) -> dict[str, Any]:
+        """``--polish blocks``: move codes and scales of ``linears`` (by module name) towards the teacher's block output; ``solved`` is renewed. Returns a record."""
+        self._answer()
+        passages = [Passage(batch.runtime, answer, batch.calls[self.index], batch.held_out) for batch, (_, answer) in zip(self.batches, self.tape, strict=True)]
+        turned = {module: conv[linear.name] for module, linear in linears.items()}
+        found = tune_block(self.runtime, {module: solved[linear.name] for module, linear in linears.items()}, linears, turned, passages, model_dtype)
+        for module, result in found.solved.items():
+            set_weight(self.runtime, f"{module}.weight", result.weight.T.contiguous() if turned[module] else result.weight)
+            solved[linears[module].name] = result
+        return {"held_out_error_before": found.error_before, "held_out_error": found.error_after, "codes_moved": found.moved}
+
+    def _answer(self) -> None:
+        """The teacher's outputs, where the tape does not have them."""
+        if not self.tape:
+            parts = [(batch, batch.calls[self.index]) for batch in self.batches]
             self.tape = in_parallel(lambda part: ({}, run_block(self.teacher, part[0].teacher, part[1])), parts, self.device)
-        ahead = self.walk.finish() if self.walk is not None else in_parallel(lambda part: run_block(self.runtime, part[0].runtime, part[1]), parts, self.device)
+
+    def advance(self, again: bool = False) -> None:
+        """Both streams go on to the next block. ``again``: weights changed after the waiting pass had gone by them."""
+        parts = [(batch, batch.calls[self.index]) for batch in self.batches]
+        self._answer()
+        ahead = self.walk.finish() if self.walk is not None and not again else in_parallel(lambda part: run_block(self.runtime, part[0].runtime, part[1]), parts, self.device)
         for batch, (_, teacher), runtime in zip(self.batches, self.tape, ahead, strict=True):
             batch.teacher, batch.runtime = teacher, runtime
         self.tape = []
@@ -179,7 +211,8 @@ def _start(plan: MergePlan, merged: Merged, calibration: Calibration) -> list[_B
     for ids, held_out in ((calibration.train, False), (calibration.held_out, True)):
         size = max(1, TOKENS_PER_BATCH // ids.shape[1])
         parts += [(part.to(merged.device), held_out) for part in ids.split(size)]
-    hidden, calls = record_calls(model, skeleton.blocks_name, [part for part, _ in parts])
+    # one thread per operation, here as in the blocks: the bits must not depend on the thread count
+    hidden, calls = in_parallel(lambda ids: record_calls(model, skeleton.blocks_name, ids), [[part for part, _ in parts]], merged.device)[0]
     return [_Batch(first, first, call, held) for first, call, (_, held) in zip(hidden, calls, parts, strict=True)]
 
 

@@ -164,21 +164,23 @@ def _inputs(manifest: dict[str, Any], checkpoint: Checkpoint, again: MergePlan) 
         checks.append(Check(role, same, f"{found.name} is {'' if same else 'not '}what the manifest names"))
     merged = Merged(again.base, again.pieces, again.adapters, torch.device("cpu"))
     written = Written(checkpoint)
-    checks.append(_floats(written, merged, manifest["recipe"]["format"]))
+    trained = set(((manifest.get("polish") or {}).get("distill") or {}).get("floats") or ())
+    checks.append(_floats(written, merged, manifest["recipe"]["format"], trained))
     return checks + ([_linears(written, merged, manifest.get("linears") or {})] if written.linears else [])
 
 
-def _floats(written: Written, merged: Merged, fmt: str) -> Check:
+def _floats(written: Written, merged: Merged, fmt: str, trained: set[str]) -> Check:
+    """``trained``: what ``--polish distill`` changed, which only the manifest's digests can vouch for."""
     compared = 0
     for name in merged.names:
-        if name in written.linears:
+        if name in written.linears or name in trained:
             continue
         dtype = dense.DTYPES.get(fmt)
         wanted = merged.float_tensor(name) if dtype is None or not merged.out_dtype(name).is_floating_point else merged.in_file_order(name, merged.weight(name)).to(dtype)
         if name not in written.checkpoint.specs or not torch.equal(written.checkpoint.load(name), wanted):
             return Check("float tensors", False, f"{name} is not what the inputs give")
         compared += 1
-    return Check("float tensors", True, f"{compared} derived again from the inputs, equal bit for bit")
+    return Check("float tensors", True, f"{compared} derived again from the inputs, equal bit for bit" + (f"; {len(trained)} were trained, and are held by their digests" if trained else ""))
 
 
 def _linears(written: Written, merged: Merged, recorded: dict[str, Any]) -> Check:

@@ -7,6 +7,10 @@ stored.
 from __future__ import annotations
 
 import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ from qmerge.errors import Refused, UsageProblem
 from qmerge.store.checkpoint import open_checkpoint
 
 PREFERRED_KERNEL = {"gptq": "gptq_torch", "awq": "torch_awq"}
+GPTQMODEL_KERNEL = {"gptq": "gptq_torch", "awq": "awq_torch"}
+_PATCHED = re.compile(r"transformers\.(models\..*\.modeling_\w+|conversion_mapping|modeling_utils)")
 
 
 def load_public(path: str, method: str) -> tuple[nn.Module, str | None]:
@@ -29,18 +35,18 @@ def load_public(path: str, method: str) -> tuple[nn.Module, str | None]:
         return from_pretrained(path), None
     _need("gptqmodel", "gptq"), _need("optimum", "gptq")
     if quantization_config(path).get("lm_head"):
-        return _from_gptqmodel(path, "it has no quantized head"), "GPTQModel.load; transformers reads no quantized head"
+        return _from_gptqmodel(path, method, "it has no quantized head"), "GPTQModel.load; transformers reads no quantized head"
     try:
         model = from_pretrained(path, **_plain_kernel(path, method))
     except AttributeError as problem:
         # transformers 5.23 initializes a packed Conv1D (GPT-2) anew and stops; gptqmodel's own loader reads the file
         if method != "gptq":
             raise
-        return _from_gptqmodel(path, problem), f"GPTQModel.load; transformers stops with: {problem}"
+        return _from_gptqmodel(path, method, problem), f"GPTQModel.load; transformers stops with: {problem}"
     if unread := _unread(path, model):
         # fused experts: transformers keeps them as they were initialized, and only reports it
         problem = f"it leaves {unread[0]} at random"
-        return _from_gptqmodel(path, problem), f"GPTQModel.load; transformers: {problem}"
+        return _from_gptqmodel(path, method, problem), f"GPTQModel.load; transformers: {problem}"
     return model, None
 
 
@@ -106,15 +112,32 @@ def from_pretrained(path: str, dtype: torch.dtype | str = torch.float32, **optio
                       found=(str(problem).splitlines() or [type(problem).__name__])[0][:300], fix="qmerge never runs remote code; qmerge merge --format bf16 works on tensors alone") from problem
 
 
-def _from_gptqmodel(path: str, problem: object) -> nn.Module:
-    from gptqmodel import GPTQModel
+def _from_gptqmodel(path: str, method: str, problem: object) -> nn.Module:
+    with _classes_put_back(path):
+        from gptqmodel import GPTQModel
 
+        try:
+            return GPTQModel.load(path, device="cpu", backend=GPTQMODEL_KERNEL[method]).model.eval()
+        except (ValueError, RuntimeError, NotImplementedError) as second:
+            raise Refused(f"no public loader reads this {method} checkpoint", where=label(path),
+                          found=f"transformers: {problem}; gptqmodel: {str(second).splitlines()[0]}",
+                          fix="use --sym, or --format nf4") from second
+
+
+@contextmanager
+def _classes_put_back(path: str) -> Iterator[None]:
+    """gptqmodel puts classes and functions of its own into transformers' modules when it loads a model with experts, and leaves them there: models that this
+    process builds afterwards would have other modules, and float ones wrong weights without a word."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    AutoModelForCausalLM._model_mapping.get(type(config), None)  # imports the module of the model's classes, so that it is among those kept
+    kept = [(module, dict(vars(module))) for name, module in list(sys.modules.items()) if _PATCHED.fullmatch(name)]
     try:
-        return GPTQModel.load(path, device="cpu", backend="gptq_torch").model.eval()
-    except (ValueError, RuntimeError, NotImplementedError) as second:
-        raise Refused("no public loader reads this gptq checkpoint", where=label(path),
-                      found=f"transformers: {problem}; gptqmodel: {str(second).splitlines()[0]}",
-                      fix="use --sym, or --format nf4") from second
+        yield
+    finally:
+        for module, names in kept:
+            vars(module).update(names)
 
 
 def _plain_kernel(path: str, method: str) -> dict[str, Any]:

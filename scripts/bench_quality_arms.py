@@ -1,0 +1,90 @@
+"""Which ways to one 4-bit checkpoint are compared: ours, the peers', the references?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+REFERENCES = {"base": "base (no adapter)", "separate": "separate (reference)", "merged": "merged, fp32", "rtn": "nearest NF4, in memory"}
+"""made while measuring, in memory"""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """``tool`` is `ours` or a peer of bench_quality_peers.py; ``options`` are its settings (for ours: of the recipe). ``without``: a step of the solver that is off."""
+
+    name: str
+    label: str
+    tool: str
+    options: dict[str, Any] = field(default_factory=dict)
+    without: str | None = None
+    only: tuple[str, ...] = ()
+    """names of the cases that have it; empty: all"""
+
+    @property
+    def calibrated(self) -> bool:
+        return self.tool != "peft"
+
+
+def ours(name: str, label: str, **options: Any) -> Arm:
+    return Arm(f"ours-{name}", f"qmerge {label}", "ours", options)
+
+
+OURS = (
+    ours("gptq-int4", "gptq int4 g128 sym", format="gptq"),
+    ours("gptq-int4-asym", "gptq int4 g128 asym", format="gptq", symmetric=False),
+    ours("gptq-int4-g32", "gptq int4 g32 sym", format="gptq", group_size=32),
+    ours("gptq-int4-blocks", "gptq int4 g128 sym, polish blocks", format="gptq", polish=("blocks",)),
+    ours("gptq-int4-distill", "gptq int4 g128 sym, polish distill", format="gptq", polish=("distill",)),
+    ours("gptq-int3", "gptq int3 g128 sym", format="gptq", bits=3),
+    ours("gptq-int2-g32", "gptq int2 g32 sym", format="gptq", bits=2, group_size=32),
+    ours("ct-w4a16", "compressed-tensors W4A16 g128 sym", format="compressed-tensors"),
+    ours("ct-w4a16-asym", "compressed-tensors W4A16 g128 asym", format="compressed-tensors", symmetric=False),
+    ours("ct-w4a16-channel", "compressed-tensors W4A16 channel sym", format="compressed-tensors", group_size=-1),
+    ours("ct-w8a16", "compressed-tensors W8A16 g128 sym", format="compressed-tensors", bits=8),
+    ours("ct-w8a16-channel", "compressed-tensors W8A16 channel sym", format="compressed-tensors", bits=8, group_size=-1),
+    ours("awq", "awq int4 g128 asym", format="awq", symmetric=False),
+    ours("nf4", "nf4", format="nf4"),
+    ours("nf4-blocks", "nf4, polish blocks", format="nf4", polish=("blocks",)),
+    ours("nf4-distill", "nf4, polish distill", format="nf4", polish=("distill",)),
+    ours("fp4", "fp4", format="fp4"),
+)
+CHANNEL = {"config_groups": {"all": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}}}, "scheme": None}
+"""llm-compressor's W4A16 preset with a scale per row"""
+PEERS = (
+    Arm("gptqmodel", "gptqmodel int4 g128, defaults", "gptqmodel"),
+    Arm("gptqmodel-desc-act", "gptqmodel int4 g128, desc_act", "gptqmodel", {"desc_act": True}),
+    Arm("gptqmodel-asym", "gptqmodel int4 g128, sym=False", "gptqmodel", {"sym": False}),
+    Arm("gptqmodel-mse", "gptqmodel int4 g128, mse=2.4", "gptqmodel", {"mse": 2.4}),
+    Arm("gptqmodel-gptaq", "gptqmodel int4 g128, gptaq", "gptqmodel", {"gptaq": True}),
+    Arm("gptqmodel-int3", "gptqmodel int3 g128", "gptqmodel", {"bits": 3}),
+    Arm("gptqmodel-int2-g32", "gptqmodel int2 g32", "gptqmodel", {"bits": 2, "group_size": 32}),
+    Arm("llmcompressor", "llm-compressor GPTQ W4A16 g128", "llmcompressor"),
+    Arm("llmcompressor-imatrix", "llm-compressor GPTQ W4A16 g128, imatrix_mse", "llmcompressor", {"weight_observer": "imatrix_mse"}),
+    Arm("llmcompressor-w4a16-channel", "llm-compressor GPTQ W4A16 channel", "llmcompressor", CHANNEL, only=("stories",)),
+    Arm("llmcompressor-w8a16-channel", "llm-compressor GPTQ W8A16 channel", "llmcompressor", {"scheme": "W8A16"}, only=("stories",)),
+    Arm("autoround", "auto-round W4G128 sym, 200 steps", "autoround"),
+    Arm("autoround-light", "auto-round W4G128 sym, 50 steps", "autoround", {"iters": 50}),
+    Arm("peft-nf4", "PEFT merge_and_unload into NF4", "peft"),
+)
+INT4 = ("gptqmodel", "gptqmodel-desc-act", "gptqmodel-asym", "gptqmodel-mse", "gptqmodel-gptaq")
+"""gptqmodel's settings at the bits of ours-gptq-int4"""
+FOUR_BITS = (*INT4, "llmcompressor", "llmcompressor-imatrix", "autoround", "autoround-light")
+"""all peers' at those bits"""
+ABLATED, ABLATED_CASES = ("ours-gptq-int4", "ours-nf4"), ("light", "strong")
+TIMED, TIMED_CASES = ("ours-gptq-int4", "gptqmodel", "ours-nf4"), ("light", "strong")
+LABELS = REFERENCES | {arm.name: arm.label for arm in (*OURS, *PEERS)}
+
+
+def arms_of(case: str, wanted: list[str] | None) -> list[Arm]:
+    """Of one case, those whose name starts with one of ``wanted`` (None: all)."""
+    found = [arm for arm in (*OURS, *PEERS) if not arm.only or case in arm.only]
+    if case != "stories":
+        found = [arm for arm in found if not arm.name.endswith("-channel")]
+    return [arm for arm in found if wanted is None or arm.name.startswith(tuple(wanted))]
+
+
+def without(name: str, step: str) -> Arm:
+    """One of ours with one step of the solver off."""
+    whole = next(arm for arm in OURS if arm.name == name)
+    return Arm(f"{name}-without-{step.replace('_', '-')}", f"{whole.label} without {step}", "ours", whole.options, step)

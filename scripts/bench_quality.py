@@ -23,7 +23,7 @@ import torch
 from bench_quality_arms import ABLATED, ABLATED_CASES, OURS, PEERS, TIMED, TIMED_CASES, arms_of, without
 from bench_quality_cases import CACHE, IN_DOMAIN, ROOT, SHARED, WINDOW, Case, all_cases, facts, ready
 from bench_quality_make import Maker, code_digest
-from bench_quality_measure import Measurer, Read, first, head_of, read_texts, rows
+from bench_quality_measure import Measurer, Read, first, read_texts, rows
 from bench_quality_ours import steps
 from bench_quality_page import markdown
 from bench_quality_promises import kl_ratio, promises
@@ -58,7 +58,12 @@ def main() -> None:
     data.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     args.out.write_text(markdown(found), encoding="utf-8")
     say(f"wrote {args.out} and {data.name}")
-    failed = [f"{case['case']}: {name}: {row['reason']}" for case in found["cases"] for name, row in case["arms"].items() if name.startswith("ours") and row["state"] == "failed"]
+    failed = [
+        f"{case['case']}: {name}: {row['reason']}"
+        for case in found["cases"]
+        for name, row in case["arms"].items()
+        if name.startswith("ours") and row["state"] == "failed"
+    ]
     if failed:
         raise SystemExit("arms of ours failed, which is a bug:\n" + "\n".join(failed))
 
@@ -69,15 +74,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--case", action="append", choices=names, help="only this case; repeatable")
     parser.add_argument("--arm", action="append", help="only arms whose name starts so (references always); repeatable")
     parser.add_argument("--docs", type=int, default=400, help="measure so many in-domain documents; 0: all (default 400)")
-    parser.add_argument("--skip-docs", type=int, help="leave out the first N in-domain documents (default 400 of gsm8k_test, whose first were looked at while tuning)")
+    parser.add_argument(
+        "--skip-docs",
+        type=int,
+        help="leave out the first N in-domain documents (default 400 of gsm8k_test, whose first were looked at while tuning)",
+    )
     parser.add_argument("--timing", type=int, help="repeats of the timing section; 0: none (default 2; with --arm or --make-only 0)")
     parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a few arms, 8 windows per text, no ablations, no timing: does it run?")
     parser.add_argument("--make-only", action="store_true", help="make the checkpoints and stop")
     parser.add_argument("--page-only", action="store_true", help="write the page again from its JSON")
     parser.add_argument("--retry", action="store_true", help="make again what a tool refused or failed at before")
-    parser.add_argument("--out", type=Path, help="the page; the JSON goes beside it (default: docs/measurements/quality.md; .bench/quality.md for a part)")
-    parser.add_argument("--work", type=Path, default=CACHE / "work", help="checkpoints stay here, and are used again for the same inputs, settings and code")
+    parser.add_argument(
+        "--out", type=Path, help="the page; the JSON goes beside it (default: docs/measurements/quality.md; .bench/quality.md for a part)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=CACHE / "work", help="checkpoints stay here, and are used again for the same inputs, settings and code"
+    )
     parser.add_argument("--shared", type=Path, default=SHARED, help="the folder with data/ and models/")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every process (default: torch's own choice)")
@@ -120,8 +133,15 @@ def timing(case: Case, maker: Maker, repeats: int) -> dict[str, Any]:
     for name in TIMED:
         made = [one[name] for one in rounds if one[name]["state"] == "made"]
         if made:
-            found["arms"][name] = spread([one["seconds"] for one in made]) | {"others_share": max(one["others_share"] or 0.0 for one in made), "peak_rss_bytes": max(one["peak_rss_bytes"] for one in made)}
-    ratios = [one[TIMED[0]]["seconds"] / one["gptqmodel"]["seconds"] for one in rounds if one[TIMED[0]]["state"] == one["gptqmodel"]["state"] == "made"]
+            found["arms"][name] = spread([one["seconds"] for one in made]) | {
+                "others_share": max(one["others_share"] or 0.0 for one in made),
+                "peak_rss_bytes": max(one["peak_rss_bytes"] for one in made),
+            }
+    ratios = [
+        one[TIMED[0]]["seconds"] / one["gptqmodel"]["seconds"]
+        for one in rounds
+        if one[TIMED[0]]["state"] == one["gptqmodel"]["state"] == "made"
+    ]
     if ratios:
         found["ratio"] = {"value": median(ratios), "ci_low": min(ratios), "ci_high": max(ratios), "n": len(ratios)}
     return found
@@ -132,12 +152,18 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ablations(case: Case, maker: Maker, wanted: list[str] | None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Arm -> step that is off -> how it was made. One row per switch that the solver has; of the arms that were asked for."""
+    """Arm -> step that is off ("": none) -> how it was made. One row per switch that the solver has; of the arms that were asked for."""
     names = [name for name in ABLATED if wanted is None or name.startswith(tuple(wanted))]
-    return {name: {step: maker.make(case, without(name, step)) for step in steps()} for name in names}
+    switches = ["", *steps()]
+    return {
+        name: dict(zip(switches, maker.side_by_side(case, [without(name, step or None) for step in switches]), strict=True))
+        for name in names
+    }
 
 
-def measured(case: Case, maker: Maker, made: dict[str, Any], off: dict[str, Any], times: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, Any]:
+def measured(
+    case: Case, maker: Maker, made: dict[str, Any], off: dict[str, Any], times: dict[str, Any] | None, args: argparse.Namespace
+) -> dict[str, Any]:
     """Everything about one case, as JSON."""
     prepared, folder = maker.prepared[case.name], maker.work / case.name
     texts = read_texts(case, folder, args.skip_docs, args.docs, args.quick)
@@ -156,7 +182,7 @@ def measured(case: Case, maker: Maker, made: dict[str, Any], off: dict[str, Any]
         "case": case.name, "note": case.note, "base": case.base.name, "adapter": case.adapter.name, "training": facts(case),
         "weights": prepared["weights"], "calibration": prepared["calibration"], "texts": {name: read.facts for name, read in texts.items()},
         "served": served, "arms": {name: public(one) for name, one in made.items()}, "metrics": tables, "timing": times,
-        "promises": promises(case.name, scores, made, times), "ablations": ablated(measurer, texts[IN_DOMAIN], scores[IN_DOMAIN], made, off),
+        "promises": promises(case.name, scores, made, times), "ablations": ablated(measurer, texts[IN_DOMAIN], off),
     }  # fmt: skip
 
 
@@ -165,35 +191,55 @@ def public(made: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in made.items() if name not in ("folder", "key")}
 
 
-def ablated(measurer: Measurer, read: Read, scores: dict[str, Any], made: dict[str, Any], off: dict[str, Any]) -> dict[str, Any]:
-    """Arm -> step -> KL without the step, its ratio to all steps (paired), and the seconds that leaving it out saves. On the first windows of the in-domain text."""
+def ablated(measurer: Measurer, read: Read, off: dict[str, Any]) -> dict[str, Any]:
+    """Arm -> step -> KL without the step, its ratio to all steps (paired), and seconds. On the first windows of the in-domain text."""
     short = {IN_DOMAIN: Read(first(read.windows, ABLATION_WINDOWS), read.facts)}
     found: dict[str, Any] = {}
     for name, rest in off.items():
-        if name not in scores:
-            continue
-        whole = head_of(scores[name], ABLATION_WINDOWS)
-        found[name] = {"": {"kl_mean": json_metric(text_metrics(whole)["kl_mean"]), "seconds": made[name]["seconds"]}}
+        whole, found[name] = None, {}
         for step, one in rest.items():
-            row = {"state": one["state"], "reason": one.get("reason")}
+            row = {key: value for key, value in public(one).items() if key != "recipe"}
             if one["state"] == "made":
-                part, problem = measurer.from_disk(f"{name}-without-{step}", one["folder"], one["key"], short)
-                row = {"state": "not loaded", "reason": problem} if problem else {"state": "made", "kl_mean": json_metric(text_metrics(part[IN_DOMAIN])["kl_mean"])}
-                row |= {} if problem else {"ratio": kl_ratio(part[IN_DOMAIN], whole), "seconds": one["seconds"], "others_share": one["others_share"]}
+                part, problem = measurer.from_disk(without(name, step or None).name, one["folder"], one["key"], short)
+                if problem:
+                    row |= {"state": "not loaded", "reason": problem}
+                else:
+                    whole = part[IN_DOMAIN] if step == "" else whole
+                    row |= {
+                        "kl_mean": json_metric(text_metrics(part[IN_DOMAIN])["kl_mean"]),
+                        "ratio": kl_ratio(part[IN_DOMAIN], whole) if whole is not None else None,
+                    }
             found[name][step] = row
     return found
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """How the figures were made: what a person types to make them again, versions, machine. No paths, host names or dates."""
-    words = ["python", "scripts/bench_quality.py", *(f"--case={name}" for name in args.case or ()), *(f"--arm={name}" for name in args.arm or ()), f"--docs={args.docs}"]
-    words += [f"--timing={args.timing}", f"--threads={args.threads}", f"--device={args.device}"] + ["--no-ablations"] * args.no_ablations + ["--quick"] * args.quick
+    words = [
+        "python",
+        "scripts/bench_quality.py",
+        *(f"--case={name}" for name in args.case or ()),
+        *(f"--arm={name}" for name in args.arm or ()),
+        f"--docs={args.docs}",
+    ]
+    words += (
+        [f"--timing={args.timing}", f"--threads={args.threads}", f"--device={args.device}"]
+        + ["--no-ablations"] * args.no_ablations
+        + ["--quick"] * args.quick
+    )
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else "")
     machine = {"cpu": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count(), "threads": args.threads}
     if args.device != "cpu":
         machine["gpu"] = torch.cuda.get_device_name(args.device)
     arithmetic = "fp32 on the CPU" if args.device == "cpu" else f"fp16 on {torch.device(args.device).type}"
-    return {"command": shlex.join(words), "versions": versions(), "solver_sha256": code_digest(), "machine": machine, "window": WINDOW, "arithmetic": arithmetic}
+    return {
+        "command": shlex.join(words),
+        "versions": versions(),
+        "solver_sha256": code_digest(),
+        "machine": machine,
+        "window": WINDOW,
+        "arithmetic": arithmetic,
+    }
 
 
 if __name__ == "__main__":

@@ -49,7 +49,10 @@ OURS = (
     ours("nf4-distill", "nf4, polish distill", format="nf4", polish=("distill",)),
     ours("fp4", "fp4", format="fp4"),
 )
-CHANNEL = {"config_groups": {"all": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}}}, "scheme": None}
+CHANNEL = {
+    "config_groups": {"all": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}}},
+    "scheme": None,
+}
 """llm-compressor's W4A16 preset with a scale per row"""
 PEERS = (
     Arm("gptqmodel", "gptqmodel int4 g128, defaults", "gptqmodel"),
@@ -84,7 +87,9 @@ def arms_of(case: str, wanted: list[str] | None) -> list[Arm]:
     return [arm for arm in found if wanted is None or arm.name.startswith(tuple(wanted))]
 
 
-def without(name: str, step: str) -> Arm:
-    """One of ours with one step of the solver off."""
+def without(name: str, step: str | None) -> Arm:
+    """One of ours with one step of the solver off (None: with all on), for the ablations."""
     whole = next(arm for arm in OURS if arm.name == name)
-    return Arm(f"{name}-without-{step.replace('_', '-')}", f"{whole.label} without {step}", "ours", whole.options, step)
+    return Arm(
+        f"{name}-without-{(step or 'nothing').replace('_', '-')}", f"{whole.label} without {step or 'nothing'}", "ours", whole.options, step
+    )

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED, DEMO, CACHE = ROOT.parent / "shared", ROOT / "examples" / "demo", ROOT / ".bench"
 WINDOW, SAMPLES, GENERIC_SHARE, SEED = 256, 128, 0.25, 0
 """of every quantizer's calibration: tokens per window, windows, the share of generic ones, and what draws them"""
-WIKITEXT_WINDOWS = 150
+WIKITEXT_WINDOWS = 100
 TUNED_ON = "gsm8k_test.jsonl"
 """a text whose first documents were looked at while the solver was built"""
 SKIPPED = 400
@@ -75,7 +75,9 @@ def ready(case: Case, say: Callable[[str], None], shared: Path = SHARED) -> Case
     """The case with what it lacks trained; without a text whose file is missing; None (and a word) where it cannot be measured."""
     if case.trained and not (case.base.parent / "case.json").is_file() and shared.is_dir():
         say(f"{case.name}: training (minutes)")
-        code = subprocess.run([sys.executable, str(ROOT / "scripts/train_case.py"), case.trained, str(case.base.parent), "--shared", str(shared)]).returncode
+        code = subprocess.run(
+            [sys.executable, str(ROOT / "scripts/train_case.py"), case.trained, str(case.base.parent), "--shared", str(shared)]
+        ).returncode
         if code:
             raise SystemExit(f"train_case.py {case.trained} failed with exit code {code}")
     texts = tuple(text for text in case.texts if text.file.exists())

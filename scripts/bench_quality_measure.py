@@ -108,7 +108,11 @@ class Measurer:
     def in_memory(self, texts: dict[str, Read]) -> tuple[Scores, str]:
         """The reference arms and the noise floor (`served`), and how that one was served."""
         base, found = str(self.case.base), {}
-        loaders = {"base": lambda: loading.load_base(base), "merged": lambda: loading.load_merged(base, self.adapter), "rtn": lambda: loading.load_rtn(base, self.adapter)}
+        loaders = {
+            "base": lambda: loading.load_base(base),
+            "merged": lambda: loading.load_merged(base, self.adapter),
+            "rtn": lambda: loading.load_rtn(base, self.adapter),
+        }
 
         def served() -> torch.nn.Module:
             model, words = as_served(base, self.adapter, device=self.device)
@@ -149,13 +153,6 @@ def kept(file: Path, key: str) -> TokenScores | None:
             return None
         arrays = {field.name: found[field.name] for field in fields(TokenScores)}
     return TokenScores(**arrays | {"vocabulary_cut": int(arrays["vocabulary_cut"])})
-
-
-def head_of(scores: TokenScores, windows: int) -> TokenScores:
-    """The tokens of the first ``windows`` windows."""
-    inside = scores.window < windows
-    arrays = {field.name: getattr(scores, field.name)[inside] for field in fields(TokenScores) if field.name != "vocabulary_cut"}
-    return TokenScores(**arrays, vocabulary_cut=scores.vocabulary_cut)
 
 
 def rows(scores: dict[str, TokenScores]) -> dict[str, dict[str, Any]]:

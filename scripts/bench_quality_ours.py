@@ -43,7 +43,11 @@ def main() -> None:
             in_child(job)
         _, status, _ = os.wait4(child, 0)
         done = Path(job["done"])
-        row = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {"state": "failed", "reason": f"the process ended with {os.waitstatus_to_exitcode(status)}"}
+        row = (
+            json.loads(done.read_text(encoding="utf-8"))
+            if done.is_file()
+            else {"state": "failed", "reason": f"the process ended with {os.waitstatus_to_exitcode(status)}"}
+        )
         print(json.dumps(row), flush=True)
 
 

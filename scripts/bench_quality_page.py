@@ -11,7 +11,14 @@ from qmerge.report.numbers import format_metric, format_value
 
 LOADED = 0.1
 """share of the machine that others used from which on seconds carry a mark"""
-METRICS = {"kl_mean": ("kl", True), "floor_factor": ("kl", False), "kl_p99": ("kl", False), "ppl": ("ppl", False), "top1_agreement": ("percent", False), "retention": ("percent", True)}
+METRICS = {
+    "kl_mean": ("kl", True),
+    "floor_factor": ("kl", False),
+    "kl_p99": ("kl", False),
+    "ppl": ("ppl", False),
+    "top1_agreement": ("percent", False),
+    "retention": ("percent", True),
+}
 """what a table shows: how it is written, and whether with its interval"""
 HEADS = ("KL to separate [95 %]", "KL / floor", "KL p99", "perplexity", "ratio to separate", "top-1", "retention [95 %]")
 Lines = list[str]
@@ -41,7 +48,12 @@ Seconds: from reading the model to the written checkpoint, without imports and w
 
 def peers_versions(found: dict[str, Any]) -> str:
     """Of the peers that have an environment of their own."""
-    versions = {(name.split("-")[0], row["version"], row["torch"]) for case in found["cases"] for name, row in case["arms"].items() if name.startswith(("llmcompressor", "autoround")) and "version" in row}
+    versions = {
+        (name.split("-")[0], row["version"], row["torch"])
+        for case in found["cases"]
+        for name, row in case["arms"].items()
+        if name.startswith(("llmcompressor", "autoround")) and "version" in row
+    }
     return "".join(f", {tool} {version} (with torch {torch})" for tool, version, torch in sorted(versions))
 
 
@@ -49,7 +61,9 @@ def promise_table(cases: list[dict[str, Any]]) -> Lines:
     lines = ["## Promises\n", "| | case | what | arms | value [95 %] | target | windows | |", "|---" * 8 + "|"]
     rows = sorted(((row, case["case"]) for case in cases for row in case["promises"]), key=lambda pair: pair[0]["promise"])
     for row, name in rows:
-        lines.append(f"| {row['promise']} | {name} | {row['what']} | {row['who']} | {interval(row)} | {row['sign']} {row['target']:g} | {row['n'] or '—'} | {row['state']} |")
+        lines.append(
+            f"| {row['promise']} | {name} | {row['what']} | {row['who']} | {interval(row)} | {row['sign']} {row['target']:g} | {row['n'] or '—'} | {row['state']} |"
+        )
     return [*lines, ""]
 
 
@@ -101,7 +115,9 @@ def table(case: dict[str, Any], text: str, facts: dict[str, Any]) -> Lines:
     ]
     for arm in [name for name in (*REFERENCES, *made) if name in metrics]:
         row, how = metrics[arm], made.get(arm, {})
-        cells = [format_metric(row[name], kind) if shown else format_value(row[name]["value"], kind) for name, (kind, shown) in METRICS.items()]
+        cells = [
+            format_metric(row[name], kind) if shown else format_value(row[name]["value"], kind) for name, (kind, shown) in METRICS.items()
+        ]
         cells.insert(4, f"{row['ppl_ratio']['value']:.4f}")
         if whole:
             cells += [f"{how['bits_per_weight']:.3f}", seconds(how), f"{how['peak_rss_bytes'] / 1e9:.2f}"] if how else ["—"] * 3
@@ -133,23 +149,34 @@ def cell(text: str) -> str:
 
 
 def ablation(arm: str, rows: dict[str, Any]) -> Lines:
+    """Each step off alone; the first row has all on."""
     whole = rows[""]
-    lines = [f"Ablations of {LABELS[arm]} (first windows of the in-domain text; all steps: KL {format_metric(whole['kl_mean'], 'kl')}, {whole['seconds']:.1f} s):\n"]
-    lines += ["| without | KL [95 %] | ratio to all steps [95 %] | seconds saved |", "|---" * 4 + "|"]
+    lines = [
+        f"Ablations of {LABELS[arm]}: one step off at a time, on the first windows of the in-domain text. Made with one thread each, several at a time: their seconds compare here only.\n"
+    ]
+    lines += ["| without | KL [95 %] | ratio to all steps [95 %] | seconds | saved |", "|---" * 5 + "|"]
     for step, row in rows.items():
-        if step and row["state"] == "made":
-            lines.append(f"| {step} | {format_metric(row['kl_mean'], 'kl')} | {interval(row['ratio'], 3)} | {whole['seconds'] - row['seconds']:+.1f} |")
-        elif step:
-            lines.append(f"| {step} | {row['state']}: {cell(row['reason'])} | — | — |")
+        if row["state"] != "made":
+            lines.append(f"| {step or 'nothing'} | {row['state']}: {cell(row['reason'])} | — | — | — |")
+            continue
+        ratio, saved = (
+            interval(row["ratio"], 3) if step and row["ratio"] else "—",
+            f"{whole['seconds'] - row['seconds']:+.1f}" if step and "seconds" in whole else "—",
+        )
+        lines.append(f"| {step or 'nothing'} | {format_metric(row['kl_mean'], 'kl')} | {ratio} | {row['seconds']:.1f} | {saved} |")
     return [*lines, ""]
 
 
 def timing(found: dict[str, Any]) -> Lines:
-    lines = [f"Time, {found['n']} rounds in turn, each a fresh process on {'' if busy(found) else 'an otherwise idle machine'}{'a machine that others used too' if busy(found) else ''}:\n"]
+    lines = [
+        f"Time, {found['n']} rounds in turn, each a fresh process on {'' if busy(found) else 'an otherwise idle machine'}{'a machine that others used too' if busy(found) else ''}:\n"
+    ]
     lines += ["| arm | seconds: median (min to max) | peak memory, GB | machine used by others, at most |", "|---" * 4 + "|"]
     for name in TIMED:
         if row := found["arms"].get(name):
-            lines.append(f"| {LABELS[name]} | {row['median']:.1f} ({row['min']:.1f} to {row['max']:.1f}) | {row['peak_rss_bytes'] / 1e9:.2f} | {row['others_share']:.0%} |")
+            lines.append(
+                f"| {LABELS[name]} | {row['median']:.1f} ({row['min']:.1f} to {row['max']:.1f}) | {row['peak_rss_bytes'] / 1e9:.2f} | {row['others_share']:.0%} |"
+            )
     if ratio := found.get("ratio"):
         lines += ["", f"{LABELS[TIMED[0]]} / {LABELS['gptqmodel']}: {interval(ratio, 2)} (median and range of the rounds)."]
     return [*lines, ""]

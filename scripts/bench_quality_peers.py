@@ -119,7 +119,12 @@ def peft(job: dict[str, Any]) -> dict[str, Any]:
 
 
 PACKAGES = {"gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor", "autoround": "auto-round", "peft": "peft"}
-TOOLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"gptqmodel": gptqmodel, "llmcompressor": llmcompressor, "autoround": autoround, "peft": peft}
+TOOLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "gptqmodel": gptqmodel,
+    "llmcompressor": llmcompressor,
+    "autoround": autoround,
+    "peft": peft,
+}
 
 
 if __name__ == "__main__":

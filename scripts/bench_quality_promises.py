@@ -1,6 +1,6 @@
 """What does the project promise of its checkpoints against the peers', and is it kept?
 
-Every ratio of two arms is paired by window: both saw the same ones. Intervals: 95 %, seeded bootstrap over windows. "Best" of several peers is picked per case and text by
+Every ratio of two arms is paired by window: both saw the same ones. Intervals: 95 %, seeded bootstrap over windows (retention: as in the tables). "Best" of several peers is picked per case and text by
 the peer's own mean KL.
 """
 
@@ -16,6 +16,7 @@ from bench_quality_cases import IN_DOMAIN, WIKITEXT
 from bench_quality_measure import SERVED, Scores
 
 from qmerge.quality.measure import TokenScores
+from qmerge.quality.stats import retention
 
 ROUNDS, SEED = 2000, 0
 KL_INT4, KL_INT4_DISTILLED, KL_WIKITEXT, KL_LOW_BITS = 0.5, 0.35, 0.7, 0.6
@@ -36,7 +37,11 @@ def promises(case: str, scores: Scores, arms: dict[str, dict[str, Any]], timing:
     rows = _int4(scores, arms) + _wikitext(scores, arms) + _low_bits(scores) + _nf4(case, scores)
     pairs = [pair for pair in CHANNEL if pair[0] in arms]
     for number, text, what, target in CHANNEL_TARGETS:
-        rows += [compared(number, scores[text], ours, theirs if theirs in scores[text] else None, kl_ratio, what, target, theirs) for ours, theirs in pairs if text in scores]
+        rows += [
+            compared(number, scores[text], ours, theirs if theirs in scores[text] else None, kl_ratio, what, target, theirs)
+            for ours, theirs in pairs
+            if text in scores
+        ]
     if timing:
         rows.append(row(5, "seconds", f"{label(FIRST)} / {label('gptqmodel')}", SECONDS, timing.get("ratio") or absent("not timed")))
     return rows
@@ -45,7 +50,10 @@ def promises(case: str, scores: Scores, arms: dict[str, dict[str, Any]], timing:
 def _int4(scores: Scores, arms: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     domain = scores[IN_DOMAIN]
     best = best_of(domain, at_most_as_large(INT4, arms))
-    rows = [compared(1, domain, ours, best, kl_ratio, "KL in-domain", target) for ours, target in ((FIRST, KL_INT4), (DISTILLED, KL_INT4_DISTILLED))]
+    rows = [
+        compared(1, domain, ours, best, kl_ratio, "KL in-domain", target)
+        for ours, target in ((FIRST, KL_INT4), (DISTILLED, KL_INT4_DISTILLED))
+    ]
     rows.append(compared(1, domain, FIRST, best, ppl_ratio, "perplexity in-domain", 1.0))
     sizes = [arms.get(name or "", {}).get("bits_per_weight") for name in (FIRST, best)]
     size = {"value": sizes[0] / sizes[1], "ci_low": None, "ci_high": None, "n": None} if all(sizes) else absent("no file")
@@ -57,12 +65,18 @@ def _wikitext(scores: Scores, arms: dict[str, dict[str, Any]]) -> list[dict[str,
         return []
     other = scores[WIKITEXT]
     best = best_of(other, at_most_as_large(FOUR_BITS, arms))
-    return [compared(4, other, FIRST, best, kl_ratio, "KL WikiText-2", KL_WIKITEXT), compared(4, other, FIRST, best, ppl_ratio, "perplexity WikiText-2", 1.0)]
+    return [
+        compared(4, other, FIRST, best, kl_ratio, "KL WikiText-2", KL_WIKITEXT),
+        compared(4, other, FIRST, best, ppl_ratio, "perplexity WikiText-2", 1.0),
+    ]
 
 
 def _low_bits(scores: Scores) -> list[dict[str, Any]]:
     domain = scores[IN_DOMAIN]
-    return [compared(3, domain, ours, theirs if theirs in domain else None, kl_ratio, "KL in-domain", KL_LOW_BITS, theirs) for ours, theirs in LOW_BITS]
+    return [
+        compared(3, domain, ours, theirs if theirs in domain else None, kl_ratio, "KL in-domain", KL_LOW_BITS, theirs)
+        for ours, theirs in LOW_BITS
+    ]
 
 
 def _nf4(case: str, scores: Scores) -> list[dict[str, Any]]:
@@ -70,11 +84,14 @@ def _nf4(case: str, scores: Scores) -> list[dict[str, Any]]:
         return []
     domain, rows = scores[IN_DOMAIN], []
     if case == "light":
-        rows += [compared(2, domain, NF4, other if other in domain else None, kl_ratio, "KL in-domain", KL_NF4_LIGHT, other) for other in ("rtn", "peft-nf4")]
+        rows += [
+            compared(2, domain, NF4, other if other in domain else None, kl_ratio, "KL in-domain", KL_NF4_LIGHT, other)
+            for other in ("rtn", "peft-nf4")
+        ]
     rows.append(compared(2, domain, NF4, SERVED, kl_ratio, "KL in-domain / noise floor", FLOOR[case]))
     if case == "light":
-        kept = retention(domain["base"], domain[NF4]) if NF4 in domain else absent("not measured")
-        rows.append(row(2, "retention in-domain", label(NF4), RETENTION_LIGHT, kept, "≥"))
+        value = kept(domain["base"], domain[NF4]) if NF4 in domain else absent(f"{label(NF4)} was not measured")
+        rows.append(row(2, "retention in-domain", label(NF4), RETENTION_LIGHT, value, "≥"))
     return rows
 
 
@@ -95,11 +112,22 @@ def best_of(scores: dict[str, TokenScores], names: tuple[str, ...]) -> str | Non
 
 
 def compared(
-    number: int, scores: dict[str, TokenScores], ours: str, theirs: str | None, how: Callable[[TokenScores, TokenScores], Value], what: str, target: float, named: str | None = None
+    number: int,
+    scores: dict[str, TokenScores],
+    ours: str,
+    theirs: str | None,
+    how: Callable[[TokenScores, TokenScores], Value],
+    what: str,
+    target: float,
+    named: str | None = None,
 ) -> dict[str, Any]:
     """A promise about the ratio of two arms."""
     there = ours in scores and theirs is not None
-    value = how(scores[ours], scores[theirs]) if there else absent(f"{label(ours) if ours not in scores else label(named) if named else 'no such peer'} was not measured")
+    value = (
+        how(scores[ours], scores[theirs])
+        if there
+        else absent(f"{label(ours) if ours not in scores else label(named) if named else 'no such peer'} was not measured")
+    )
     over = "" if theirs == SERVED else f" / {label(theirs or named)}"
     return row(number, what, label(ours) + over, target, value)
 
@@ -128,21 +156,26 @@ def kl_ratio(ours: TokenScores, theirs: TokenScores) -> Value:
 
 def ppl_ratio(ours: TokenScores, theirs: TokenScores) -> Value:
     """Perplexity over perplexity: exp of the mean difference of NLL."""
-    return bootstrap(ours, theirs, lambda both: (ours.nll_cand[both], theirs.nll_cand[both]), lambda top, bottom, count: np.exp((top - bottom) / count))
+    return bootstrap(
+        ours, theirs, lambda both: (ours.nll_cand[both], theirs.nll_cand[both]), lambda top, bottom, count: np.exp((top - bottom) / count)
+    )
 
 
-def retention(base: TokenScores, ours: TokenScores) -> Value:
-    """(NLL base − NLL ours) / (NLL base − NLL separate); undefined where the adapter gains nothing."""
-
-    def parts(both: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        bare = base.nll_cand[both].astype(np.float64)
-        return bare - ours.nll_cand[both], bare - ours.nll_ref[both]
-
-    return bootstrap(ours, base, parts, lambda top, bottom, _: top / bottom)
+def kept(base: TokenScores, ours: TokenScores) -> Value:
+    """Retention: (NLL base − NLL ours) / (NLL base − NLL separate), as the tables have it; undefined where the adapter's gain is inside the noise."""
+    both = ours.finite & base.finite
+    nll = (one[both].astype(np.float64) for one in (base.nll_cand, ours.nll_ref, ours.nll_cand))
+    found = retention(*nll, ours.clusters[both])
+    if found.value is None:
+        return absent(f"undefined: {found.note}")
+    return {"value": found.value, "ci_low": found.ci_low, "ci_high": found.ci_high, "n": len(np.unique(ours.clusters[both]))}
 
 
 def bootstrap(
-    ours: TokenScores, theirs: TokenScores, parts: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], combine: Callable[[Any, Any, Any], Any]
+    ours: TokenScores,
+    theirs: TokenScores,
+    parts: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    combine: Callable[[Any, Any, Any], Any],
 ) -> Value:
     """``combine`` of the sums of two per-token numbers and the count, over all windows and over draws of windows (percentile interval)."""
     both = ours.finite & theirs.finite

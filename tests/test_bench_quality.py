@@ -60,7 +60,9 @@ def judged(bench, case: str, factor: float, kl: np.ndarray) -> dict[tuple[int, s
     found |= {name: scores(kl) for name in ("gptqmodel-int3", "gptqmodel-int2-g32", "gptqmodel-mse", "served", "peft-nf4", "rtn")}
     found |= {"gptqmodel": scores(kl * 9), "base": scores(kl, 1.0)}
     sizes = {name: {"state": "made", "bits_per_weight": 4.2} for name in ("ours-gptq-int4", "gptqmodel", "gptqmodel-mse")}
-    rows = bench.promises.promises(case, {"in-domain": found, "wikitext2": found}, sizes, {"ratio": {"value": 1.5 * factor, "ci_low": 0.1, "ci_high": 9.0, "n": 2}})
+    rows = bench.promises.promises(
+        case, {"in-domain": found, "wikitext2": found}, sizes, {"ratio": {"value": 1.5 * factor, "ci_low": 0.1, "ci_high": 9.0, "n": 2}}
+    )
     return {(row["promise"], f"{row['what']}: {row['who']}"): row["state"] for row in rows}
 
 
@@ -70,14 +72,20 @@ def test_a_promise_is_judged_by_its_number(bench, kl, factor):
     found = judged(bench, "strong", factor, kl)
     limits = {(1, "KL in-domain: qmerge gptq int4 g128 sym / gptqmodel int4 g128, mse=2.4"): 0.5}
     limits |= {(1, "KL in-domain: qmerge gptq int4 g128 sym, polish distill / gptqmodel int4 g128, mse=2.4"): 0.35}
-    limits |= {(4, "KL WikiText-2: qmerge gptq int4 g128 sym / gptqmodel int4 g128, mse=2.4"): 0.7, (3, "KL in-domain: qmerge gptq int3 g128 sym / gptqmodel int3 g128"): 0.6}
+    limits |= {
+        (4, "KL WikiText-2: qmerge gptq int4 g128 sym / gptqmodel int4 g128, mse=2.4"): 0.7,
+        (3, "KL in-domain: qmerge gptq int3 g128 sym / gptqmodel int3 g128"): 0.6,
+    }
     limits |= {(2, "KL in-domain / noise floor: qmerge nf4"): 4.0}
     assert {key: found[key] for key in limits} == {key: "met" if factor <= limit else "missed" for key, limit in limits.items()}
 
 
 def test_an_interval_that_reaches_over_the_target_is_said(bench, kl):
     """Would catch a noisy ratio that is shown as plainly met."""
-    assert judged(bench, "light", 0.5, kl)[5, "seconds: qmerge gptq int4 g128 sym / gptqmodel int4 g128, defaults"] == "met (the interval reaches over the target)"
+    assert (
+        judged(bench, "light", 0.5, kl)[5, "seconds: qmerge gptq int4 g128 sym / gptqmodel int4 g128, defaults"]
+        == "met (the interval reaches over the target)"
+    )
 
 
 def test_a_promise_without_its_arm_says_so(bench, kl):
@@ -87,6 +95,15 @@ def test_a_promise_without_its_arm_says_so(bench, kl):
         "qmerge gptq int4 g128 sym was not measured",
         "qmerge gptq int4 g128 sym, polish distill was not measured",
     }
+
+
+def test_retention_inside_the_noise_is_not_kept(bench, kl):
+    """Would catch a promise of retention that is met by a ratio to noise."""
+    base, noise = scores(kl), np.random.default_rng(1).normal(size=400).astype(np.float32)
+    noisy = TokenScores(base.nll_ref, noise, base.kl, base.agree, base.delta_p, base.confidence, base.window, base.doc)
+    assert bench.promises.kept(noisy, base)["value"] is None and bench.promises.kept(scores(kl, 1.0), scores(kl, 0.1))[
+        "value"
+    ] == pytest.approx(0.9)
 
 
 def test_a_peer_that_left_linears_in_float_is_no_rival_at_these_bits(bench):
@@ -100,13 +117,23 @@ def test_text_that_was_tuned_on_is_left_out(bench, tmp_path):
     file = tmp_path / bench.cases.TUNED_ON
     file.write_text("".join(f'{{"text": "{number}"}}\n' for number in range(1000)))
     told = bench.cases.chosen_text(bench.cases.Text("in-domain", file), tmp_path / "out.jsonl", None, 3)
-    assert (told["skipped"], (tmp_path / "out.jsonl").read_text().split()) == (400, ['{"text":', '"400"}', '{"text":', '"401"}', '{"text":', '"402"}'])
+    assert (told["skipped"], (tmp_path / "out.jsonl").read_text().split()) == (
+        400,
+        ['{"text":', '"400"}', '{"text":', '"401"}', '{"text":', '"402"}'],
+    )
 
 
 def test_a_chosen_arm_is_found_by_the_start_of_its_name(bench):
     """Would catch --arm gptq making peers too, or an arm of one case turning up in another."""
     names = [arm.name for arm in bench.arms.arms_of("light", ["ours-gptq-int4", "peft"])]
-    assert names == ["ours-gptq-int4", "ours-gptq-int4-asym", "ours-gptq-int4-g32", "ours-gptq-int4-blocks", "ours-gptq-int4-distill", "peft-nf4"]
+    assert names == [
+        "ours-gptq-int4",
+        "ours-gptq-int4-asym",
+        "ours-gptq-int4-g32",
+        "ours-gptq-int4-blocks",
+        "ours-gptq-int4-distill",
+        "peft-nf4",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +157,15 @@ def measured(bench, zoo, tmp_path_factory):
             with bench.make.Maker(work, work / "none", 1, "cpu", False, said.append) as maker:
                 maker.prepare(case)
                 made = {arm.name: maker.make(case, arm) for arm in arms}
-                off = {"ours-nf4": {"lean": maker.make(case, bench.arms.without("ours-nf4", "lean"))}}
+                off = {
+                    "ours-nf4": dict(
+                        zip(
+                            ("", "lean"),
+                            maker.side_by_side(case, [bench.arms.without("ours-nf4", step) for step in (None, "lean")]),
+                            strict=True,
+                        )
+                    )
+                }
                 found = bench.driver.measured(case, maker, made, off, None, args)
             said_each.append(list(said))
             said.clear()
@@ -141,7 +176,12 @@ def measured(bench, zoo, tmp_path_factory):
 def test_every_arm_is_made_or_says_why_not(measured):
     """Would catch an arm that a format refuses, or whose tool is not installed, going missing silently."""
     found, page, *_ = measured
-    assert {name: row["state"] for name, row in found["arms"].items()} == {"ours-nf4": "made", "ours-wide": "refused", "peft-nf4": "made", "llmcompressor": "absent"}
+    assert {name: row["state"] for name, row in found["arms"].items()} == {
+        "ours-nf4": "made",
+        "ours-wide": "refused",
+        "peft-nf4": "made",
+        "llmcompressor": "absent",
+    }
     assert "--bits 16" in page and "make bench-peers" in page
 
 
@@ -162,9 +202,9 @@ def test_a_step_that_is_off_is_set_against_all_steps(measured):
     """Would catch an ablation that was made with all steps on (ratio 1), and a step that the page leaves out."""
     found, page, *_ = measured
     rows = found["ablations"]["ours-nf4"]
-    assert rows["lean"]["state"] == "made" and abs(rows["lean"]["ratio"]["value"] - 1) > 1e-4
+    assert rows["lean"]["state"] == "made" and abs(rows["lean"]["ratio"]["value"] - 1) > 1e-4 and rows[""]["ratio"]["value"] == 1
     assert rows[""]["kl_mean"]["value"] == pytest.approx(found["metrics"]["in-domain"]["ours-nf4"]["kl_mean"]["value"], rel=1e-6)
-    assert "| lean |" in page
+    assert "| lean |" in page and "| nothing |" in page
 
 
 def test_every_switch_of_the_solver_has_its_ablation(bench):

@@ -58,7 +58,10 @@ def held_out_kl(case: Case, found: Distilled) -> float:
         student = student_model(case.plan, case.merged, {name: result.weight for name, result in found.solved.items()}, case.dtype)
         for name, value in found.floats.items():
             student.get_parameter(name).copy_(value.to(case.dtype).float())
-        rows = [(teacher(input_ids=ids).logits.double().log_softmax(-1), student(input_ids=ids).logits.double().log_softmax(-1)) for ids in case.calibration.held_out.split(1)]
+        rows = [
+            (teacher(input_ids=ids).logits.double().log_softmax(-1), student(input_ids=ids).logits.double().log_softmax(-1))
+            for ids in case.calibration.held_out.split(1)
+        ]
         return float(torch.stack([(p.exp() * (p - q)).sum(-1).mean() for p, q in rows]).mean())
 
 
@@ -146,7 +149,18 @@ def test_any_number_of_threads_gives_the_same_bytes(case, trained, fmt):
 def test_killed_and_run_again_gives_the_same_bytes(zoo, trained, tmp_path):
     """A state that forgets an optimizer's moment, the batch order or the best so far; or one that a kill leaves half-written. A real process, SIGKILL."""
     work, out = tmp_path / "work", tmp_path / "digest"
-    command = [sys.executable, "-m", "support.polish", zoo.nf4("llama"), zoo.adapter("llama"), zoo.calibration, "gptq", "1", str(work), str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "support.polish",
+        zoo.nf4("llama"),
+        zoo.adapter("llama"),
+        zoo.calibration,
+        "gptq",
+        "1",
+        str(work),
+        str(out),
+    ]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:

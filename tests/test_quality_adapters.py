@@ -206,7 +206,7 @@ def test_what_peft_cannot_keep_separate_is_refused_before_anything_is_loaded(mad
     base, dora = made.lora("dora")
     plain, saved, tokens = (made.lora(name)[1] for name in ("plain", "saved-head", "tokens"))
     ia3, again = made.other("ia3")[1], str(shutil.copytree(dora, tmp_path / "again"))
-    monkeypatch.setattr(arms, "_from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(arms, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     for chosen, words in (
         (several(f"{dora}=0.5"), "cannot weigh"), (several(dora, again), "Two DoRA"), (several(plain, saved), "several adapters active"), (several(plain, tokens), "several adapters active"),
         (several(f"{ia3}=0.5"), "cannot weigh"),

@@ -206,3 +206,27 @@ def test_every_linear_is_solved_and_the_model_answers_better(shop, zoo, key, fmt
     wanted = logits(merged, ids)
     solved, plain = (divergence(wanted, logits(filled(shop, key, fmt, weights), ids)) for weights in (made.weights, nearest))
     assert solved < (0.9 if routed else 0.6) * plain, (solved, plain)
+
+
+def test_gates_stay_float_and_the_plan_says_so(shop):
+    """A gate of a shared expert or of heads packed, where gptqmodel and vLLM look for a float one and leave it at random."""
+    made = shop.output("qwen3_next", "gptq")
+    kept = {"model.layers.0.mlp.shared_expert_gate.weight", "model.layers.0.linear_attn.in_proj_ba.weight"}
+    assert "linears with few outputs stay float" in made.said and not kept & set(made.weights)
+    assert kept <= set(load_file(made.folder / "model.safetensors"))
+
+
+def test_adapted_linear_outside_the_blocks_is_refused_in_nf4(shop, tmp_path):
+    """OPT's projections, which calibration does not reach, rounded to nearest without a word."""
+    found = shop.inputs("opt-projected")
+    adapter = save_moving_adapter(found.floats, tmp_path / "adapter", found.base)
+    answer = run_cli("merge", "--base", found.base, "--adapter", adapter, "--out", tmp_path / "out", "--format", "nf4", "--device", "cpu", "--calibration", shop.zoo.calibration, *CALIBRATED)
+    assert answer.code == 4 and "model.decoder.project_out" in answer.err and not (tmp_path / "out").exists()
+
+
+@FORMATS
+@EVERY
+def test_verify_finds_everything_in_place(shop, cli, key, fmt):
+    """A whole file called incomplete: fused experts that it holds one by one, projections or heads under other names."""
+    answer = cli("verify", shop.output(key, fmt).folder, "--base", shop.inputs(key).base, "--adapter", shop.inputs(key).adapter)
+    assert answer.code == 0, answer.out + answer.err

@@ -155,6 +155,34 @@ def half(model: nn.Module, layer: int, expert: int, x: torch.Tensor) -> torch.Te
     return nn.functional.silu(gate) * up
 
 
+@ROUTED
+def test_sums_are_those_of_the_tokens_that_the_router_sends(shop, tmp_path, monkeypatch, key):
+    """An expert solved on another one's tokens: in a random model that costs too little to show in its errors."""
+    from qmerge.pipeline import streams
+    from qmerge.pipeline.plan import plan
+    from qmerge.pipeline.recipe import Recipe
+    from qmerge.pipeline.run import calibration_for
+
+    sums, inner, found = {}, streams.requantize_group, shop.inputs(key)
+
+    def keep(linears: list, grid: object, train: object, *rest: object) -> list:
+        sums[linears[0].name] = train
+        return inner(linears, grid, train, *rest)
+
+    monkeypatch.setattr(streams, "requantize_group", keep)
+    made = shop._write(key, "gptq", (), None, None)
+    recipe = Recipe(base=found.base, adapter=(found.adapter,), out=str(tmp_path / "o"), group_size=GROUP, calibration=shop.zoo.calibration, samples=24, tokens=64)
+    ids, model, merged = calibration_for(plan(recipe)).train, filled(shop, key, "gptq", made.weights), shop.merged(key)
+    runtime, teacher = arriving(model, ids), arriving(merged, ids)
+    chosen = model.model.layers[0].mlp.gate(runtime)[2]
+    for expert in range(4):
+        rows = (chosen == expert).any(1)
+        for name, x, own in (("gate_proj", runtime[rows], teacher[rows]), ("down_proj", half(model, 0, expert, runtime[rows]), half(merged, 0, expert, teacher[rows]))):
+            train = sums[f"model.layers.0.mlp.experts.{expert}.{name}.weight"]
+            assert abs(train.tokens - int(rows.sum())) <= 1  # a tie may fall otherwise in another order of summation
+            assert distance(train.hessian, x.T @ x / len(x)) < 5e-3 and distance(train.drift, (own - x).T @ x / len(x)) < 0.05
+
+
 def test_inputs_are_what_the_experts_compute(shop, zoo):
     """Inputs captured of another expert, in another order, or before the activation."""
     merged = copy.deepcopy(shop.merged("mixtral"))

@@ -1,7 +1,7 @@
 """What is a quantized weight when some codes may go to a neighbour and scales may move, and how does its loss pull at both?
 
-The idea of AutoRound (Cheng et al., 2023): a bounded offset per weight, rounded straight-through, and a factor per scale. Here the offset starts from the solver's
-codes: its start says where within its step the target lies, and rounds to no change at all.
+The idea of AutoRound (Cheng et al., 2023): a bounded offset per weight, rounded straight-through, and a factor per scale. Here the offset is from the solver's
+codes and starts at 0. Where within its step the target lies would be no better start: error feedback and descent have moved codes away from it for good reasons.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from qmerge.types import QuantizedWeight
 
 BOUND = 1.0
 """offsets lie in -1 … 1: a code moves to a neighbour at most"""
-LEAN = 0.45
-"""the largest offset to start from; at 0.5 a code would move"""
 
 
 @dataclass
@@ -62,13 +60,14 @@ class Offsets:
 
     def build(self) -> QuantizedWeight:
         """The stored weight."""
-        scaled, places = self.held.build(self.scales()), self.moved()
-        codes = places if self.zeros is not None else nf4.sorted_levels(self.held.quantized.state.code)[1].long()[places]
-        return replace(scaled, codes=codes.to(torch.uint8))
+        held, places = self.held.quantized, self.moved()
+        codes = places if self.zeros is not None else nf4.sorted_levels(held.state.code)[1].long()[places]
+        codes = torch.where(places == self.places, held.codes, codes.to(torch.uint8))  # FP4 has two codes for zero
+        return replace(self.held.build(self.scales()), codes=codes)
 
 
-def offsets(held: StoredScales, target: torch.Tensor) -> Offsets:
-    """Of a solved linear; ``target`` fp32 ``[out, in]`` is what the solver rounded, from which each code leans one way or the other."""
+def offsets(held: StoredScales) -> Offsets:
+    """Of a solved linear, at the solver's codes and scales."""
     quantized = held.quantized
     if quantized.state is None:
         places, zeros = quantized.codes.long(), quantized.zeros.float().repeat_interleave(held.size, dim=1)
@@ -76,15 +75,4 @@ def offsets(held: StoredScales, target: torch.Tensor) -> Offsets:
     else:
         levels, zeros = nf4.sorted_levels(quantized.state.code)[0], None
         places = nf4.sorted_positions(quantized.codes, quantized.state.code).long()
-    found = Offsets(held, places, levels, zeros, torch.zeros(places.shape), torch.zeros_like(held.start))
-    scale = found._spread(held.start)
-    wanted = target / torch.where(scale == 0, torch.ones_like(scale), scale)
-    found.offset = (_position(wanted if zeros is None else wanted + zeros, levels) - places).mul_(2 * LEAN).clamp_(-LEAN, LEAN)
-    return found
-
-
-def _position(value: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Where ``value`` lies among sorted ``levels``, as a real number: 2.25 is a quarter of the way from level 2 to level 3."""
-    below = (torch.bucketize(value, levels, right=True) - 1).clamp_(0, levels.numel() - 2)
-    low, high = levels[below], levels[below + 1]
-    return below + ((value - low) / (high - low)).clamp_(0, 1)
+    return Offsets(held, places, levels, zeros, torch.zeros(places.shape), torch.zeros_like(held.start))

@@ -36,11 +36,11 @@ PIECE_TOKENS = 512
 class DistillSettings:
     """``lr``: the relative change of a scale that a step makes at most, about; ``norm_lr``: that of norms and biases, relative to their root mean square."""
 
-    steps: int = 120
-    windows: int = 4
+    steps: int = 60
+    windows: int = 8
     """windows of a step"""
-    lr: float = 1.5e-3
-    norm_lr: float = 7e-4
+    lr: float = 1e-3
+    norm_lr: float = 5e-4
     beta1: float = 0.9
     beta2: float = 0.99
     warmup: int = 5
@@ -91,7 +91,10 @@ def distill(
         "steps": state.step, "kept_step": state.best_step, "held_out_kl_before": state.start_kl, "held_out_kl_after": state.best_kl, "unit": "nats/token",
         "seed": settings.seed, "windows": int(train.shape[0]), "held_out_windows": int(calibration.held_out.shape[0]),
     }  # fmt: skip
-    progress(f"distill: held-out KL {state.start_kl:.3e} -> {state.best_kl:.3e} nats/token, {state.step} steps" + (" (resumed)" if resumed else ""))
+    progress(
+        f"distill: held-out KL {state.start_kl:.3e} -> {state.best_kl:.3e} nats/token, {state.step} steps"
+        + (" (resumed)" if resumed else "")
+    )
     return Distilled(kept, floats, record, time.perf_counter() - began)
 
 
@@ -123,7 +126,9 @@ class _Training:
             self.opened.set(state.theta)
             if state.step % settings.check_every == 0 or state.step == settings.steps:
                 state.look(self.held_out_kl())
-                progress(f"distill: step {state.step}/{settings.steps}, KL {loss:.3e} on its windows, best held-out {state.best_kl:.3e} (start {state.start_kl:.3e}) nats/token")
+                progress(
+                    f"distill: step {state.step}/{settings.steps}, KL {loss:.3e} on its windows, best held-out {state.best_kl:.3e} (start {state.start_kl:.3e}) nats/token"
+                )
             if state.step % settings.save_every == 0 or state.step == settings.steps:
                 keeper.save(state)
         return state, resumed
@@ -148,7 +153,9 @@ class _Training:
         with torch.enable_grad():
             logits = self.opened.model(input_ids=ids, use_cache=False).logits
         kl, slope = divergence(aim, logits.detach())
-        gradients = torch.autograd.grad(logits, list(self.opened.parameters.values()), slope.div_(tokens).to(logits.dtype), materialize_grads=True)
+        gradients = torch.autograd.grad(
+            logits, list(self.opened.parameters.values()), slope.div_(tokens).to(logits.dtype), materialize_grads=True
+        )
         return self.opened.reduce(gradients), float(kl.sum()) / tokens
 
     def held_out_kl(self) -> float:
@@ -183,8 +190,12 @@ def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def _results(opened: Opened, theta: torch.Tensor, merged: Merged, solved: dict[str, Solved]) -> tuple[dict[str, Solved], dict[str, torch.Tensor]]:
-    kept = dict(zip(solved, in_parallel(lambda name: _kept(opened, name, theta, merged, solved[name]), list(solved), merged.device), strict=True))
+def _results(
+    opened: Opened, theta: torch.Tensor, merged: Merged, solved: dict[str, Solved]
+) -> tuple[dict[str, Solved], dict[str, torch.Tensor]]:
+    kept = dict(
+        zip(solved, in_parallel(lambda name: _kept(opened, name, theta, merged, solved[name]), list(solved), merged.device), strict=True)
+    )
     floats = {}
     for name, (start, _) in opened.floats.items():
         value = opened.value(name, theta)
@@ -203,4 +214,11 @@ def _kept(opened: Opened, name: str, theta: torch.Tensor, merged: Merged, before
     weight, wanted, delta = part.weight(scales).to(merged.device), merged.weight(name), merged.delta(name)
     survival = delta_survival(weight, wanted - delta, delta) if delta is not None else None
     fit = weight_fit(weight, wanted)
-    return replace(before, quantized=part.build(scales), weight=weight, distance=fit[0], slope=fit[1], survival=survival if survival == survival else None)
+    return replace(
+        before,
+        quantized=part.build(scales),
+        weight=weight,
+        distance=fit[0],
+        slope=fit[1],
+        survival=survival if survival == survival else None,
+    )

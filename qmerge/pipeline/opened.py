@@ -30,14 +30,18 @@ class Opened:
         held = dict(self.model.named_parameters())
         self.regions = {routed.name: (routed.parameter, routed.region) for routed in plan.routed if routed.name in solved}
         """where a routed expert's weight lies: the fused parameter and its part of it"""
-        self.scales: dict[str, StoredScales] = {name: stored_scales(result.quantized, model_dtype) for name, result in solved.items() if name in held or name in self.regions}
+        self.scales: dict[str, StoredScales] = {
+            name: stored_scales(result.quantized, model_dtype) for name, result in solved.items() if name in held or name in self.regions
+        }
         self.turned = {name for name in self.scales if plan.skeleton.linears.get(name)}
         self.floats: dict[str, tuple[torch.Tensor, float]] = {}
         """vectors that stay float: their start and their root mean square"""
         for name, parameter in held.items():
             if parameter.dim() == 1 and name not in self.scales and name in merged.pieces.table and bool(parameter.any()):
                 self.floats[name] = (parameter.detach().clone(), float(parameter.double().square().mean().sqrt()))
-        sizes = {name: part.start.numel() for name, part in self.scales.items()} | {name: start.numel() for name, (start, _) in self.floats.items()}
+        sizes = {name: part.start.numel() for name, part in self.scales.items()} | {
+            name: start.numel() for name, (start, _) in self.floats.items()
+        }
         ends = torch.tensor(list(sizes.values())).cumsum(0).tolist()
         self.spans = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
         self.size, self.scale_count = sum(sizes.values()), sum(part.start.numel() for part in self.scales.values())

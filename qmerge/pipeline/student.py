@@ -51,7 +51,8 @@ class Teacher:
                 _fill(self.model, name, plan, merged, None)
         _tie(self.model, skeleton.output_embedding, merged)
         _move_buffers(self.model, merged.device)
-        hidden, calls = record_calls(self.model, skeleton.blocks_name, batches)
+        # one thread per operation, here as in the blocks: the bits must not depend on the thread count
+        hidden, calls = in_parallel(lambda ids: record_calls(self.model, skeleton.blocks_name, ids), [batches], merged.device)[0]
         as_tuple = False
         for index, empty in enumerate(skeleton.blocks):
             hidden, as_tuple = self._pass(plan, merged, index, empty, hidden, [call[index] for call in calls])
@@ -59,10 +60,16 @@ class Teacher:
         self._given = threading.local()
         blocks = self.model.get_submodule(skeleton.blocks_name)
         parent, _, leaf = skeleton.blocks_name.rpartition(".")
-        setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(_Given(block, self._given, as_tuple, block is blocks[-1]) for block in blocks))
+        setattr(
+            self.model.get_submodule(parent),
+            leaf,
+            nn.ModuleList(_Given(block, self._given, as_tuple, block is blocks[-1]) for block in blocks),
+        )
 
     @staticmethod
-    def _pass(plan: MergePlan, merged: Merged, index: int, empty: nn.Module, hidden: list[torch.Tensor], calls: list[Call]) -> tuple[list[torch.Tensor], bool]:
+    def _pass(
+        plan: MergePlan, merged: Merged, index: int, empty: nn.Module, hidden: list[torch.Tensor], calls: list[Call]
+    ) -> tuple[list[torch.Tensor], bool]:
         block, prefix = empty_copy(empty), f"{plan.skeleton.blocks_name}.{index}"
         for name, _ in list(empty.named_parameters()):
             weight = merged.parameter(f"{prefix}.{name}")

@@ -28,15 +28,18 @@ MOST = 4.0
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """``lr``: how far an offset moves per step at first (0.5 moves a code); ``scale_lr``: the relative change of a scale per step; both as root mean squares, and both fall
-    linearly to 0."""
+    """Scales first, alone; then, from the best scales, the codes too. ``lr``: how far an offset moves per step at first (0.5 moves a code); ``scale_lr``: the relative
+    change of a scale per step; both as root mean squares, and both fall linearly to 0 in either part."""
 
-    steps: int = 40
-    tokens: int = 2048
+    scale_steps: int = 12
+    code_steps: int = 12
+    tokens: int = 4096
     """of a step, about"""
-    lr: float = 0.01
-    scale_lr: float = 2e-4
-    check_every: int = 10
+    lr: float = 0.025
+    scale_lr: float = 1e-3
+    check_every: int = 4
+    patience: int = 2
+    """looks at the held-out windows without a lower error after which a part ends"""
     seed: int = 0
 
 
@@ -68,15 +71,21 @@ def tune_block(
 ) -> Tuned:  # fmt: skip
     """``block``: the run-time block as solved, in fp32; it is not changed. Keys are module names within it; ``turned``: does the module hold ``[in, out]``?"""
     settings = settings or TuneSettings()
-    work = _Tuning(block, solved, linears, turned, _cut(passages), model_dtype)
+    work = _Tuning(block, solved, turned, _cut(passages), model_dtype)
     best = before = work.held_out()
     kept = work.snapshot()
-    for step in range(settings.steps):
-        work.step(work.drawn(step, settings), 1 - step / settings.steps, settings)
-        if (step + 1) % settings.check_every == 0 or step + 1 == settings.steps:
-            error = work.held_out()
+    for steps, lr in ((settings.scale_steps, 0.0), (settings.code_steps, settings.lr)):
+        work.restore(kept)
+        idle = 0
+        for step in range(steps):
+            work.step(work.drawn(step, settings), 1 - step / steps, lr, settings.scale_lr)
+            if (step + 1) % settings.check_every and step + 1 < steps:
+                continue
+            error, idle = work.held_out(), idle + 1
             if error < best:  # NaN is never below
-                best, kept = error, work.snapshot()
+                best, kept, idle = error, work.snapshot(), 0
+            if idle == settings.patience:
+                break
     work.restore(kept)
     found = {name: work.result(name, solved[name], linears[name]) for name in solved}
     moved = sum(int((found[name].quantized.codes != solved[name].quantized.codes).sum()) for name in solved)
@@ -110,14 +119,19 @@ class _Tuning:
     """A block with its linears' offsets opened."""
 
     def __init__(
-        self, block: nn.Module, solved: Mapping[str, Solved], linears: Mapping[str, Linear], turned: Mapping[str, bool], pieces: list[Passage], model_dtype: torch.dtype
+        self,
+        block: nn.Module,
+        solved: Mapping[str, Solved],
+        turned: Mapping[str, bool],
+        pieces: list[Passage],
+        model_dtype: torch.dtype,
     ) -> None:
         self.block, self.turned = empty_copy(block), turned
         self.train, self.seen = [piece for piece in pieces if not piece.held_out], [piece for piece in pieces if piece.held_out]
         self.device = pieces[0].runtime.device
         self.cpu = torch.device("cpu")
         names = list(solved)
-        opened = in_parallel(lambda name: offsets(stored_scales(solved[name].quantized, model_dtype), linears[name].merged.cpu()), names, self.cpu)
+        opened = in_parallel(lambda name: offsets(stored_scales(solved[name].quantized, model_dtype)), names, self.cpu)
         self.opened: dict[str, Offsets] = dict(zip(names, opened, strict=True))
         self.power = sum(float(piece.teacher.square().sum(dtype=torch.float64)) for piece in self.seen)
         self._set()
@@ -137,23 +151,26 @@ class _Tuning:
             found.append(self.train[int(order[place % count])])
         return found
 
-    def step(self, pieces: list[Passage], share: float, settings: TuneSettings) -> None:
+    def step(self, pieces: list[Passage], share: float, lr: float, scale_lr: float) -> None:
+        """One step on some pieces, at a share of the rates."""
         parts = in_parallel(self._gradients, pieces, self.device)
         pairs = list(zip(self.opened.items(), zip(*parts, strict=True), strict=True))
-        in_parallel(lambda pair: _move(pair[0][1], pair[1], self.turned[pair[0][0]], share, settings), pairs, self.cpu)
+        in_parallel(lambda pair: _move(pair[0][1], pair[1], self.turned[pair[0][0]], share * lr, share * scale_lr), pairs, self.cpu)
         self._set()
 
     def _gradients(self, piece: Passage) -> tuple[torch.Tensor, ...]:
         with torch.enable_grad():
             loss = (self._out(piece) - piece.teacher).square().sum()
-        return torch.autograd.grad(loss, self.parameters)
+        return torch.autograd.grad(loss, self.parameters, materialize_grads=True)
 
     def _out(self, piece: Passage) -> torch.Tensor:
         out = self.block(piece.runtime, *piece.call.args, **piece.call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def held_out(self) -> float:
-        errors = in_parallel(lambda piece: float((self._out(piece) - piece.teacher).square().sum(dtype=torch.float64)), self.seen, self.device)
+        errors = in_parallel(
+            lambda piece: float((self._out(piece) - piece.teacher).square().sum(dtype=torch.float64)), self.seen, self.device
+        )
         return sum(errors) / max(self.power, 1e-300)
 
     def snapshot(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -161,7 +178,8 @@ class _Tuning:
 
     def restore(self, kept: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         for name, (offset, theta) in kept.items():
-            self.opened[name].offset, self.opened[name].theta = offset, theta
+            self.opened[name].offset, self.opened[name].theta = offset.clone(), theta.clone()
+        self._set()
 
     def result(self, name: str, before: Solved, linear: Linear) -> Solved:
         part = self.opened[name]
@@ -171,17 +189,24 @@ class _Tuning:
         delta = linear.delta
         survival = delta_survival(weight, linear.merged - delta, delta) if delta is not None else None
         fit = weight_fit(weight, linear.merged)
-        return replace(before, quantized=part.build(), weight=weight, distance=fit[0], slope=fit[1], survival=survival if survival == survival else None)
+        return replace(
+            before,
+            quantized=part.build(),
+            weight=weight,
+            distance=fit[0],
+            slope=fit[1],
+            survival=survival if survival == survival else None,
+        )
 
 
-def _move(part: Offsets, gradients: tuple[torch.Tensor, ...], turned: bool, share: float, settings: TuneSettings) -> None:
+def _move(part: Offsets, gradients: tuple[torch.Tensor, ...], turned: bool, lr: float, scale_lr: float) -> None:
     total = gradients[0].clone()
     for gradient in gradients[1:]:
         total += gradient
     total = total.cpu()
     by_offset, by_theta = part.pulls(total.T.contiguous() if turned else total)
-    part.offset.sub_(_step(by_offset).mul_(share * settings.lr)).clamp_(-BOUND, BOUND)
-    part.theta.sub_(_step(by_theta).mul_(share * settings.scale_lr))
+    part.offset.sub_(_step(by_offset).mul_(lr)).clamp_(-BOUND, BOUND)
+    part.theta.sub_(_step(by_theta).mul_(scale_lr))
 
 
 def _step(gradient: torch.Tensor) -> torch.Tensor:

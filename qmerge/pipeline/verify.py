@@ -19,6 +19,7 @@ from qmerge.formats import dense, registry
 from qmerge.formats.base import Nf4Recipe
 from qmerge.numerics.distances import weight_fit
 from qmerge.pipeline.calibrate import load_tokenizer
+from qmerge.pipeline.experts_names import held_one_by_one
 from qmerge.pipeline.merge import Merged, stretches
 from qmerge.pipeline.plan import MergePlan, read_inputs
 from qmerge.pipeline.recipe import Recipe
@@ -148,12 +149,13 @@ def _finite(checkpoint: Checkpoint, name: str) -> bool:
 def _missing(skeleton: Skeleton, held: set[str], checkpoint: Checkpoint) -> list[str]:
     """Parameters of the class that no tensor of the file feeds, under whatever name transformers reads it."""
     tied = skeleton.tied_names
-    absent = sorted({name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)} - held - tied)
-    if not absent or Written(checkpoint).linears:
-        return absent
+    absent = {name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)} - held - tied
+    absent -= held_one_by_one(skeleton, held) if absent else set()
+    if not absent:
+        return []
     from qmerge.adapters.names import relate
 
-    return sorted(set(relate(skeleton.model, {name: spec.shape for name, spec in checkpoint.specs.items()}).missing) & set(absent))
+    return sorted(set(relate(skeleton.model, {name: spec.shape for name, spec in checkpoint.specs.items()}).missing) & absent)
 
 
 def _inputs(manifest: dict[str, Any], checkpoint: Checkpoint, again: MergePlan) -> list[Check]:

@@ -34,8 +34,16 @@ class Case(NamedTuple):
 
 def solve(base: str, adapter: str, calibration: str, fmt: str, **recipe: Any) -> Case:
     """Codes from round to nearest: they leave more to gain than the solver's, and are quickly there."""
-    job = plan(Recipe(base=base, adapter=(adapter,), calibration=calibration, format=fmt, samples=28, tokens=64, device="cpu", out="unused", **recipe))
-    merged, dtype, like = Merged(job.base, job.pieces, job.adapters, torch.device("cpu")), outputs.model_dtype(job), outputs.nf4_template(job)
+    job = plan(
+        Recipe(
+            base=base, adapter=(adapter,), calibration=calibration, format=fmt, samples=28, tokens=64, device="cpu", out="unused", **recipe
+        )
+    )
+    merged, dtype, like = (
+        Merged(job.base, job.pieces, job.adapters, torch.device("cpu")),
+        outputs.model_dtype(job),
+        outputs.nf4_template(job),
+    )
     with torch.no_grad():
         linears = [Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)) for name in job.requantized]
         solved = {linear.name: round_to_nearest(linear, job.recipe.grid, dtype, like) for linear in linears}

@@ -43,11 +43,6 @@ class ElementGrid:
         """The grid of some of the weight's rows."""
         return ElementGrid(self.scale[:, rows], None if self.zero is None else self.zero[:, rows], self.top, self.levels)
 
-    def stacked(self, copies: int) -> ElementGrid:
-        """The same grid for ``copies`` weights that are solved side by side."""
-        zero = None if self.zero is None else self.zero.repeat(1, copies)
-        return ElementGrid(self.scale.repeat(1, copies), zero, self.top, self.levels)
-
 
 def joined(grids: list[ElementGrid]) -> ElementGrid:
     """One grid for several weights that are solved side by side, row under row."""

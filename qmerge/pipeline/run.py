@@ -20,7 +20,7 @@ from qmerge.pipeline import outputs
 from qmerge.pipeline.budget import Division, choose_grids
 from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokenizer
 from qmerge.pipeline.dense import DenseJob, write_dense
-from qmerge.pipeline.distill import distill
+from qmerge.pipeline.distill import DistillSettings, distill
 from qmerge.pipeline.experts import Traffic, few_tokens
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
@@ -195,7 +195,7 @@ def tensors(
     trained: dict[str, torch.Tensor] = {}
     if distilling:
         everything = dict(solved)
-        found = distill(plan, merged, calibration, everything, outputs.model_dtype(plan), workdir=polish_folder(Path(plan.recipe.out)), progress=progress)
+        found = distill(plan, merged, calibration, everything, outputs.model_dtype(plan), DistillSettings(seed=plan.recipe.seed), workdir=polish_folder(Path(plan.recipe.out)), progress=progress)
         work.distilled, trained = found.record | {"floats": sorted(found.floats)}, found.floats
         solved = iter(found.solved.items())
     for name in merged.names:

@@ -1,7 +1,9 @@
 """Is the adapter's effect that rounding loses seen, and given back?"""
 
+import pytest
 import torch
 
+from qmerge.errors import CheckFailed
 from qmerge.numerics import gptq, nf4
 from qmerge.numerics.hessian import Statistics
 from qmerge.numerics.polish import descend, lean
@@ -61,6 +63,15 @@ def test_requantizing_on_the_nf4_grid_gives_the_lean_back():
 
     assert lost(plain.weight) < -0.05, "this case no longer shows the lean; choose another"
     assert abs(lost(given_back.weight)) < 0.3 * abs(lost(plain.weight))
+
+
+def test_no_finite_candidate_is_an_error():
+    """Held-out sums that overflowed decide nothing: the first grid taken without damping and without a word."""
+    base, delta, stored, mix = _linear()
+    train, held_out = _statistics(mix, 400, 1), _statistics(mix, 100, 2)
+    held_out._hessian.fill_(float("nan"))
+    with pytest.raises(CheckFailed, match="held-out"):
+        requantize_group([Linear("w", base + delta, stored, delta)], Grid("nf4", 4, 64, True, False), train, held_out, torch.float32)
 
 
 def test_descent_never_raises_the_objective_that_it_is_given():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qmerge.device import in_parallel
+from qmerge.errors import CheckFailed
 from qmerge.numerics import gptq
 from qmerge.numerics.distances import weight_fit
 from qmerge.numerics.grids import Search
@@ -113,6 +114,8 @@ def requantize_group(
     shifts = _shifts(known, steps)
     trials = [(damp, [(job, number, shifts[0]) for job in jobs for number in range(len(job.options))]) for damp in known.damps]
     _settle(in_parallel(lambda trial: _try(*trial, known), trials, device))
+    if lost := next((job.linear.name for job in jobs if job.value == float("inf")), None):
+        raise CheckFailed("no candidate has a finite error on the held-out tokens", where=lost, fix="check the base and the adapter for NaN or overflow")
     if len(shifts) > 1:
         damps = sorted({job.choice[0] for job in jobs})
         others = [(damp, [(job, job.choice[1], shift) for job in jobs if job.choice[0] == damp for shift in shifts[1:]]) for damp in damps]

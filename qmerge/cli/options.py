@@ -45,6 +45,7 @@ merge_options = stack(
     click.option("--generic-share", type=float, help="Share of calibration windows from --generic (0.25)."),
     click.option("--samples", type=int, help="Calibration windows (128)."),
     click.option("--tokens", type=int, help="Tokens per calibration window (2048, capped by the model's context)."),
+    click.option("--curvature-tokens", type=int, metavar="N", help="Calibration tokens that gradients are taken on, to learn which errors of a linear's outputs cancel (8192); 0: none, quicker and worse."),
     click.option("--seed", type=int, help="Seed for drawing calibration windows (0)."),
     click.option("--rtn", is_flag=True, default=None, help="Round to nearest without calibration. Can erase a small adapter."),
     click.option("--on", type=click.Choice(["dequantized", "original"]), help="Merge into the dequantized NF4 base (default) or into the float one."),

@@ -154,3 +154,103 @@ def best_book(groups, cost, scales, levels, bounds):  # noqa: ANN001, ANN201
                 least = total
                 found[i] = trial
     return found
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def round_tile_int(work, target, scale, zero, top, upper, inverse, feed, codes, errors, misses):  # noqa: ANN001, ANN201
+    """`round_block_int` for rows that count together. ``target`` is ``work`` before any column's error came in; what row r misses of it, as moved by the rows
+    before r, comes off row k's by ``feed[r, k]`` ``[rows, rows]`` and goes into ``misses`` ``[columns, rows]``.
+    """
+    columns, rows = work.shape
+    shift = np.empty(rows, np.float32)
+    for j in range(columns):
+        shift[:] = 0
+        for r in range(rows):
+            wanted, z = work[j, r] - shift[r], zero[j, r]
+            c = np.rint(wanted / scale[j, r]) + z
+            c = min(max(c, np.float32(0)), top)
+            codes[j, r] = np.uint8(c)
+            value = (c - z) * scale[j, r]
+            errors[j, r] = (wanted - value) * inverse[j]
+            miss = target[j, r] - shift[r] - value
+            misses[j, r] = miss
+            for k in range(r + 1, rows):
+                shift[k] += feed[r, k] * miss
+        for k in range(j + 1, columns):
+            u = upper[j, k]
+            for r in range(rows):
+                work[k, r] -= errors[j, r] * u
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def round_tile_book(work, target, scale, levels, bounds, upper, inverse, feed, codes, errors, misses):  # noqa: ANN001, ANN201
+    """`round_tile_int` for a code book with sorted ``levels`` and the midpoints ``bounds``."""
+    columns, rows = work.shape
+    shift = np.empty(rows, np.float32)
+    for j in range(columns):
+        shift[:] = 0
+        for r in range(rows):
+            wanted = work[j, r] - shift[r]
+            scaled = wanted / scale[j, r]
+            found = 0
+            for bound in bounds:
+                found += np.int32(scaled > bound)
+            codes[j, r] = np.uint8(found)
+            value = levels[found] * scale[j, r]
+            errors[j, r] = (wanted - value) * inverse[j]
+            miss = target[j, r] - shift[r] - value
+            misses[j, r] = miss
+            for k in range(r + 1, rows):
+                shift[k] += feed[r, k] * miss
+        for k in range(j + 1, columns):
+            u = upper[j, k]
+            for r in range(rows):
+                work[k, r] -= errors[j, r] * u
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+def descend_tile(codes, current, pull, base, share, matrix, steps, order, scale, zero, top, levels, bounds):  # noqa: ANN001, ANN201
+    """`descend_rows` for rows that count together, one after the other, each swept three times.
+
+    ``pull`` = E M of the rows (changed), ``base`` what rows outside pull with, ``share`` ``[rows, rows]`` = G / diag(G). Returns the number of codes moved.
+    """
+    rows, columns = codes.shape
+    integers = levels.shape[0] == 0
+    moved = 0
+    gradient = np.empty(columns, np.float32)
+    for r in range(rows):
+        for k in range(columns):
+            gradient[k] = base[r, k]
+        for q in range(rows):
+            weight = share[r, q]
+            for k in range(columns):
+                gradient[k] += weight * pull[q, k]
+        for _ in range(3):
+            before = moved
+            for place in range(columns):
+                j = order[place]
+                s = scale[r, j]
+                wanted = (current[r, j] - gradient[j] * steps[j]) / s
+                if integers:
+                    z = zero[r, j]
+                    c = min(max(np.rint(wanted) + z, np.float32(0)), top)
+                    code = np.uint8(c)
+                    value = (c - z) * s
+                else:
+                    found = 0
+                    for bound in bounds:
+                        found += np.int32(wanted > bound)
+                    code = np.uint8(found)
+                    value = levels[found] * s
+                if code != codes[r, j]:
+                    change = value - current[r, j]
+                    codes[r, j] = code
+                    current[r, j] = value
+                    moved += 1
+                    for k in range(columns):
+                        step = change * matrix[j, k]
+                        gradient[k] += step
+                        pull[r, k] += step
+            if moved == before:
+                break
+    return moved

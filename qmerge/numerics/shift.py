@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from qmerge.numerics.coupled import Coupling
 from qmerge.numerics.hessian import Factor, Statistics
 
 
@@ -35,25 +36,35 @@ def aim(weight: torch.Tensor, found: tuple[torch.Tensor | None, torch.Tensor | N
 class Judge:
     """Mean squared output error of candidates of one linear on held-out tokens, up to a constant that all share; lower is better.
 
-    With E = Q - W it is ``tr(E H Eᵀ) - 2 tr((W D + R) Eᵀ)``, the expansion of ``E‖(W x̃ + r) - Q x‖²`` without its large constant terms.
+    With E = Q - W it is ``tr(E H Eᵀ) - 2 tr((W D + R) Eᵀ)``, the expansion of ``E‖(W x̃ + r) - Q x‖²`` without its large constant terms; where the rows count together
+    by G, ``tr(G E H Eᵀ) - 2 tr(G (W D + R) Eᵀ)``.
     """
 
-    def __init__(self, weight: torch.Tensor, held_out: Statistics, hessian: torch.Tensor | None = None, drift: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, held_out: Statistics, hessian: torch.Tensor | None = None, drift: torch.Tensor | None = None, coupling: Coupling | None = None
+    ) -> None:
         self.weight = weight
         self.hessian = held_out.hessian if hessian is None else hessian
         self._aim = weight @ (held_out.drift if drift is None else drift)
         if held_out.residual is not None:
             self._aim = self._aim + held_out.residual
+        self._coupling = coupling
+        self._each: torch.Tensor | None = None
 
     def __call__(self, candidate: torch.Tensor) -> float:
         """``candidate`` fp32 ``[out, in]``."""
         error = candidate - self.weight
-        return float((error * ((error @ self.hessian).sub_(self._aim, alpha=2))).sum(dtype=torch.float64))
+        gap = (error @ self.hessian).sub_(self._aim, alpha=2)
+        weighed = error if self._coupling is None else self._coupling.weigh(error)
+        if self._each is not None:
+            weighed = weighed * self._each
+        return float((weighed * gap).sum(dtype=torch.float64))
 
     def some(self, rows: slice) -> Judge:
-        """The judge of some rows of the linear."""
+        """The judge of some rows of the linear, each weighted by its own curvature only."""
         part = object.__new__(Judge)
-        part.weight, part.hessian, part._aim = self.weight[rows], self.hessian, self._aim[rows]
+        part.weight, part.hessian, part._aim, part._coupling = self.weight[rows], self.hessian, self._aim[rows], None
+        part._each = None if self._coupling is None else self._coupling.diagonal[rows].unsqueeze(1)
         return part
 
 

@@ -107,6 +107,17 @@ def _share(call: Call, first: Call | None) -> Call:
     return Call(same(call.args, first.args), {key: same(value, first.kwargs.get(key)) for key, value in call.kwargs.items()})
 
 
+def first_row(call: Call, windows: int) -> Call:
+    """The call for the first window of a batch only."""
+
+    def cut(value: object) -> object:
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == windows and windows > 1:
+            return value[:1]
+        return tuple(cut(item) for item in value) if isinstance(value, tuple) else value
+
+    return Call(cut(call.args), {key: cut(value) for key, value in call.kwargs.items()})
+
+
 def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     """The block's output hidden states ``[windows, T, hidden]``."""
     with torch.no_grad():

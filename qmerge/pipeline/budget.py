@@ -14,6 +14,7 @@ import torch
 
 from qmerge.errors import Refused
 from qmerge.formats import BITS, GROUP_SIZES, registry
+from qmerge.numerics.curvature import Curvature
 from qmerge.pipeline.budget_loss import sensitivities
 from qmerge.pipeline.budget_split import allocate, cheapest
 from qmerge.pipeline.calibrate import Calibration
@@ -43,19 +44,20 @@ class Division:
 
 
 def choose_grids(
-    plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, progress: Callable[[str], None]
+    plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, progress: Callable[[str], None],
+    curvatures: dict[str, Curvature] | None = None,
 ) -> Division:
     """Spend the recipe's ``bits_per_weight``: stored bits of the weights in ``plan.requantized``, scales counted in.
 
     Routed experts keep the recipe's grid, one for all as engines want it, and their bytes count. Raises `Refused` for a budget that the smallest grids exceed (before anything is
-    measured), and for one that leaves nothing to quantize.
+    measured), and for one that leaves nothing to quantize. ``curvatures`` fills with what the gradients also told, unless the recipe wants none.
     """
     routed = {weight.name for weight in plan.routed}
     fixed = sum(_stored(plan, merged, (name,), plan.recipe.grid, model_dtype) for name in routed)
     values = sum(prod(plan.pieces.table[name].shape) for name in plan.requantized)
     budget = int(plan.recipe.bits_per_weight * values / 8)
     _check_enough(plan, merged, model_dtype, [name for name in plan.requantized if name not in routed], fixed, budget, values)
-    losses = sensitivities(plan, merged, calibration, model_dtype, lambda names: candidates(plan, names), progress)
+    losses = sensitivities(plan, merged, calibration, model_dtype, lambda names: candidates(plan, names), progress, curvatures if plan.recipe.curvature_tokens else None)
     sizes = {names: {grid: _stored(plan, merged, names, grid, model_dtype) for grid in options} for names, options in losses.items()}
     chosen = allocate(losses, sizes, budget - fixed)
     if not routed and all(grid is None for grid in chosen.values()):

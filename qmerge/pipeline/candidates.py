@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qmerge.numerics import gptq, grids, nf4
+from qmerge.numerics.curvature import Curvature
 from qmerge.numerics.gptq import ElementGrid
 from qmerge.numerics.grids import Search
 from qmerge.numerics.maxima import maxima_of
@@ -19,12 +20,14 @@ FULL_RANGE = (1.0,)
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear to requantize. ``merged`` fp32 ``[out, in]``; ``base`` is its 4-bit form before the merge, where it had one; ``delta`` what the adapter added."""
+    """One linear to requantize. ``merged`` fp32 ``[out, in]``; ``base`` is its 4-bit form before the merge, where it had one; ``delta`` what the adapter added;
+    ``curvature`` how errors of its rows count together, where that was measured."""
 
     name: str
     merged: torch.Tensor
     base: QuantizedWeight | None
     delta: torch.Tensor | None = None
+    curvature: Curvature | None = None
 
 
 @dataclass(frozen=True)

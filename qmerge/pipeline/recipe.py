@@ -31,7 +31,8 @@ class Recipe:
     """A merge job. Paths are folders or hub ids; ``tokens`` is the length of a calibration window.
 
     ``bits``, ``group_size`` and ``symmetric`` are those of int formats; ``block_size`` and ``double_quant`` those of nf4 and fp4, None for what the base has
-    (64 and double where it has none). ``bits_per_weight`` is a budget for stored bits, spent where the measured loss says so.
+    (64 and double where it has none). ``bits_per_weight`` is a budget for stored bits, spent where the measured loss says so. ``curvature_tokens``: calibration tokens, about, that
+    tell how errors of a linear's outputs count together; 0: they count one by one.
     """
 
     base: str = ""
@@ -53,6 +54,7 @@ class Recipe:
     generic_share: float = 0.25
     samples: int = 128
     tokens: int = 2048
+    curvature_tokens: int = 8192
     seed: int = 0
     rtn: bool = False
     on: str = "dequantized"
@@ -93,7 +95,7 @@ class Recipe:
         """The fields that decide the result: no paths, no device."""
         quantizing = {"bits", "group_size", "symmetric", "bits_per_weight"} if self.format in BITS else {"block_size", "double_quant"} if self.format in BLOCK_SIZES else set()
         quantizing |= {"quantize_head"} if self.quantize_head else set()
-        calibrated = {"template", "generic_share", "samples", "tokens", "seed", "polish", "low_traffic"} if self.format in QUANTIZING and not self.rtn else set()
+        calibrated = {"template", "generic_share", "samples", "tokens", "curvature_tokens", "seed", "polish", "low_traffic"} if self.format in QUANTIZING and not self.rtn else set()
         combined = {"combine", "density", "combine_rank", "seed"} if self.combine != SUM else set()
         wanted = {"format", "on", "nf4_recipe", "rtn", "residual_base"} | quantizing | calibrated | combined
         row = {field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value for field in fields(self) if field.name in wanted}
@@ -197,6 +199,8 @@ def _check_values(recipe: Recipe, faults: list[str]) -> None:
         faults.append(f"--samples {recipe.samples}: expected at least 2 (some are held out to choose with)")
     if recipe.tokens < 2:
         faults.append(f"--tokens {recipe.tokens}: expected at least 2")
+    if recipe.curvature_tokens < 0:
+        faults.append(f"--curvature-tokens {recipe.curvature_tokens}: expected at least 0 (none)")
     _check_adapters(recipe, faults)
     if recipe.rtn and recipe.calibration:
         faults.append("--rtn uses no calibration text, and --calibration was given: leave one of them out")

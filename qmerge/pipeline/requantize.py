@@ -13,7 +13,8 @@ import torch
 
 from qmerge.device import in_parallel
 from qmerge.errors import CheckFailed
-from qmerge.numerics import gptq
+from qmerge.numerics import coupled, gptq
+from qmerge.numerics.coupled import Coupling
 from qmerge.numerics.distances import weight_fit
 from qmerge.numerics.grids import Search
 from qmerge.numerics.hessian import Factor, Statistics, factor
@@ -26,8 +27,7 @@ from qmerge.types import Grid, QuantizedWeight, QuantState
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 USUAL_DAMP = 0.01
 SHIFTS = (0.0, 0.5, 1.0)
-LEAN_ROUNDS = 5
-REFITS = 2
+LEAN_ROUNDS = 3
 TRIAL_ROWS = 128
 """rows of a linear, about, on which damping, grid and shifts are chosen: rows are solved one by one, so these speak for the rest"""
 FACTOR_BYTES = 2**30
@@ -54,6 +54,8 @@ class Steps:
     """NF4: the base's own maxima, and its codes where nothing changed, are candidates"""
     descent: bool = True
     refit: bool = True
+    coupled: bool = True
+    """errors of a linear's rows count together, as the loss's curvature says (where it was measured)"""
     lean: bool = True
     """what is left of the adapter's effect is given back"""
 
@@ -67,10 +69,11 @@ class Choice:
     residual_shift: float
     scales: str
     polished: bool
+    coupled: bool
     held_out: float
 
     def to_json(self) -> dict[str, Any]:
-        return {"damp": self.damp, "own_shift": self.own_shift, "residual_shift": self.residual_shift, "scales": self.scales, "polished": self.polished}
+        return {"damp": self.damp, "own_shift": self.own_shift, "residual_shift": self.residual_shift, "scales": self.scales, "polished": self.polished, "coupled": self.coupled}
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def requantize_group(
     device = known.hessian.device
     importance = torch.diagonal(known.hessian) if steps.weighted_scales else torch.ones_like(torch.diagonal(known.hessian))
     search = Search(() if steps.scale_search else FULL_RANGE, steps.signed_scales)
-    jobs = in_parallel(lambda linear: _Job(linear, options(linear, grid, importance, model_dtype, nf4_like, search, steps.keep_base), known), linears, device)
+    jobs = in_parallel(lambda linear: _Job(linear, options(linear, grid, importance, model_dtype, nf4_like, search, steps.keep_base), known, steps), linears, device)
     shifts = _shifts(known, steps)
     trials = [(damp, [(job, number, shifts[0]) for job in jobs for number in range(len(job.options))]) for damp in known.damps]
     _settle(in_parallel(lambda trial: _try(*trial, known), trials, device))
@@ -152,9 +155,10 @@ class _Known:
 class _Job:
     """A linear on its way: the grids it may be solved on, its judge, and what has been chosen so far."""
 
-    def __init__(self, linear: Linear, found: list[Option], known: _Known) -> None:
+    def __init__(self, linear: Linear, found: list[Option], known: _Known, steps: Steps) -> None:
         self.linear, self.options = linear, found
-        self.judge = Judge(linear.merged, known.held_out, known.seen, known.seen_drift)
+        self.coupling = Coupling(linear.curvature, linear.merged.device) if linear.curvature is not None and steps.coupled else None
+        self.judge = Judge(linear.merged, known.held_out, known.seen, known.seen_drift, self.coupling)
         self.rows = slice(None, None, max(1, linear.merged.shape[0] // TRIAL_ROWS))
         self.some = self.judge.some(self.rows)
         self.value = float("inf")
@@ -206,25 +210,27 @@ class _Best:
 
 
 def _solve(job: _Job, known: _Known, blocks: int, steps: Steps) -> Solved:
-    """All rows with what was chosen; then coordinate descent on scales and codes, the target moved against the lean of what is left, and the descent again.
+    """All rows with what was chosen; then scales refitted and codes swept by coordinate descent, the target moved against the lean of what is left, and the descent again.
 
     Each result is kept only where the held-out objective falls, the lean counted once for every block that it adds up over. Block maxima of code books are
     not refitted: that lowered KL and cost retention on a small adapter, and lowered neither on a strong one.
     """
     damp, number, shift = job.choice
-    linear, level, option = job.linear, known.factor(damp), job.options[number]
+    linear, level, option, coupling = job.linear, known.factor(damp), job.options[number], job.coupling
     delta = linear.delta if steps.lean else None
     target = aim(linear.merged, known.shifts(linear.merged, level, slice(None), bool(shift[0]), bool(shift[1])), *shift)
-    codes = gptq.solve(target, level, option.element)
+    codes = gptq.solve(target, level, option.element) if coupling is None else coupled.solve(target, level, option.element, coupling)
     best = _Best(_with_lean(codes, option, job, known, blocks, delta), option, codes)
     goal, matrix = target, damped(known.hessian, level.damp)
     fitting = steps.refit and option.storable is not None and option.element.levels is None
-    for _ in range(1 + (LEAN_ROUNDS if delta is not None and (steps.descent or fitting) else 0)):
-        for _ in range(REFITS if fitting and steps.descent else 1):
-            if fitting:
-                option = option.with_scales(refit(option.scales, option.units(codes), goal, matrix, option.storable))
-            if steps.descent:
-                codes = descend(codes, goal, known.hessian, level.damp, option.element)
+    for turn in range(1 + (LEAN_ROUNDS if delta is not None and (steps.descent or fitting) else 0)):
+        if fitting and turn == 0:
+            wanted = goal if coupling is None else goal - coupling.pulled(gptq.values(codes, option.element) - goal)
+            option = option.with_scales(refit(option.scales, option.units(codes), wanted, matrix, option.storable))
+        if steps.descent and coupling is None:
+            codes = descend(codes, goal, known.hessian, level.damp, option.element)
+        elif steps.descent:
+            codes = coupled.descend(codes, goal, known.hessian, level.damp, option.element, coupling)
         value = _with_lean(codes, option, job, known, blocks, delta)
         if value < best.value:
             best = _Best(value, option, codes, True)
@@ -232,7 +238,7 @@ def _solve(job: _Job, known: _Known, blocks: int, steps: Steps) -> Solved:
             goal = goal - lean(gptq.values(codes, option.element) - target, delta, known.hessian)[0] * delta
     if steps.keep_base:
         best = _keep_base_codes(job, known, blocks, best)
-    return _finish(linear, best, Choice(level.damp, *shift, best.option.label, best.polished, best.value))
+    return _finish(linear, best, Choice(level.damp, *shift, best.option.label, best.polished, coupling is not None, best.value))
 
 
 def _with_lean(codes: torch.Tensor, option: Option, job: _Job, known: _Known, blocks: int, delta: torch.Tensor | None) -> float:
@@ -272,5 +278,5 @@ def round_to_nearest(linear: Linear, grid: Grid, model_dtype: torch.dtype, nf4_l
     option = options(linear, grid, torch.ones(linear.merged.shape[1], device=linear.merged.device), model_dtype, nf4_like)[0]
     codes = gptq.nearest(linear.merged.T.contiguous(), option.element)[0].T.contiguous()
     weight = gptq.values(codes, option.element)
-    choice = Choice(0.0, 0.0, 0.0, "searched, round to nearest", False, 0.0)
+    choice = Choice(0.0, 0.0, 0.0, "searched, round to nearest", False, False, 0.0)
     return Solved(option.build(codes, option.scales), weight, choice, *weight_fit(weight, linear.merged), _survival(linear, weight))

@@ -16,12 +16,14 @@ import torch
 from qmerge import __version__, formats
 from qmerge.device import exact_matmuls, peak_rss_bytes, pick_device
 from qmerge.formats import dense, nf4, registry
+from qmerge.numerics.curvature import Curvature
 from qmerge.pipeline import outputs
 from qmerge.pipeline.budget import Division, choose_grids
 from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokenizer
 from qmerge.pipeline.dense import DenseJob, write_dense
 from qmerge.pipeline.distill import DistillSettings, distill
 from qmerge.pipeline.experts import Traffic, few_tokens
+from qmerge.pipeline.gradients import curvatures
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Linear, Solved, Steps, round_to_nearest
@@ -70,7 +72,9 @@ def run(plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: C
     with Digests([plan]) as inputs, _output(plan) as folder:
         writer = ShardWriter(folder.path, recipe.shard_bytes)
         if recipe.bits_per_weight is not None:
-            work.division = choose_grids(plan, merged, calibration, outputs.model_dtype(plan), progress)
+            work.division = choose_grids(plan, merged, calibration, outputs.model_dtype(plan), progress, work.curvatures)
+        elif calibration is not None and recipe.curvature_tokens and (steps is None or steps.coupled):
+            work.curvatures = curvatures(plan, merged, calibration, recipe.curvature_tokens, progress)
         with torch.no_grad():
             for name, tensor in tensors(plan, merged, calibration, work, progress, steps):
                 writer.add(name, tensor)
@@ -177,6 +181,7 @@ class Work:
     traffic: dict[str, Traffic] = field(default_factory=dict)
     tuned: list[dict[str, Any]] = field(default_factory=list)
     distilled: dict[str, Any] | None = None
+    curvatures: dict[str, Curvature] = field(default_factory=dict)
     division: Division | None = None
 
     def polish(self) -> dict[str, Any]:
@@ -222,7 +227,7 @@ def _solved(
                 progress(f"linear {number + 1}/{len(plan.requantized)}")
         return
     chosen = None if work.division is None else work.division.grids
-    for _, found in requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned):
+    for _, found in requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures):
         yield from found.items()
 
 

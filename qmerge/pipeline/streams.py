@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qmerge.device import in_parallel, worker_threads
+from qmerge.numerics.curvature import Curvature
 from qmerge.numerics.hessian import Statistics
 from qmerge.pipeline.blocks import (
     Call,
@@ -22,6 +23,7 @@ from qmerge.pipeline.blocks import (
     all_inputs,
     empty_copy,
     find_groups,
+    first_row,
     group_inputs,
     record_calls,
     run_block,
@@ -44,7 +46,9 @@ TAPE_BYTES = 2 * 2**30
 
 
 @dataclass
-class _Batch:
+class Batch:
+    """Windows that go through the model together: hidden states ``[windows, T, hidden]`` in both models, and how each block is called."""
+
     teacher: torch.Tensor
     runtime: torch.Tensor
     calls: list[Call]
@@ -54,11 +58,13 @@ class _Batch:
 def requantize_blocks(
     plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, nf4_like: QuantState | None, progress: Callable[[str], None], steps: Steps | None = None,
     traffic: dict[str, Traffic] | None = None, grids: Mapping[str, Grid | None] | None = None, tuned: list[dict[str, Any]] | None = None,
+    curvatures: dict[str, Curvature] | None = None,
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """Yields, per block, its number and the solved linears by weight name; the head comes last, where it is requantized. One block's weights and two streams are alive at a time.
-    ``traffic`` fills with what routed experts saw. ``grids``: by weight name where it is not the recipe's, None for what stays float. ``tuned`` fills with what ``--polish blocks`` did."""
-    skeleton, grids = plan.skeleton, grids or {}
-    batches = _start(plan, merged, calibration)
+    ``traffic`` fills with what routed experts saw. ``grids``: by weight name where it is not the recipe's, None for what stays float. ``tuned`` fills with what ``--polish blocks`` did.
+    ``curvatures``: by weight name how rows count together; each is taken out as it is used."""
+    skeleton, grids, curvatures = plan.skeleton, grids or {}, curvatures if curvatures is not None else {}
+    batches = start(plan, merged, calibration)
     for index, empty in enumerate(skeleton.blocks):
         prefix = f"{skeleton.blocks_name}.{index}"
         routed = [weight for weight in plan.routed if weight.name.startswith(prefix + ".")]
@@ -85,7 +91,7 @@ def requantize_blocks(
                     for module in group.modules:
                         set_weight(pair.runtime, f"{module}.weight", pair.teacher.get_submodule(module).weight.to(model_dtype).float())
                     continue
-                linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name), merged.delta(name)) for name, module, turned in zip(names, group.modules, conv, strict=True)]
+                linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name), merged.delta(name), curvatures.pop(name, None)) for name, module, turned in zip(names, group.modules, conv, strict=True)]
                 found = requantize_group(linears, grid, *pair.statistics(group), model_dtype, nf4_like, len(skeleton.blocks), steps)
                 for module, turned, result in zip(group.modules, conv, found, strict=True):
                     set_weight(pair.runtime, f"{module}.weight", result.weight.T.contiguous() if turned else result.weight)
@@ -109,11 +115,11 @@ class _BlockPair:
     the activations fit into ``TAPE_BYTES`` each stream passes the block once. Else passes are repeated up to each group, to the same bits.
     """
 
-    def __init__(self, teacher: nn.Module, runtime: nn.Module, batches: list[_Batch], index: int, linears: list[str]) -> None:
+    def __init__(self, teacher: nn.Module, runtime: nn.Module, batches: list[Batch], index: int, linears: list[str]) -> None:
         self.teacher, self.runtime, self.batches, self.index = teacher, runtime, batches, index
         self.device = batches[0].runtime.device
         probe = batches[0]
-        call = _first_row(probe.calls[index], probe.runtime.shape[0])
+        call = first_row(probe.calls[index], probe.runtime.shape[0])
         self.groups = find_groups(runtime, linears, probe.runtime[:1], call) if linears else []
         inside = activation_bytes(runtime, probe.runtime[:1], call) * sum(batch.runtime.shape[0] for batch in batches)
         self.taped, self.walked = inside <= TAPE_BYTES, inside <= TAPE_BYTES and self.device.type == "cpu"
@@ -196,8 +202,8 @@ class _BlockPair:
         self.tape = []
 
 
-def _start(plan: MergePlan, merged: Merged, calibration: Calibration) -> list[_Batch]:
-    """Embed every window with the model's own code; the blocks are stand-ins, so only the tensors around them are loaded."""
+def start(plan: MergePlan, merged: Merged, calibration: Calibration, batch: int = TOKENS_PER_BATCH) -> list[Batch]:
+    """Embed every window with the model's own code, ``batch`` tokens at a time; the blocks are stand-ins, so only the tensors around them are loaded."""
     skeleton = plan.skeleton
     model = skeleton.model
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
@@ -209,11 +215,11 @@ def _start(plan: MergePlan, merged: Merged, calibration: Calibration) -> list[_B
     _move_buffers(model, merged.device)
     parts: list[tuple[torch.Tensor, bool]] = []
     for ids, held_out in ((calibration.train, False), (calibration.held_out, True)):
-        size = max(1, TOKENS_PER_BATCH // ids.shape[1])
+        size = max(1, batch // ids.shape[1])
         parts += [(part.to(merged.device), held_out) for part in ids.split(size)]
     # one thread per operation, here as in the blocks: the bits must not depend on the thread count
     hidden, calls = in_parallel(lambda ids: record_calls(model, skeleton.blocks_name, ids), [[part for part, _ in parts]], merged.device)[0]
-    return [_Batch(first, first, call, held) for first, call, (_, held) in zip(hidden, calls, parts, strict=True)]
+    return [Batch(first, first, call, held) for first, call, (_, held) in zip(hidden, calls, parts, strict=True)]
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -239,18 +245,7 @@ def _load_block(empty: nn.Module, prefix: str, merged: Merged, linears: dict[str
     return teacher, runtime
 
 
-def _first_row(call: Call, windows: int) -> Call:
-    """The call for the first window of a batch only."""
-
-    def cut(value: object) -> object:
-        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == windows and windows > 1:
-            return value[:1]
-        return tuple(cut(item) for item in value) if isinstance(value, tuple) else value
-
-    return Call(cut(call.args), {key: cut(value) for key, value in call.kwargs.items()})
-
-
-def _line(index: int, count: int, batches: list[_Batch]) -> str:
+def _line(index: int, count: int, batches: list[Batch]) -> str:
     error = sum(float((batch.runtime - batch.teacher).square().sum()) for batch in batches if batch.held_out)
     size = sum(float(batch.teacher.square().sum()) for batch in batches if batch.held_out)
     return f"block {index + 1}/{count}: held-out error of the hidden states {error / max(size, 1e-30):.2e} of their power"

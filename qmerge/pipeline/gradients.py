@@ -1,0 +1,247 @@
+"""What do the gradients of the model's own likelihood say about each linear's outputs?
+
+Two passes through the merged model, one block alive at a time: forwards, then backwards with gradients of the log-likelihood of tokens drawn from the model's own distribution. Their
+second moment is the Fisher information, which is the curvature of the KL. Same inputs, same bits on a CPU, whatever the thread count.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmerge.device import in_parallel, worker_threads
+from qmerge.numerics.curvature import Curvature
+from qmerge.numerics.hessian import Statistics
+from qmerge.pipeline.blocks import Call, Group, empty_copy, find_groups, first_row, run_block
+from qmerge.pipeline.calibrate import Calibration
+from qmerge.pipeline.head import Tail, wants_head
+from qmerge.pipeline.merge import Merged
+from qmerge.pipeline.plan import MergePlan
+from qmerge.pipeline.skeleton import set_weight
+from qmerge.pipeline.streams import Batch, start
+
+TOKENS = 8192
+"""calibration tokens that gradients are taken on, about"""
+BATCH = 1024
+"""tokens that go backwards together"""
+HELD_BYTES = 8 * 2**30
+"""main memory for the hidden states between blocks"""
+LEAST_WINDOWS = 8
+CURVATURE_BYTES = 4 * 2**30
+"""main memory for the curvatures of all linears; they are kept in narrower blocks where they need more"""
+Names = tuple[str, ...]
+
+
+@dataclass
+class Seen:
+    """Of one group: sums of its inputs over the windows to solve on and over those that judge (where asked for), and per linear the sum of ``g gᵀ`` over all tokens."""
+
+    names: Names
+    train: Statistics | None
+    held_out: Statistics | None
+    curvature: dict[str, Curvature]
+    tokens: int
+
+    def fisher(self, name: str) -> torch.Tensor:
+        """``E[g²]`` fp32 ``[out]``."""
+        return self.curvature[name].squares() / self.tokens
+
+
+class Gradients:
+    """The passes of one run. ``tokens``: how many calibration tokens to use, about."""
+
+    def __init__(self, plan: MergePlan, merged: Merged, calibration: Calibration, tokens: int = TOKENS) -> None:
+        self.plan, self.merged = plan, merged
+        self.few = _few(plan, calibration, tokens)
+        self.width = _width(plan)
+
+    def run(self, visit: Callable[[Seen], None], progress: Callable[[str], None], inputs: bool, missing: Callable[[str], None]) -> None:
+        """``visit`` gets every group of ``plan.requantized`` (routed experts apart), the head first, then from the last block to the first; with the sums of their ``inputs`` where
+        asked for. ``missing`` gets the name of a linear whose output does not reach the loss through its own block; its group is not visited."""
+        plan, merged = self.plan, self.merged
+        batches = start(plan, merged, self.few, BATCH)
+        entered = _forwards(plan, merged, batches, progress)
+        gradients = self._end(batches, visit, inputs)
+        apart = {weight.name for weight in plan.routed}
+        for index in reversed(range(len(entered))):
+            prefix = f"{plan.skeleton.blocks_name}.{index}"
+            wanted = [name.removeprefix(prefix + ".").removesuffix(".weight") for name in plan.requantized if name.startswith(prefix + ".") and name not in apart]
+            block = _Block(plan, merged, index, wanted, batches, self.width, inputs)
+            seen, gradients = block.backwards(entered.pop(), gradients, missing)
+            for group in seen:
+                visit(group)
+            progress(f"gradients: block {index + 1}/{len(plan.skeleton.blocks)}")
+
+    def _end(self, batches: list[Batch], visit: Callable[[Seen], None], inputs: bool) -> list[torch.Tensor]:
+        """Per batch the gradient by the last block's output; and the head is visited, where it is to be requantized."""
+        plan = self.plan
+        seed = torch.Generator().manual_seed(plan.recipe.seed)
+        seeds = [torch.randint(2**62, (len(batch.teacher),), generator=seed).tolist() for batch in batches]
+        with Tail(plan.skeleton) as tail:
+            parts = in_parallel(lambda number: _draw(tail, batches[number].teacher, seeds[number]), range(len(batches)), self.merged.device)
+        if inputs and wants_head(plan):
+            name = plan.skeleton.output_embedding
+            squares = sum(found for _, _, found in parts)
+            curvature = Curvature(len(squares), 1, list(squares.reshape(-1, 1, 1)))
+            sums = [_statistics([(batch.held_out, x) for batch, (_, x, _) in zip(batches, parts, strict=True)], held, self.merged.device) for held in (False, True)]
+            visit(Seen((name,), *sums, {name: curvature}, sums[0].tokens + sums[1].tokens))
+        return [gradient for gradient, _, _ in parts]
+
+
+def curvatures(plan: MergePlan, merged: Merged, calibration: Calibration, tokens: int, progress: Callable[[str], None]) -> dict[str, Curvature]:
+    """By weight name, of every linear whose output reaches the loss through its own block; not of routed experts, and not of the head (one row per word)."""
+    found: dict[str, Curvature] = {}
+    with torch.no_grad():
+        Gradients(plan, merged, calibration, tokens).run(lambda seen: found.update({name: curvature.pack() for name, curvature in seen.curvature.items()}), progress, False, lambda _: None)
+    return found
+
+
+def _few(plan: MergePlan, calibration: Calibration, tokens: int) -> Calibration:
+    """The first windows of both parts, in their proportion: as many as ``tokens`` and ``HELD_BYTES`` allow, at least ``LEAST_WINDOWS``."""
+    length = calibration.train.shape[1]
+    width = plan.pieces.table[plan.skeleton.input_embedding].shape[-1] if plan.skeleton.input_embedding in plan.pieces.table else 1
+    windows = max(LEAST_WINDOWS, min(tokens // length, HELD_BYTES // (4 * length * width * len(plan.skeleton.blocks))))
+    share = min(1.0, windows / (len(calibration.train) + len(calibration.held_out)))
+    few = [part[: max(1, round(len(part) * share))] for part in (calibration.train, calibration.held_out)]
+    return replace(calibration, train=few[0], held_out=few[1])
+
+
+def _width(plan: MergePlan) -> int:
+    """Rows of a block of a curvature: as many as let all linears' together fit into ``CURVATURE_BYTES``, a power of two."""
+    rows = [plan.pieces.table[name].shape[1 if plan.skeleton.linears.get(name) else 0] for name in plan.requantized]
+    width = 2**14
+    while width > 64 and sum(2 * count * min(count, width) for count in rows) > CURVATURE_BYTES:
+        width //= 2
+    return width
+
+
+def _forwards(plan: MergePlan, merged: Merged, batches: list[Batch], progress: Callable[[str], None]) -> list[list[torch.Tensor]]:
+    """What enters each block, per batch, in main memory; the batches end behind the last one."""
+    entered = []
+    for index in range(len(plan.skeleton.blocks)):
+        entered.append([batch.teacher.cpu() for batch in batches])
+        block = _teacher(plan, merged, index)
+        ahead = in_parallel(lambda part: run_block(*part), [(block, batch.teacher, batch.calls[index]) for batch in batches], merged.device)
+        for batch, out in zip(batches, ahead, strict=True):
+            batch.teacher = out
+    progress("gradients: forwards done")
+    return entered
+
+
+def _teacher(plan: MergePlan, merged: Merged, index: int) -> nn.Module:
+    """A block of the merged model in fp32."""
+    empty = plan.skeleton.blocks[index]
+    block = empty_copy(empty)
+    for name, _ in list(empty.named_parameters()):
+        full = f"{plan.skeleton.blocks_name}.{index}.{name}"
+        weight = merged.parameter(full)
+        set_weight(block, name, weight.T.contiguous() if plan.skeleton.linears.get(full) else weight)
+    return block
+
+
+def _draw(tail: Tail, hidden: torch.Tensor, seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(gradient by ``hidden`` of the log-likelihood of tokens drawn from the model's distribution, the head's inputs, Σ over tokens of the squared gradient by the logits).
+
+    One window at a time: logits are large.
+    """
+    gradients, inputs, squares = [], [], 0
+    for window, seed in zip(hidden, seeds, strict=True):
+        with torch.enable_grad():
+            leaf = window.unsqueeze(0).detach().requires_grad_()
+            x, logits = tail.logits(leaf)
+            logs = logits[0].float().log_softmax(-1)
+            drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=torch.Generator().manual_seed(seed)).to(logs.device)
+            by_logits, by_hidden = torch.autograd.grad(logs.gather(1, drawn).sum(), (logits, leaf))
+        gradients.append(by_hidden[0])
+        inputs.append(x[0].detach())
+        squares = squares + by_logits[0].square().sum(0)
+    return torch.stack(gradients), torch.stack(inputs), squares
+
+
+class _Block:
+    """One block of the merged model on the way back."""
+
+    def __init__(self, plan: MergePlan, merged: Merged, index: int, linears: list[str], batches: list[Batch], width: int, inputs: bool) -> None:
+        self.prefix, self.batches, self.device, self.width, self.inputs = f"{plan.skeleton.blocks_name}.{index}", batches, merged.device, width, inputs
+        self.calls: list[Call] = [batch.calls[index] for batch in batches]
+        self.module = _teacher(plan, merged, index)
+        first = batches[0].runtime  # the shape is what matters here; `start` left the embeddings in it
+        self.groups: list[Group] = find_groups(self.module, linears, first[:1], first_row(self.calls[0], first.shape[0])) if linears else []
+        self._here = threading.local()
+
+    def full(self, module: str) -> str:
+        return f"{self.prefix}.{module}.weight"
+
+    def backwards(self, entered: list[torch.Tensor], gradients: list[torch.Tensor], missing: Callable[[str], None]) -> tuple[list[Seen], list[torch.Tensor]]:
+        """What each group saw, and per batch the gradient by the block's input from that by its output."""
+        handles = [self.module.get_submodule(group.modules[0]).register_forward_pre_hook(self._keep_input(group), with_kwargs=True) for group in self.groups if self.inputs]
+        handles += [self.module.get_submodule(module).register_forward_hook(self._keep_gradient(module)) for group in self.groups for module in group.modules]
+        sums: dict[str, Curvature] = {}
+        inputs, back, together = [], [], worker_threads(self.device)
+        try:
+            for first in range(0, len(self.batches), together):  # a few batches' sums at a time
+                numbers = range(first, min(first + together, len(self.batches)))
+                for number, (kept, found, gradient) in zip(numbers, in_parallel(lambda n: self._one(entered[n], n, gradients[n]), numbers, self.device), strict=True):
+                    inputs.append((self.batches[number].held_out, kept))
+                    back.append(gradient)
+                    for name, curvature in found.items():
+                        sums[name].join(curvature) if name in sums else sums.update({name: curvature})
+        finally:
+            for handle in handles:
+                handle.remove()
+        tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in entered)
+        seen = []
+        for group in self.groups:
+            names = tuple(self.full(module) for module in group.modules)
+            if idle := [name for name in names if name not in sums]:
+                missing(idle[0])
+                continue
+            both = [_statistics([(held, kept[group]) for held, kept in inputs], held_out, self.device) if self.inputs else None for held_out in (False, True)]
+            seen.append(Seen(names, *both, {name: sums[name] for name in names}, tokens))
+        return seen, back
+
+    def _one(self, entered: torch.Tensor, number: int, gradient: torch.Tensor) -> tuple[dict[Group, torch.Tensor], dict[str, Curvature], torch.Tensor]:
+        self._here.inputs, self._here.sums = {}, {}
+        with torch.enable_grad(), _repeatable(self.device):
+            leaf = entered.to(self.device).detach().requires_grad_()
+            out = self.module(leaf, *self.calls[number].args, **self.calls[number].kwargs)
+            (found,) = torch.autograd.grad(out[0] if isinstance(out, tuple) else out, leaf, gradient)
+        return self._here.inputs, self._here.sums, found
+
+    def _keep_input(self, group: Group) -> Callable:
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._here.inputs.setdefault(group, (args[0] if args else next(iter(kwargs.values()))).detach())
+
+        return before
+
+    def _keep_gradient(self, module: str) -> Callable:
+        def after(_: nn.Module, args: tuple, out: torch.Tensor) -> None:
+            sums, name = self._here.sums, self.full(module)
+
+            def keep(gradient: torch.Tensor) -> None:
+                sums.setdefault(name, Curvature(gradient.shape[-1], self.width)).add(gradient.reshape(-1, gradient.shape[-1]).float())
+
+            if out.requires_grad:  # not so for what only side inputs of the block feed
+                out.register_hook(keep)
+
+        return after
+
+
+def _repeatable(device: torch.device) -> Any:
+    """On an accelerator the fused attention kernels add gradients up in no fixed order."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)
+
+
+def _statistics(rows: list[tuple[bool, torch.Tensor]], held_out: bool, device: torch.device) -> Statistics:
+    """Sums of one group's inputs over the batches that are ``held_out`` or not."""
+    sums = Statistics(rows[0][1].shape[-1], device)
+    sums.add_all([(x, x, None) for held, inputs in rows if held is held_out for x in (inputs.flatten(0, -2),)])
+    return sums

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_numerics_polish import CASES, IN, OUT, draws, hessian, option
+from test_numerics_polish import CASES, OUT, draws, hessian, option
 
 from qmerge.numerics import coupled, gptq
 from qmerge.numerics.coupled import Coupling

@@ -13,7 +13,7 @@ from qmerge.numerics.gptq import book_grid, int_grid, solve, values
 from qmerge.numerics.hessian import Statistics, factor
 from qmerge.numerics.lora import delta_survival
 from qmerge.numerics.polish import descend
-from qmerge.numerics.shift import objective, shifted
+from qmerge.numerics.shift import aim, objective, shifts
 from qmerge.types import Grid
 
 OUT, IN = 24, 96
@@ -166,7 +166,8 @@ def test_same_streams_shift_nothing():
     """A target that moves although the teacher and the model so far agree."""
     weight, _, _ = problem("sym")
     found = statistics(correlated(), residual=torch.zeros(600, OUT))
-    assert torch.equal(shifted(weight, found, factor(found.hessian, 0.01), 1.0, 1.0), weight)
+    level = factor(found.hessian, 0.01)
+    assert torch.equal(aim(weight, shifts(weight, found.drift, found.residual, level), 1.0, 1.0), weight)
 
 
 def test_full_shift_answers_as_the_teacher():
@@ -176,7 +177,7 @@ def test_full_shift_answers_as_the_teacher():
     residual = (x @ torch.randn(IN, OUT, generator=draws(7))) * 0.1
     weight, _, _ = problem("sym")
     found = statistics(x, teacher, residual)
-    aimed = shifted(weight, found, factor(found.hessian, 1e-6), 1.0, 1.0)
+    aimed = aim(weight, shifts(weight, found.drift, found.residual, factor(found.hessian, 1e-6)), 1.0, 1.0)
     wanted = teacher.double() @ weight.double().T + residual.double()
     best = torch.linalg.lstsq(x.double(), wanted).solution.T
     error = [float((wanted - x.double() @ w.double().T).square().mean()) for w in (aimed, best, weight)]

@@ -13,16 +13,10 @@ from qmerge.numerics.coupled import Coupling
 from qmerge.numerics.hessian import Factor, Statistics
 
 
-def shifts(weight: torch.Tensor, statistics: Statistics, factor: Factor, own: bool = True, residual: bool = True) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """``(W D (H+λI)⁻¹, R (H+λI)⁻¹)``, each fp32 ``[out, in]``, or None where not asked for, not there, or zero."""
-    drift, rest = statistics.drift if own else None, statistics.residual if residual else None
+def shifts(weight: torch.Tensor, drift: torch.Tensor | None, residual: torch.Tensor | None, factor: Factor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``(W D (H+λI)⁻¹, R (H+λI)⁻¹)``, each fp32 ``[rows, in]``, or None where not asked for or zero. ``weight`` ``[rows, in]`` and ``residual`` R are of the same rows, ``drift`` D ``[in, in]``."""
     first = factor.solve(weight @ drift) if drift is not None and bool(drift.any()) else None
-    return first, factor.solve(rest) if rest is not None else None
-
-
-def shifted(weight: torch.Tensor, statistics: Statistics, factor: Factor, own: float, residual: float) -> torch.Tensor:
-    """``W + own · W D (H+λI)⁻¹ + residual · R (H+λI)⁻¹``, fp32 ``[out, in]``. 0 and 0 give ``weight`` itself."""
-    return aim(weight, shifts(weight, statistics, factor, bool(own), bool(residual)), own, residual)
+    return first, factor.solve(residual) if residual is not None else None
 
 
 def aim(weight: torch.Tensor, found: tuple[torch.Tensor | None, torch.Tensor | None], own: float, residual: float) -> torch.Tensor:

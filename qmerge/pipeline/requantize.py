@@ -20,7 +20,7 @@ from qmerge.numerics.grids import Search
 from qmerge.numerics.hessian import Factor, Statistics, factor
 from qmerge.numerics.lora import delta_survival
 from qmerge.numerics.polish import damped, descend, lean, refit
-from qmerge.numerics.shift import Judge, aim
+from qmerge.numerics.shift import Judge, aim, shifts
 from qmerge.pipeline.candidates import BASES, FULL_RANGE, Linear, Option, options, positions
 from qmerge.types import Grid, QuantizedWeight, QuantState
 
@@ -114,14 +114,14 @@ def requantize_group(
     importance = torch.diagonal(known.hessian) if steps.weighted_scales else torch.ones_like(torch.diagonal(known.hessian))
     search = Search(() if steps.scale_search else FULL_RANGE, steps.signed_scales)
     jobs = in_parallel(lambda linear: _Job(linear, options(linear, grid, importance, model_dtype, nf4_like, search, steps.keep_base), known, steps), linears, device)
-    shifts = _shifts(known, steps)
-    trials = [(damp, [(job, number, shifts[0]) for job in jobs for number in range(len(job.options))]) for damp in known.damps]
+    tried = _shifts(known, steps)
+    trials = [(damp, [(job, number, tried[0]) for job in jobs for number in range(len(job.options))]) for damp in known.damps]
     _settle(in_parallel(lambda trial: _try(*trial, known), trials, device))
     if lost := next((job.linear.name for job in jobs if job.value == float("inf")), None):
         raise CheckFailed("no candidate has a finite error on the held-out tokens", where=lost, fix="check the base and the adapter for NaN or overflow")
-    if len(shifts) > 1:
+    if len(tried) > 1:
         damps = sorted({job.choice[0] for job in jobs})
-        others = [(damp, [(job, job.choice[1], shift) for job in jobs if job.choice[0] == damp for shift in shifts[1:]]) for damp in damps]
+        others = [(damp, [(job, job.choice[1], shift) for job in jobs if job.choice[0] == damp for shift in tried[1:]]) for damp in damps]
         _settle(in_parallel(lambda trial: _try(*trial, known), others, device))
     return in_parallel(lambda job: _solve(job, known, blocks, steps), jobs, device)
 
@@ -147,9 +147,7 @@ class _Known:
 
     def shifts(self, weight: torch.Tensor, level: Factor, rows: slice, own: bool, residual: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """`numerics.shift.shifts` of some rows of a linear."""
-        rest = self.residual[rows] if self.residual is not None and residual else None
-        first = level.solve(weight[rows] @ self.drift) if own and bool(self.drift.any()) else None
-        return first, level.solve(rest) if rest is not None else None
+        return shifts(weight[rows], self.drift if own else None, self.residual[rows] if self.residual is not None and residual else None, level)
 
 
 class _Job:

@@ -131,3 +131,11 @@ def set_weight(module: nn.Module, name: str, weight: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner: Any = module.get_submodule(path) if path else module
     owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Those that are not on the meta device."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                module._buffers[name] = buffer.to(device)

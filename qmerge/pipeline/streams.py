@@ -36,7 +36,7 @@ from qmerge.pipeline.head import solve_head, wants_head
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Linear, Solved, Steps, requantize_group, round_to_nearest
-from qmerge.pipeline.skeleton import set_weight
+from qmerge.pipeline.skeleton import move_buffers, set_weight
 from qmerge.pipeline.stepwise import Walk
 from qmerge.pipeline.tune_blocks import Passage, tune_block
 from qmerge.types import Grid, QuantState
@@ -212,7 +212,7 @@ def start(plan: MergePlan, merged: Merged, calibration: Calibration, batch: int 
     head = skeleton.output_embedding
     if head and head not in merged.pieces.table:  # tied: the recorder's forward ends in the head, so it needs some weight
         set_weight(model, head, model.get_input_embeddings().weight)
-    _move_buffers(model, merged.device)
+    move_buffers(model, merged.device)
     parts: list[tuple[torch.Tensor, bool]] = []
     for ids, held_out in ((calibration.train, False), (calibration.held_out, True)):
         size = max(1, batch // ids.shape[1])
@@ -220,13 +220,6 @@ def start(plan: MergePlan, merged: Merged, calibration: Calibration, batch: int 
     # one thread per operation, here as in the blocks: the bits must not depend on the thread count
     hidden, calls = in_parallel(lambda ids: record_calls(model, skeleton.blocks_name, ids), [[part for part, _ in parts]], merged.device)[0]
     return [Batch(first, first, call, held) for first, call, (_, held) in zip(hidden, calls, parts, strict=True)]
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type != "meta":
-                module._buffers[name] = buffer.to(device)
 
 
 def _load_block(empty: nn.Module, prefix: str, merged: Merged, linears: dict[str, bool], model_dtype: torch.dtype, routed: list[ExpertWeight]) -> tuple[nn.Module, nn.Module]:

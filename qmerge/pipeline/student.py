@@ -18,7 +18,7 @@ from qmerge.device import in_parallel
 from qmerge.pipeline.blocks import Call, empty_copy, record_calls, run_block
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
-from qmerge.pipeline.skeleton import set_weight
+from qmerge.pipeline.skeleton import move_buffers, set_weight
 
 
 class _Given(nn.Module):
@@ -50,7 +50,7 @@ class Teacher:
             if not name.startswith(skeleton.blocks_name + "."):
                 _fill(self.model, name, plan, merged, None)
         _tie(self.model, skeleton.output_embedding, merged)
-        _move_buffers(self.model, merged.device)
+        move_buffers(self.model, merged.device)
         # one thread per operation, here as in the blocks: the bits must not depend on the thread count
         hidden, calls = in_parallel(lambda ids: record_calls(self.model, skeleton.blocks_name, ids), [batches], merged.device)[0]
         as_tuple = False
@@ -99,7 +99,7 @@ def student_model(plan: MergePlan, merged: Merged, solved: Mapping[str, torch.Te
         if routed.name in solved:
             routed.region.write(model.get_parameter(routed.parameter).data, solved[routed.name].to(merged.device))
     _tie(model, skeleton.output_embedding, merged)
-    _move_buffers(model, merged.device)
+    move_buffers(model, merged.device)
     return model
 
 
@@ -122,10 +122,3 @@ def as_loaded(weight: torch.Tensor, out_dtype: torch.dtype, model_dtype: torch.d
 def _tie(model: nn.Module, head: str | None, merged: Merged) -> None:
     if head and head not in merged.pieces.table:
         set_weight(model, head, model.get_input_embeddings().weight)
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type != "meta":
-                module._buffers[name] = buffer.to(device)

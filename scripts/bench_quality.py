@@ -154,11 +154,11 @@ def spread(values: list[float]) -> dict[str, float]:
 def ablations(case: Case, maker: Maker, wanted: list[str] | None) -> dict[str, dict[str, dict[str, Any]]]:
     """Arm -> step that is off ("": none) -> how it was made. One row per switch that the solver has; of the arms that were asked for."""
     names = [name for name in ABLATED if wanted is None or name.startswith(tuple(wanted))]
-    switches = ["", *steps()]
-    return {
-        name: dict(zip(switches, maker.side_by_side(case, [without(name, step or None) for step in switches]), strict=True))
-        for name in names
-    }
+    found = {}
+    for name in names:
+        switches = ["", *(ABLATED[name] or steps())]
+        found[name] = dict(zip(switches, maker.side_by_side(case, [without(name, step or None) for step in switches]), strict=True))
+    return found
 
 
 def measured(

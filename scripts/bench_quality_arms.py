@@ -70,7 +70,7 @@ PEERS = (
     Arm("llmcompressor-imatrix", "llm-compressor GPTQ W4A16 g128, imatrix_mse", "llmcompressor", {"weight_observer": "imatrix_mse"}, only=FULL),
     Arm("llmcompressor-w4a16-channel", "llm-compressor GPTQ W4A16 channel", "llmcompressor", CHANNEL, only=("stories",)),
     Arm("llmcompressor-w8a16-channel", "llm-compressor GPTQ W8A16 channel", "llmcompressor", {"scheme": "W8A16"}, only=("stories",)),
-    Arm("autoround", "auto-round W4G128 sym, 200 steps", "autoround", only=("light", "demo")),
+    Arm("autoround", "auto-round W4G128 sym, 200 steps", "autoround", only=("light",)),
     Arm("autoround-light", "auto-round W4G128 sym, 50 steps", "autoround", {"iters": 50}, only=FULL),
     Arm("peft-nf4", "PEFT merge_and_unload into NF4", "peft"),
 )
@@ -78,7 +78,9 @@ INT4 = ("gptqmodel", "gptqmodel-desc-act", "gptqmodel-asym", "gptqmodel-mse", "g
 """gptqmodel's settings at the bits of ours-gptq-int4"""
 FOUR_BITS = (*INT4, "llmcompressor", "llmcompressor-imatrix", "autoround", "autoround-light")
 """all peers' at those bits"""
-ABLATED, ABLATED_CASES = ("ours-gptq-int4", "ours-nf4"), ("light",)
+ABLATED: dict[str, tuple[str, ...]] = {"ours-gptq-int4": (), "ours-nf4": ("own_shift", "residual_shift", "keep_base", "descent", "coupled", "lean")}
+"""arms that lose one step of the solver at a time: all steps (empty), or those that matter more there"""
+ABLATED_CASES = ("light",)
 TIMED, TIMED_CASES = ("ours-gptq-int4", "gptqmodel", "ours-nf4"), ("light", "strong")
 LABELS = REFERENCES | {arm.name: arm.label for arm in (*OURS, *PEERS)}
 

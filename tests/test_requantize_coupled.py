@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from oracles.dequantized import divergence, fill, logits
+from safetensors.torch import load_file
 from test_requantize_budget import float_model, job
 
 from qmerge.pipeline.gradients import curvatures
@@ -11,6 +12,7 @@ from qmerge.pipeline.outputs import model_dtype
 from qmerge.pipeline.requantize import Steps
 from qmerge.pipeline.run import quiet
 from qmerge.pipeline.streams import requantize_blocks
+from qmerge.store.manifest import read_manifest
 
 
 def test_curvature_predicts_which_errors_of_a_linear_cost_most(zoo, tmp_path):
@@ -63,3 +65,20 @@ def test_curvature_does_not_depend_on_threads(zoo, tmp_path):
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for name in found[0] for a, b in zip(found[0][name].blocks, other[name].blocks, strict=True))
+
+
+def test_the_command_says_what_was_coupled(zoo, cli, tmp_path):
+    """A switch that switches nothing, or a manifest that tells it otherwise."""
+    common = ("--base", zoo.nf4("llama"), "--adapter", zoo.adapter("llama"), "--device", "cpu", "--calibration", zoo.calibration, "--samples", "16", "--tokens", "64")
+    weights = {}
+    for tokens in ("0", "1024"):
+        out = tmp_path / tokens
+        answer = cli("merge", *common, "--out", out, "--curvature-tokens", tokens)
+        assert answer.code == 0, answer.err
+        manifest = read_manifest(out)
+        assert {row["coupled"] for row in manifest["linears"].values()} == {tokens != "0"} and manifest["recipe"]["curvature_tokens"] == int(tokens)
+        assert ("gradients: forwards done" in answer.err) is (tokens != "0")
+        weights[tokens] = load_file(out / "model.safetensors")
+    assert any(not torch.equal(weights["0"][name], weights["1024"][name]) for name in weights["0"] if name.endswith("qweight"))
+    answer = cli("merge", *common, "--out", tmp_path / "never", "--curvature-tokens", "-1")
+    assert answer.code == 2 and "--curvature-tokens -1" in answer.err and not (tmp_path / "never").exists()

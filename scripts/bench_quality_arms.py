@@ -26,8 +26,10 @@ class Arm:
         return self.tool != "peft"
 
 
-FULL = ("light", "stories", "demo")
+FULL = ("light",)
 """cases with every arm of ours; the others have those that a promise is about: a format's container does not change what is in it"""
+POLISHED = ("light",)
+"""cases with the slow polish"""
 
 
 def ours(name: str, label: str, only: tuple[str, ...] = (), **options: Any) -> Arm:
@@ -38,19 +40,19 @@ OURS = (
     ours("gptq-int4", "gptq int4 g128 sym", format="gptq"),
     ours("gptq-int4-asym", "gptq int4 g128 asym", format="gptq", symmetric=False),
     ours("gptq-int4-g32", "gptq int4 g32 sym", FULL, format="gptq", group_size=32),
-    ours("gptq-int4-blocks", "gptq int4 g128 sym, polish blocks", FULL, format="gptq", polish=("blocks",)),
-    ours("gptq-int4-distill", "gptq int4 g128 sym, polish distill", format="gptq", polish=("distill",)),
+    ours("gptq-int4-blocks", "gptq int4 g128 sym, polish blocks", POLISHED, format="gptq", polish=("blocks",)),
+    ours("gptq-int4-distill", "gptq int4 g128 sym, polish distill", POLISHED, format="gptq", polish=("distill",)),
     ours("gptq-int3", "gptq int3 g128 sym", format="gptq", bits=3),
     ours("gptq-int2-g32", "gptq int2 g32 sym", format="gptq", bits=2, group_size=32),
-    ours("ct-w4a16", "compressed-tensors W4A16 g128 sym", format="compressed-tensors"),
+    ours("ct-w4a16", "compressed-tensors W4A16 g128 sym", FULL, format="compressed-tensors"),
     ours("ct-w4a16-asym", "compressed-tensors W4A16 g128 asym", FULL, format="compressed-tensors", symmetric=False),
-    ours("ct-w4a16-channel", "compressed-tensors W4A16 channel sym", FULL, format="compressed-tensors", group_size=-1),
+    ours("ct-w4a16-channel", "compressed-tensors W4A16 channel sym", ("stories",), format="compressed-tensors", group_size=-1),
     ours("ct-w8a16", "compressed-tensors W8A16 g128 sym", FULL, format="compressed-tensors", bits=8),
-    ours("ct-w8a16-channel", "compressed-tensors W8A16 channel sym", FULL, format="compressed-tensors", bits=8, group_size=-1),
+    ours("ct-w8a16-channel", "compressed-tensors W8A16 channel sym", ("stories",), format="compressed-tensors", bits=8, group_size=-1),
     ours("awq", "awq int4 g128 asym", FULL, format="awq", symmetric=False),
     ours("nf4", "nf4", format="nf4"),
-    ours("nf4-blocks", "nf4, polish blocks", FULL, format="nf4", polish=("blocks",)),
-    ours("nf4-distill", "nf4, polish distill", format="nf4", polish=("distill",)),
+    ours("nf4-blocks", "nf4, polish blocks", POLISHED, format="nf4", polish=("blocks",)),
+    ours("nf4-distill", "nf4, polish distill", POLISHED, format="nf4", polish=("distill",)),
     ours("fp4", "fp4", FULL, format="fp4"),
 )
 CHANNEL = {
@@ -66,7 +68,7 @@ PEERS = (
     Arm("gptqmodel-gptaq", "gptqmodel int4 g128, gptaq", "gptqmodel", {"gptaq": True}),
     Arm("gptqmodel-int3", "gptqmodel int3 g128", "gptqmodel", {"bits": 3}),
     Arm("gptqmodel-int2-g32", "gptqmodel int2 g32", "gptqmodel", {"bits": 2, "group_size": 32}),
-    Arm("llmcompressor", "llm-compressor GPTQ W4A16 g128", "llmcompressor"),
+    Arm("llmcompressor", "llm-compressor GPTQ W4A16 g128", "llmcompressor", only=("light", "strong", "neox", "stories")),
     Arm("llmcompressor-imatrix", "llm-compressor GPTQ W4A16 g128, imatrix_mse", "llmcompressor", {"weight_observer": "imatrix_mse"}, only=FULL),
     Arm("llmcompressor-w4a16-channel", "llm-compressor GPTQ W4A16 channel", "llmcompressor", CHANNEL, only=("stories",)),
     Arm("llmcompressor-w8a16-channel", "llm-compressor GPTQ W8A16 channel", "llmcompressor", {"scheme": "W8A16"}, only=("stories",)),

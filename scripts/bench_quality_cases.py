@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED, DEMO, CACHE = ROOT.parent / "shared", ROOT / "examples" / "demo", ROOT / ".bench"
 WINDOW, SAMPLES, GENERIC_SHARE, SEED = 256, 128, 0.25, 0
 """of every quantizer's calibration: tokens per window, windows, the share of generic ones, and what draws them"""
-WIKITEXT_WINDOWS = 100
+WIKITEXT_WINDOWS = 60
 TUNED_ON = "gsm8k_test.jsonl"
 """a text whose first documents were looked at while the solver was built"""
 SKIPPED = 400

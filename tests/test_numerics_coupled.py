@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_numerics_polish import CASES, OUT, draws, hessian, option
 
+from qmerge.errors import CheckFailed
 from qmerge.numerics import coupled, gptq
 from qmerge.numerics.coupled import Coupling
 from qmerge.numerics.curvature import DAMP, Curvature
@@ -67,7 +68,7 @@ def test_coupled_rows_lose_less_and_descent_never_more(case):
 
     apart, together = gptq.solve(weight, level, chosen.element), coupled.solve(weight, level, chosen.element, coupling)
     assert cost(together) < 0.6 * cost(apart)
-    for tile in (coupled.DEVICE_TILE, 1, 7):  # compiled; plain; plain and side by side
+    for tile in (None, 1, 7):  # compiled; plain; plain and side by side
         before = together
         for _ in range(3):
             after = coupled.descend(before, weight, hessian(), 0.03, chosen.element, coupling, tile=tile)
@@ -112,10 +113,18 @@ def test_curvature_sums_joins_and_packs():
 
 
 def test_no_gradient_means_independent_rows():
-    """A dead linear, or one whose gradients overflowed: nothing is divided by zero and nothing is coupled."""
-    for value in (0.0, float("inf")):
-        dead = Curvature(4, 8)
-        dead.add(torch.full((3, 4), value))
-        (metric,) = dead.pack().damped()
-        assert torch.equal(metric, DAMP * torch.eye(4))
-        assert torch.equal(Coupling(dead.pack()).parts[0].feed, torch.zeros(4, 4))
+    """A dead linear: nothing is divided by zero and nothing is coupled."""
+    dead = Curvature(4, 8)
+    dead.add(torch.zeros(3, 4))
+    (metric,) = dead.pack().damped()
+    assert torch.equal(metric, DAMP * torch.eye(4))
+    assert torch.equal(Coupling(dead.pack()).parts[0].feed, torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_gradients_that_are_not_finite_are_an_error(value):
+    """Rows taken as independent without a word."""
+    broken = Curvature(4, 8)
+    broken.add(torch.full((3, 4), value))
+    with pytest.raises(CheckFailed, match="not finite"):
+        broken.pack()

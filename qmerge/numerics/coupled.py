@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from qmerge.errors import CheckFailed
 from qmerge.numerics import gptq
 from qmerge.numerics.curvature import Curvature
 from qmerge.numerics.gptq import ElementGrid
-from qmerge.numerics.hessian import Factor
+from qmerge.numerics.hessian import Factor, inverse_root
 from qmerge.numerics.polish import damped
 
 TILE = 32
@@ -58,25 +59,23 @@ class Coupling:
 
 def _rows(span: slice, metric: torch.Tensor) -> Rows:
     order = torch.argsort(metric.diagonal(), descending=True, stable=True)
-    # G = R Rᵀ with R upper triangular (a Cholesky from the last row); U = R⁻¹ has UᵀU = G⁻¹, and U[r, k] / U[r, r] = what row k takes over from row r
-    backwards = order.flip(0)
-    lower = torch.linalg.cholesky(metric[backwards][:, backwards].double())
-    upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(order), dtype=torch.float64, device=metric.device), upper=True)
-    feed = torch.triu(upper / upper.diagonal().unsqueeze(1), 1).float()
+    upper = inverse_root(metric[order][:, order].double())
+    if upper is None:
+        raise CheckFailed("the curvature of a linear's outputs could not be factored", fix="--curvature-tokens 0 leaves it out")
+    feed = torch.triu(upper / upper.diagonal().unsqueeze(1), 1).float()  # what row k takes over from row r
     return Rows(span, metric, order, feed)
 
 
-def solve(target: torch.Tensor, factor: Factor, grid: ElementGrid, coupling: Coupling, tile: int = DEVICE_TILE) -> torch.Tensor:
+def solve(target: torch.Tensor, factor: Factor, grid: ElementGrid, coupling: Coupling, tile: int | None = None) -> torch.Tensor:
     """`gptq.solve` with coupled rows: codes uint8 ``[out, in]`` for ``target`` fp32 ``[out, in]``.
 
-    On a CPU exact whatever ``TILE``; elsewhere the rows of a ``tile`` do not see one another.
+    On a CPU exact. Elsewhere, or where ``tile`` is given, plain tensor code, in which the rows of a tile do not see one another.
     """
+    compiled, size = _way(target, tile)
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
     for part in coupling.parts:
         rows = torch.arange(part.span.start, part.span.stop, device=target.device)[part.order]
         aims = target[rows]
-        compiled = target.device.type == "cpu" and tile == DEVICE_TILE
-        size = TILE if compiled else tile
         for start in range(0, len(rows), size):
             stop = min(start + size, len(rows))
             here = rows[start:stop]
@@ -94,6 +93,12 @@ def solve(target: torch.Tensor, factor: Factor, grid: ElementGrid, coupling: Cou
                     feed = torch.linalg.solve_triangular(unit, feed, upper=True)
                 aims[stop:].addmm_(feed.T, misses, alpha=-1)
     return codes
+
+
+def _way(target: torch.Tensor, tile: int | None) -> tuple[bool, int]:
+    """(compiled loops?, rows at a time)."""
+    compiled = target.device.type == "cpu" and tile is None
+    return compiled, TILE if compiled else tile or DEVICE_TILE
 
 
 def _round_tile(target: torch.Tensor, factor: Factor, grid: ElementGrid, feed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,21 +126,21 @@ def _round_tile(target: torch.Tensor, factor: Factor, grid: ElementGrid, feed: t
     return found.T.contiguous(), left.T.contiguous()
 
 
-def descend(codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, coupling: Coupling, sweeps: int = 1, tile: int = DEVICE_TILE) -> torch.Tensor:
+def descend(codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, coupling: Coupling, sweeps: int = 1, tile: int | None = None) -> torch.Tensor:
     """Codes uint8 ``[out, in]`` after up to ``sweeps`` passes over the rows that lower ``tr(G E (H + λI) Eᵀ)``, ``E = Q - target``; each row is swept three times.
 
-    ``damp`` = λ / mean(diag H). Elsewhere than on a CPU ``tile`` rows move together, and keep their move only where it lowers the sum.
+    ``damp`` = λ / mean(diag H). Elsewhere than on a CPU, or where ``tile`` is given, the rows of a tile move together, and keep their move only where it lowers the sum.
     """
     matrix = damped(hessian, damp)
     current = gptq.values(codes, grid)
     pull = (current - target) @ matrix
     codes = codes.clone()
-    compiled = target.device.type == "cpu" and tile == DEVICE_TILE
+    compiled, size = _way(target, tile)
     for part in coupling.parts:
         share = part.metric / part.metric.diagonal().unsqueeze(1)
         own = [value[part.span] for value in (codes, current, pull)]
         for _ in range(sweeps):
-            moved = _sweep(own, matrix, hessian, grid.some(part.span), share) if compiled else _sweep_tiles(own, target[part.span], matrix, hessian, damp, grid.some(part.span), part.metric, tile)
+            moved = _sweep(own, matrix, hessian, grid.some(part.span), share) if compiled else _sweep_tiles(own, target[part.span], matrix, hessian, damp, grid.some(part.span), part.metric, size)
             if not moved:
                 break
     return codes

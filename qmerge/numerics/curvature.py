@@ -7,9 +7,12 @@ Fisher information, the curvature of the KL. With ``H = E[x xᵀ]`` it makes the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
+
+from qmerge.errors import CheckFailed
 
 DAMP = 0.1
 """added to G's diagonal, in means of it: G is estimated on few tokens"""
@@ -46,9 +49,11 @@ class Curvature:
         return torch.cat([block.diagonal() for block in self.blocks])
 
     def pack(self) -> Curvature:
-        """In bf16 and main memory, in units of the mean of G's diagonal: G is damped by far more than that rounds off."""
+        """In bf16 and main memory, in units of the mean of G's diagonal: G is damped by far more than that rounds off. Zeros stay zeros (a dead linear). Raises `CheckFailed` where a gradient was not finite."""
         mean = float(self.squares().double().mean())
-        if not 0 < mean < float("inf"):
+        if not math.isfinite(mean):
+            raise CheckFailed("the gradients of the calibration text are not finite", fix="check the base and the adapter for NaN or overflow; --curvature-tokens 0 takes no gradients")
+        if mean == 0:
             return Curvature(self.outputs, self.width, [torch.zeros(block.shape, dtype=torch.bfloat16) for block in self.blocks])
         return Curvature(self.outputs, self.width, [(block / mean).to(torch.bfloat16).cpu() for block in self.blocks])
 

@@ -105,16 +105,21 @@ def factor(hessian: torch.Tensor, damp: float, by_activation: bool = True) -> Fa
     diagonal = torch.diagonal(hessian)
     order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else torch.arange(len(diagonal), device=diagonal.device)
     mean = float(diagonal.double().mean())
-    backwards = order.flip(0)
-    matrix = hessian[backwards][:, backwards].double()
+    matrix = hessian[order][:, order].double()
     for attempt in range(8):
         level = damp * 10**attempt
         damped = matrix.clone()
         damped.diagonal().add_(level * mean if mean > 0 else 1.0)
-        cholesky, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            return Factor(order, _inverse_upper(cholesky.flip(0, 1).contiguous()).float(), level)
+        upper = inverse_root(damped)
+        if upper is not None:
+            return Factor(order, upper.float(), level)
     raise CheckFailed("the calibration Hessian could not be factored", found=f"damping up to {damp * 10**7:g} × mean(diag)")
+
+
+def inverse_root(matrix: torch.Tensor) -> torch.Tensor | None:
+    """Upper triangular U with ``UᵀU = M⁻¹`` for symmetric ``matrix`` M ``[n, n]``, in its dtype; None where M is not positive definite."""
+    cholesky, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    return _inverse_upper(cholesky.flip(0, 1).contiguous()) if int(info) == 0 else None
 
 
 def _inverse_upper(upper: torch.Tensor) -> torch.Tensor:

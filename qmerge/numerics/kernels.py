@@ -63,6 +63,18 @@ def round_block_book(work, scale, levels, bounds, upper, inverse, codes, errors)
                     work[k, r] -= errors[j, r] * u
 
 
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"}, inline="always")
+def _nearest(wanted, scale, zero, top, levels, bounds):  # noqa: ANN001, ANN202
+    """(code uint8, value) of the grid value nearest to ``wanted``, which is in units of ``scale``; ``levels`` empty: an integer grid."""
+    if levels.shape[0] == 0:
+        c = min(max(np.rint(wanted) + zero, np.float32(0)), top)
+        return np.uint8(c), (c - zero) * scale
+    found = 0
+    for bound in bounds:
+        found += np.int32(wanted > bound)
+    return np.uint8(found), levels[found] * scale
+
+
 @njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
 def descend_rows(codes, current, gradient, matrix, steps, order, scale, zero, top, levels, bounds, sweeps):  # noqa: ANN001, ANN201
     """Coordinate descent on codes: per row, each column in ``order`` moves to its best grid value with all others fixed.
@@ -80,17 +92,7 @@ def descend_rows(codes, current, gradient, matrix, steps, order, scale, zero, to
                 j = order[place]
                 s = scale[r, j]
                 wanted = (current[r, j] - gradient[r, j] * steps[j]) / s
-                if integers:
-                    z = zero[r, j]
-                    c = min(max(np.rint(wanted) + z, np.float32(0)), top)
-                    code = np.uint8(c)
-                    value = (c - z) * s
-                else:
-                    found = 0
-                    for bound in bounds:
-                        found += np.int32(wanted > bound)
-                    code = np.uint8(found)
-                    value = levels[found] * s
+                code, value = _nearest(wanted, s, zero[r, j] if integers else s, top, levels, bounds)
                 if code != codes[r, j]:
                     change = value - current[r, j]
                     codes[r, j] = code
@@ -231,17 +233,7 @@ def descend_tile(codes, current, pull, base, share, matrix, steps, order, scale,
                 j = order[place]
                 s = scale[r, j]
                 wanted = (current[r, j] - gradient[j] * steps[j]) / s
-                if integers:
-                    z = zero[r, j]
-                    c = min(max(np.rint(wanted) + z, np.float32(0)), top)
-                    code = np.uint8(c)
-                    value = (c - z) * s
-                else:
-                    found = 0
-                    for bound in bounds:
-                        found += np.int32(wanted > bound)
-                    code = np.uint8(found)
-                    value = levels[found] * s
+                code, value = _nearest(wanted, s, zero[r, j] if integers else s, top, levels, bounds)
                 if code != codes[r, j]:
                     change = value - current[r, j]
                     codes[r, j] = code

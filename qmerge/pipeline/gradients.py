@@ -60,6 +60,7 @@ class Gradients:
         self.plan, self.merged = plan, merged
         self.few = _few(plan, calibration, tokens)
         self.width = _width(plan)
+        self.tokens = self.few.train.numel() + self.few.held_out.numel()
 
     def run(self, visit: Callable[[Seen], None], progress: Callable[[str], None], inputs: bool, missing: Callable[[str], None]) -> None:
         """``visit`` gets every group of ``plan.requantized`` (routed experts apart), the head first, then from the last block to the first; with the sums of their ``inputs`` where
@@ -97,8 +98,14 @@ class Gradients:
 def curvatures(plan: MergePlan, merged: Merged, calibration: Calibration, tokens: int, progress: Callable[[str], None]) -> dict[str, Curvature]:
     """By weight name, of every linear whose output reaches the loss through its own block; not of routed experts, and not of the head (one row per word)."""
     found: dict[str, Curvature] = {}
+    lost: list[str] = []
     with torch.no_grad():
-        Gradients(plan, merged, calibration, tokens).run(lambda seen: found.update({name: curvature.pack() for name, curvature in seen.curvature.items()}), progress, False, lambda _: None)
+        passes = Gradients(plan, merged, calibration, tokens)
+        passes.run(lambda seen: found.update({name: curvature.pack() for name, curvature in seen.curvature.items()}), progress, False, lost.append)
+    if lost:
+        progress(f"gradients: {len(lost)} groups of linears do not reach the loss through their own block; their rows are solved one by one, e.g. of {lost[0]}")
+    widest = max((len(block) for curvature in found.values() for block in curvature.blocks), default=0)
+    progress(f"gradients: {passes.tokens} tokens; up to {widest} rows of a linear count together")
     return found
 
 

@@ -32,7 +32,7 @@ class Recipe:
 
     ``bits``, ``group_size`` and ``symmetric`` are those of int formats; ``block_size`` and ``double_quant`` those of nf4 and fp4, None for what the base has
     (64 and double where it has none). ``bits_per_weight`` is a budget for stored bits, spent where the measured loss says so. ``curvature_tokens``: calibration tokens, about, that
-    tell how errors of a linear's outputs count together; 0: they count one by one.
+    tell how errors of a linear's outputs count together; 0: they count one by one. A budget measures on 16384 of its own, which then tell this too.
     """
 
     base: str = ""

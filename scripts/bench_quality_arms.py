@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 REFERENCES = {"base": "base (no adapter)", "separate": "separate (reference)", "merged": "merged, fp32", "rtn": "nearest NF4, in memory"}
@@ -30,6 +30,10 @@ FULL = ("light",)
 """cases with every arm of ours; the others have those that a promise is about: a format's container does not change what is in it"""
 POLISHED = ("light",)
 """cases with the slow polish"""
+
+
+ODD, PADDED = "stories", ("gptq", "compressed-tensors")
+"""a case whose shapes fill neither words nor groups, and the formats of ours that write such shapes padded, as the peers do"""
 
 
 def ours(name: str, label: str, only: tuple[str, ...] = (), **options: Any) -> Arm:
@@ -90,7 +94,9 @@ LABELS = REFERENCES | {arm.name: arm.label for arm in (*OURS, *PEERS)}
 def arms_of(case: str, wanted: list[str] | None) -> list[Arm]:
     """Of one case, those whose name starts with one of ``wanted`` (None: all)."""
     found = [arm for arm in (*OURS, *PEERS) if not arm.only or case in arm.only]
-    if case != "stories":
+    if case == ODD:
+        found = [replace(arm, options=arm.options | {"pad": True}) if arm.options.get("format") in PADDED else arm for arm in found]
+    else:
         found = [arm for arm in found if not arm.name.endswith("-channel")]
     return [arm for arm in found if wanted is None or arm.name.startswith(tuple(wanted))]
 

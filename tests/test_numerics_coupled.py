@@ -12,6 +12,7 @@ from qmerge.numerics.coupled import Coupling
 from qmerge.numerics.curvature import DAMP, Curvature
 from qmerge.numerics.hessian import factor
 from qmerge.numerics.polish import damped
+from qmerge.types import Grid
 
 
 def curvature(rows: int = OUT, width: int = 2**14, seed: int = 5, rank: int = 6) -> Curvature:
@@ -34,7 +35,7 @@ def test_rounding_is_gptq_on_the_whole_kronecker_system():
     g, h = curvature(rows, rank=2), hessian(columns=columns)
     level, coupling = factor(h, 0.02), Coupling(g)
     target = torch.randn(rows, columns, generator=draws(11))
-    element = gptq.int_grid(torch.full((rows, 1), 0.4), torch.full((rows, 1), 8.0), columns, 4)
+    element = gptq.int_grid(torch.full((rows, 1), 0.4), torch.full((rows, 1), 8.0), columns, Grid("int", 4, -1))
     part = coupling.parts[0]
     whole = torch.kron(part.metric[part.order][:, part.order].double(), damped(h, 0.02)[level.order][:, level.order].double())
     upper = torch.linalg.cholesky(torch.linalg.inv(whole), upper=True)

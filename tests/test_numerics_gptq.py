@@ -44,7 +44,7 @@ def problem(kind: str, seed: int = 0):
         absmax = nf4.block_maxima(weight, 64)
         return weight, book_grid(absmax, (OUT, IN), 64, nf4.nf4_code()), gptq_slow.book_columns(absmax, (OUT, IN), 64, nf4.nf4_code())
     scales, zeros = grids.search_int(weight, flat, Grid("int", 4, 32, kind == "sym"), torch.bfloat16)
-    return weight, int_grid(scales, zeros, IN, 4), gptq_slow.int_columns(scales, zeros, IN, 15)
+    return weight, int_grid(scales, zeros, IN, Grid("int", 4, 32, kind == "sym")), gptq_slow.int_columns(scales, zeros, IN, 15)
 
 
 def loss(candidate: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> float:

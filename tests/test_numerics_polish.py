@@ -64,7 +64,7 @@ def test_refitted_scales_lower_the_error_and_are_what_the_file_holds(case):
     weight, start = option(case)
     matrix = polish.damped(hessian(), 0.01)
     codes = gptq.solve(weight, factor(hessian(), 0.01), start.element)
-    fitted = start.with_scales(polish.refit(start.scales, start.units(codes), weight, matrix, start.storable))
+    fitted = start.with_scales(polish.refit(start.scales, start.units(codes), weight, matrix, start.storable, start.size))
     before, after = (cost(gptq.values(codes, one.element), weight, matrix) for one in (start, fitted))
     moved = not torch.equal(fitted.scales, start.scales)
     assert after < before if moved else after == before
@@ -83,7 +83,7 @@ def test_one_group_refit_is_least_squares():
     weight = torch.randn(6, 32, generator=draws())
     units = (weight * 5).round()
     matrix = hessian(columns=32)
-    found = polish.refit(torch.full((6, 1), 0.15), units, weight, matrix, lambda scales: scales)
+    found = polish.refit(torch.full((6, 1), 0.15), units, weight, matrix, lambda scales: scales, units.shape[1])
     exact = ((units @ matrix) * weight).sum(1) / ((units @ matrix) * units).sum(1)
     torch.testing.assert_close(found[:, 0], exact, rtol=1e-4, atol=1e-6)
 

@@ -38,6 +38,7 @@ merge_options = stack(
     click.option("--bits-per-weight", type=float, metavar="B", help="compressed-tensors: mixed precision, 8 bits, smaller groups or float where the measured loss asks for it, at most B stored bits on average."),
     click.option("--polish", multiple=True, metavar="HOW", help="Slow steps after the solver, for less loss at the same size: distill (scales and norms trained on the separate model's logits), blocks (codes tuned block by block). Repeat it, or separate with commas."),
     click.option("--quantize-head", is_flag=True, default=None, help="All quantizing formats but awq: quantize the output head too (not where it is tied to the embeddings)."),
+    click.option("--pad", is_flag=True, default=None, help="gptq, compressed-tensors: write shapes that do not fill words or groups padded. transformers reads that; most engines' kernels do not."),
     click.option("--low-traffic", metavar="HOW", help="Experts that saw too few tokens: pooled (default: the layer's pooled statistics) or rtn (round to nearest)."),
     click.option("--calibration", metavar="P", help="Text like what the adapter was trained on: .jsonl, .json, .parquet, .txt, a folder, or a hub dataset."),
     click.option("--template", metavar="T", help="How a row becomes text, as in 'Question: {question} Answer: {answer}'."),

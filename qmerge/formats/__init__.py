@@ -18,5 +18,8 @@ BUILT = (*QUANTIZING, "bf16", "fp16", "fp32")
 MIXED = ("compressed-tensors",)
 """formats whose loaders take several bit widths in one checkpoint"""
 
+PADDED = ("gptq", "compressed-tensors")
+"""formats with a public loader that takes rows whose last word is short"""
+
 HEADS = ("gptq", "compressed-tensors", "nf4", "fp4")
 """formats with a public loader that takes a quantized output head: gptqmodel's own for gptq, transformers' for the others; awq's leaves heads float"""

@@ -86,7 +86,7 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def check_shape(module: str, shape: tuple[int, int], grid: Grid) -> None:
+def check_shape(module: str, shape: tuple[int, int], grid: Grid, pad: bool = False) -> None:
     """Raise `Refused` where the container cannot hold ``[out, in]``, and say which format can."""
     problem = "awq packs outputs in words of 8" if shape[0] % 8 else group_problem(shape[1], grid)
     if problem:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qmerge.formats.integers import Layout, check_zeros, dequantize, group_index, group_problem, groups_of, no_fit, stored_scales
-from qmerge.numerics.packing import pack_rows, unpack_rows
+from qmerge.numerics.packing import pack_rows, unpack_rows, words
 from qmerge.types import Grid, QuantizedWeight
 
 __all__ = ["SUFFIXES", "check_shape", "config", "dequantize", "grid_of", "pack", "stored_bytes", "unpack"]
@@ -22,15 +22,18 @@ __all__ = ["SUFFIXES", "check_shape", "config", "dequantize", "grid_of", "pack",
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
-def check_shape(module: str, shape: tuple[int, int], grid: Grid) -> None:
-    """Raise `Refused` where the container cannot hold ``[out, in]``, and say which format can."""
+def check_shape(module: str, shape: tuple[int, int], grid: Grid, pad: bool = False) -> None:
+    """Raise `Refused` where the container cannot hold ``[out, in]``, and say which format can. ``pad``: the last word of a row may be short."""
     per_word = 32 // grid.bits
-    problem = f"engines read whole words of {per_word} inputs" if shape[1] % per_word else group_problem(shape[1], grid)
-    if not problem and not grid.symmetric and shape[0] % per_word:
-        problem = f"engines read zero points in whole words of {per_word} outputs"
+    problem = group_problem(shape[1], grid)
+    if not problem and not pad:
+        if shape[1] % per_word:
+            problem = f"engines read whole words of {per_word} inputs"
+        elif not grid.symmetric and shape[0] % per_word:
+            problem = f"engines read zero points in whole words of {per_word} outputs"
     if problem:
-        outs = 1 if grid.symmetric else per_word
-        raise no_fit("compressed-tensors", module, shape, grid, problem, f"out % {outs} == 0, in % {per_word} == 0, in % group_size == 0", outs, per_word)
+        outs, padding = 1 if grid.symmetric else per_word, group_problem(shape[1], grid) is None
+        raise no_fit("compressed-tensors", module, shape, grid, problem, f"out % {outs} == 0, in % {per_word} == 0, in % group_size == 0", outs, per_word, padding)
 
 
 def pack(module: str, quantized: QuantizedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
@@ -60,8 +63,8 @@ def unpack(module: str, load: Callable[[str], torch.Tensor], grid: Grid) -> Quan
 def stored_bytes(shape: tuple[int, int], grid: Grid, scale_bytes: int = 2) -> int:
     """Bytes of the tensors that `pack` makes; ``scale_bytes`` is the size of the model's dtype."""
     (out, inputs), groups = shape, groups_of(shape[1], grid)
-    zeros = 0 if grid.symmetric else -(-out * grid.bits // 32) * 4 * groups
-    return out * -(-inputs * grid.bits // 32) * 4 + scale_bytes * out * groups + 16 + zeros
+    zeros = 0 if grid.symmetric else words(out, grid.bits) * 4 * groups
+    return out * words(inputs, grid.bits) * 4 + scale_bytes * out * groups + 16 + zeros
 
 
 def grid_of(settings: Mapping[str, Any], module: str) -> Grid:

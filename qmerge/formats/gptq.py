@@ -1,6 +1,6 @@
 """How does a GPTQ checkpoint (v1, as AutoGPTQ, gptqmodel, vLLM and SGLang read it) store an int weight?
 
-``qweight`` int32 ``[in * bits / 32, out]``, ``qzeros`` int32 ``[groups, out * bits / 32]`` holding zero - 1, ``scales`` fp16 ``[groups, out]``,
+``qweight`` int32 ``[ceil(in * bits / 32), out]``, ``qzeros`` int32 ``[groups, ceil(out * bits / 32)]`` holding zero - 1, ``scales`` fp16 ``[groups, out]``,
 ``g_idx`` int32 ``[in]``; 2, 3, 4 or 8 bits, 3 as 32 values in 3 words. Zeros must be at least 1, so that v1's stored
 zero - 1 does not borrow from its neighbour.
 """
@@ -14,7 +14,7 @@ import torch
 
 from qmerge.errors import Refused
 from qmerge.formats.integers import Layout, check_zeros, dequantize, group_problem, groups_of, no_fit, stored_scales
-from qmerge.numerics.packing import pack_rows, unpack_rows
+from qmerge.numerics.packing import pack_rows, unpack_rows, words
 from qmerge.types import Grid, QuantizedWeight
 
 __all__ = ["SUFFIXES", "check_shape", "config", "dequantize", "grid_of", "pack", "stored_bytes", "unpack"]
@@ -22,11 +22,15 @@ __all__ = ["SUFFIXES", "check_shape", "config", "dequantize", "grid_of", "pack",
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def check_shape(module: str, shape: tuple[int, int], grid: Grid) -> None:
-    """Raise `Refused` where the container cannot hold ``[out, in]``, and say which format can."""
+def check_shape(module: str, shape: tuple[int, int], grid: Grid, pad: bool = False) -> None:
+    """Raise `Refused` where the container cannot hold ``[out, in]``, and say which format can. ``pad``: the last word and group of a row may be short."""
     problem = "gptq packs rows and columns in multiples of 32" if shape[0] % 32 or shape[1] % 32 else group_problem(shape[1], grid)
+    if problem and grid.bits == 3:
+        problem += "; with 3 bits no loader takes padding"
+    elif pad:
+        return
     if problem:
-        raise no_fit("gptq", module, shape, grid, problem, "out % 32 == 0, in % 32 == 0, in % group_size == 0", 32, 32)
+        raise no_fit("gptq", module, shape, grid, problem, "out % 32 == 0, in % 32 == 0, in % group_size == 0", 32, 32, grid.bits != 3)
 
 
 def pack(module: str, quantized: QuantizedWeight, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
@@ -44,17 +48,17 @@ def pack(module: str, quantized: QuantizedWeight, dtype: torch.dtype = torch.flo
 
 def unpack(module: str, load: Callable[[str], torch.Tensor], grid: Grid) -> QuantizedWeight:
     """The inverse of `pack`, bit for bit."""
-    codes = unpack_rows(load(f"{module}.qweight"), grid.bits).T.contiguous()
-    zeros = unpack_rows(load(f"{module}.qzeros").T.contiguous(), grid.bits).float() + 1
-    scales = load(f"{module}.scales").float().T.contiguous()
-    return QuantizedWeight(codes, grid, scales=scales, zeros=zeros, g_idx=load(f"{module}.g_idx"))
+    scales, g_idx = load(f"{module}.scales").float().T.contiguous(), load(f"{module}.g_idx")
+    codes = unpack_rows(load(f"{module}.qweight"), grid.bits, g_idx.numel()).T.contiguous()
+    zeros = unpack_rows(load(f"{module}.qzeros").T.contiguous(), grid.bits, scales.shape[0]).float() + 1
+    return QuantizedWeight(codes, grid, scales=scales, zeros=zeros, g_idx=g_idx)
 
 
 def stored_bytes(shape: tuple[int, int], grid: Grid, scale_bytes: int = 2) -> int:
     """Bytes of the tensors that `pack` makes."""
     out, inputs = shape
     groups = groups_of(inputs, grid)
-    return (out * inputs + groups * out) * grid.bits // 8 + 2 * groups * out + 4 * inputs
+    return 4 * (words(inputs, grid.bits) * out + groups * words(out, grid.bits)) + 2 * groups * out + 4 * inputs
 
 
 def grid_of(settings: dict[str, Any], module: str) -> Grid:

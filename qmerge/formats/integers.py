@@ -49,8 +49,8 @@ def _kind(grid: Grid) -> tuple[Any, ...]:
 
 
 def groups_of(inputs: int, grid: Grid) -> int:
-    """Groups in a row of ``inputs``."""
-    return 1 if grid.group_size == -1 else inputs // grid.group_size
+    """Groups in a row of ``inputs``; the last one may be short."""
+    return 1 if grid.group_size == -1 else -(-inputs // grid.group_size)
 
 
 def group_index(inputs: int, grid: Grid) -> torch.Tensor:
@@ -81,10 +81,11 @@ def check_zeros(module: str, quantized: QuantizedWeight, least: int) -> None:
         raise ValueError(f"{module}: a symmetric grid whose zero is not its middle")
 
 
-def no_fit(fmt: str, module: str, shape: tuple[int, int], grid: Grid, problem: str, expected: str, outs: int, ins: int) -> Refused:
-    """The refusal of a linear ``[out, in]`` that ``fmt`` cannot hold; ``outs`` and ``ins`` are what it wants them to be multiples of."""
+def no_fit(fmt: str, module: str, shape: tuple[int, int], grid: Grid, problem: str, expected: str, outs: int, ins: int, padding: bool = False) -> Refused:
+    """The refusal of a linear ``[out, in]`` that ``fmt`` cannot hold; ``outs`` and ``ins`` are what it wants them to be multiples of; ``padding``: ``pad`` would do."""
     fits = [str(size) for size in GROUP_SIZES if size not in (-1, grid.group_size) and not shape[1] % size and not shape[1] % ins and not shape[0] % outs]
     fix = "use --format nf4, whose blocks run across rows, or --format bf16" + (f"; --group-size {fits[0]} would fit this linear too" if fits else "")
+    fix += "; --pad writes it padded, which transformers reads and most engines do not" if padding else ""
     found = f"[out, in] = {list(shape)}, group size {grid.group_size}"
     return Refused(f"format {fmt} cannot hold a linear: {problem}", where=module, expected=expected, found=found, fix=fix)
 

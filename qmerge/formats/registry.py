@@ -32,7 +32,7 @@ class Format:
     name: str
     marker: str
     linears_only: bool
-    check_shape: Callable[[str, tuple[int, int], Grid], None]
+    check_shape: Callable[[str, tuple[int, int], Grid, bool], None]
     stored_bytes: Callable[[tuple[int, int], Grid, int], int]
     pack: Callable[[str, QuantizedWeight, torch.dtype], dict[str, torch.Tensor]]
     unpack: Callable[[str, Load, Iterable[str], Mapping[str, Any]], QuantizedWeight]
@@ -94,7 +94,7 @@ def _blocks(kind: str) -> Format:
 
     return Format(
         kind, f".weight{nf4_format.STATE_KEY}", False,
-        check_shape=lambda module, shape, grid: None,
+        check_shape=lambda module, shape, grid, pad: None,
         stored_bytes=lambda shape, grid, scale_bytes: nf4_format.stored_bytes(shape, grid.group_size, grid.double_quant),
         pack=pack,
         unpack=unpack,

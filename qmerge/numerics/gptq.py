@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from qmerge.numerics.hessian import Factor
+from qmerge.types import Grid
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ def joined(grids: list[ElementGrid]) -> ElementGrid:
     return ElementGrid(torch.cat([grid.scale for grid in grids], dim=1), zero, grids[0].top, grids[0].levels)
 
 
-def int_grid(scales: torch.Tensor, zeros: torch.Tensor, columns: int, bits: int) -> ElementGrid:
-    """From ``[out, groups]`` scales and zeros."""
-    size = columns // scales.shape[1]
-    widen = [value.T.repeat_interleave(size, dim=0).contiguous() for value in (scales, zeros)]
-    return ElementGrid(widen[0], widen[1], 2**bits - 1)
+def int_grid(scales: torch.Tensor, zeros: torch.Tensor, columns: int, grid: Grid) -> ElementGrid:
+    """From ``[out, groups]`` scales and zeros; the last group may be short."""
+    size = columns if grid.group_size == -1 else grid.group_size
+    widen = [value.T.repeat_interleave(size, dim=0)[:columns].contiguous() for value in (scales, zeros)]
+    return ElementGrid(widen[0], widen[1], 2**grid.bits - 1)
 
 
 def book_grid(absmax: torch.Tensor, shape: tuple[int, int], block_size: int, levels: torch.Tensor) -> ElementGrid:

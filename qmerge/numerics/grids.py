@@ -37,15 +37,17 @@ def search_int(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, model
     """Scales and zeros, fp32 ``[out, groups]``, for an int grid. ``weight`` ``[out, in]``, ``importance`` ``[in]`` ≥ 0 (diag H).
 
     Symmetric: zero is mid-range and the scale is signed, so the larger extreme gets the longer half of the grid.
-    Asymmetric: zeros ``grid.least_zero``..2^b-1 (gptq's v1 files cannot hold 0).
+    Each group's range includes 0; the last group may be short. Asymmetric: zeros ``grid.least_zero``..2^b-1 (gptq's v1 files cannot hold 0).
     """
     search = search or Search()
     rows, columns = weight.shape
     size = columns if grid.group_size == -1 else grid.group_size
-    groups = weight.reshape(-1, size)
+    short = -columns % size
+    groups = torch.nn.functional.pad(weight, (0, short)).reshape(-1, size)
+    cost = torch.nn.functional.pad(importance, (0, short)).reshape(-1, size)
     scales, zeros = _trials(groups.amax(-1).clamp(min=0), groups.amin(-1).clamp(max=0), grid, model_dtype, search)
-    best = _best_int(groups, importance.reshape(-1, size), scales, zeros, 2**grid.bits - 1)
-    picked = [values.gather(0, best.unsqueeze(0)).reshape(rows, columns // size) for values in (scales, zeros)]
+    best = _best_int(groups, cost, scales, zeros, 2**grid.bits - 1)
+    picked = [values.gather(0, best.unsqueeze(0)).reshape(rows, -1) for values in (scales, zeros)]
     return picked[0], picked[1]
 
 

@@ -16,9 +16,14 @@ def _period(bits: int) -> int:
     return 32 // gcd(32, bits)
 
 
+def words(count: int, bits: int) -> int:
+    """int32 words that ``count`` values fill."""
+    return -(-count * bits // 32)
+
+
 def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Integers 0..2^bits-1 ``[n, m]`` to int32 ``[ceil(n * bits / 32), m]``; what is left of the last word is zero."""
-    period, count = _period(bits), -(-values.shape[0] * bits // 32)
+    period, count = _period(bits), words(values.shape[0], bits)
     wide = torch.nn.functional.pad(values.to(torch.int32), (0, 0, 0, -values.shape[0] % period)).reshape(-1, period, values.shape[1])
     packed = torch.zeros(wide.shape[0], period * bits // 32, values.shape[1], dtype=torch.int32, device=values.device)
     for i in range(period):

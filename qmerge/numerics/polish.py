@@ -100,19 +100,23 @@ def _descend(
 
 
 def refit(
-    scales: torch.Tensor, units: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor, storable: Callable[[torch.Tensor], torch.Tensor]
+    scales: torch.Tensor,
+    units: torch.Tensor,
+    target: torch.Tensor,
+    matrix: torch.Tensor,
+    storable: Callable[[torch.Tensor], torch.Tensor],
+    size: int,
 ) -> torch.Tensor:
-    """Scales fp32 ``[out, groups]`` that lower ``tr(E M Eᵀ)`` with codes fixed: Q = scales × ``units`` ``[out, in]`` (code - zero, or the level), group after group.
+    """Scales fp32 ``[out, groups]`` that lower ``tr(E M Eᵀ)`` with codes fixed: Q = scales × ``units`` ``[out, in]`` (code - zero, or the level), group after group, ``size`` columns in each but the last.
 
     Each group's scale moves to its closed-form optimum given the others, rounded by ``storable`` ``[out, groups] -> [out, groups]`` to what the file holds,
     and only where that lowers the objective.
     """
-    rows, groups = scales.shape
-    size = units.shape[1] // groups
+    groups, columns = scales.shape[1], units.shape[1]
     scales = scales.clone()
-    gradient = (scales.repeat_interleave(size, dim=1) * units - target) @ matrix
+    gradient = (scales.repeat_interleave(size, dim=1)[:, :columns] * units - target) @ matrix
     for group in range(groups):
-        span = slice(group * size, (group + 1) * size)
+        span = slice(group * size, min((group + 1) * size, columns))
         part = units[:, span]
         slope = (gradient[:, span] * part).sum(1)
         bend = ((part @ matrix[span, span]) * part).sum(1)

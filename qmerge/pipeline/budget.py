@@ -86,7 +86,7 @@ def candidates(plan: MergePlan, names: Sequence[str]) -> tuple[Grid | None, ...]
     ):
         try:
             for name in names:
-                fmt.check_shape(name.removesuffix(".weight"), plan.pieces.table[name].shape, grid)
+                fmt.check_shape(name.removesuffix(".weight"), plan.pieces.table[name].shape, grid, plan.recipe.pad)
         except Refused:
             continue
         found.append(grid)

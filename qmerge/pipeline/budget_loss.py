@@ -70,7 +70,7 @@ def _losses(
                 error = weight.to(merged.out_dtype(name)).float() - weight
             else:
                 scales, zeros = grids.search_int(weight, importance, grid, model_dtype)
-                element = gptq.int_grid(scales, zeros, weight.shape[1], grid.bits)
+                element = gptq.int_grid(scales, zeros, weight.shape[1], grid)
                 error = gptq.values(gptq.solve(weight, level, element), element) - weight
             total += 0.5 * float(((error @ judge).mul_(error).sum(1) * seen.fisher(name)).sum())
         return total

@@ -41,10 +41,12 @@ class Option:
     scales: torch.Tensor
     element: ElementGrid
     build: Callable[[torch.Tensor, torch.Tensor], QuantizedWeight]
+    size: int
+    """columns that share a scale; the last group of a row may have fewer"""
     storable: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def with_scales(self, scales: torch.Tensor) -> Option:
-        wide = scales.T.repeat_interleave(self.element.scale.shape[0] // scales.shape[1], dim=0).contiguous()
+        wide = scales.T.repeat_interleave(self.size, dim=0)[: self.element.scale.shape[0]].contiguous()
         wide = torch.where(wide == 0, torch.full_like(wide, 1e-30), wide)  # an empty block: nothing is divided by zero
         return replace(self, scales=scales, element=replace(self.element, scale=wide))
 
@@ -84,7 +86,7 @@ def positions(state: QuantState, codes: torch.Tensor) -> torch.Tensor:
 
 def _int_option(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, model_dtype: torch.dtype, search: Search) -> Option:
     scales, zeros = grids.search_int(weight, importance, grid, model_dtype, search)
-    size = weight.shape[1] // scales.shape[1]
+    size = weight.shape[1] if grid.group_size == -1 else grid.group_size
     g_idx = torch.arange(weight.shape[1], dtype=torch.int32) // size
 
     def build(codes: torch.Tensor, chosen: torch.Tensor) -> QuantizedWeight:
@@ -93,7 +95,7 @@ def _int_option(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, mode
     def storable(wanted: torch.Tensor) -> torch.Tensor:
         return grids.storable(torch.where(wanted * scales > 0, wanted, torch.full_like(wanted, float("nan"))), model_dtype)
 
-    return Option("searched", scales, gptq.int_grid(scales, zeros, weight.shape[1], grid.bits), build, storable)
+    return Option("searched", scales, gptq.int_grid(scales, zeros, weight.shape[1], grid), build, size, storable)
 
 
 def _book_option(label: str, state: QuantState, grid: Grid, device: torch.device) -> Option:
@@ -111,4 +113,4 @@ def _book_option(label: str, state: QuantState, grid: Grid, device: torch.device
         return QuantizedWeight(stored[codes.long()].cpu(), kind, state=held)
 
     scales = absmax.reshape(shape[0], -1) if whole else absmax.reshape(1, -1)
-    return Option(label, scales, element, build, maxima.storable if whole else None)
+    return Option(label, scales, element, build, state.block_size, maxima.storable if whole else None)

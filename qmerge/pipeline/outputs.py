@@ -69,11 +69,25 @@ def _check_linears(recipe: Recipe, skeleton: Skeleton, names: list[str]) -> None
                       fix="use --format gptq or nf4")
 
 
-def check_shapes(recipe: Recipe, pieces: Pieces, requantized: tuple[str, ...]) -> None:
-    """Raise `Refused` where the format cannot hold one of the weights."""
-    fmt = registry.of_format(recipe.format)
+def check_shapes(recipe: Recipe, pieces: Pieces, requantized: tuple[str, ...]) -> list[str]:
+    """Raise `Refused` where the format cannot hold one of the weights; a word on those that it holds padded, where that was asked for."""
+    fmt, padded = registry.of_format(recipe.format), []
     for name in requantized if fmt else ():
-        fmt.check_shape(name.removesuffix(".weight"), pieces.table[name].shape, recipe.grid)
+        module, shape = name.removesuffix(".weight"), pieces.table[name].shape
+        fmt.check_shape(module, shape, recipe.grid, recipe.pad)
+        if recipe.pad and not _fits_unpadded(fmt, module, shape, recipe.grid):
+            padded.append(module)
+    if not padded:
+        return []
+    return [f"{len(padded)} linears are written padded (--pad), e.g. {padded[0]}: transformers reads them, kernels of vLLM and SGLang are known to refuse such shapes"]
+
+
+def _fits_unpadded(fmt: registry.Format, module: str, shape: tuple[int, int], grid: Grid) -> bool:
+    try:
+        fmt.check_shape(module, shape, grid, False)
+    except Refused:
+        return False
+    return True
 
 
 def output_grid(recipe: Recipe, base: Base, name: str | None = None) -> Grid:

@@ -181,11 +181,11 @@ def _with_outputs(found: MergePlan) -> MergePlan:
     routed = routed_weights(found.skeleton, pieces, recipe.format) if found.skeleton else ()
     head = [name for name in requantized if name == found.skeleton.output_embedding] if routed else []
     requantized = (*(name for name in requantized if name not in head), *(weight.name for weight in routed), *head)
-    outputs.check_shapes(recipe, pieces, requantized)
+    padded = outputs.check_shapes(recipe, pieces, requantized)
     bytes_out = sum(outputs.bytes_out(recipe, base, pieces, name, set(requantized) | set(kept)) for name in pieces.table)
     check_room(Path(recipe.out), bytes_out)
     bytes_in = base.checkpoint.weight_bytes + sum(spec.nbytes for adapter in found.adapters for spec in adapter.specs.values())
-    return replace(found, requantized=requantized, kept_4bit=kept, bytes_in=bytes_in, bytes_out=bytes_out, routed=routed, warnings=(*found.warnings, *_on_narrow(narrow), *_on_experts(found, routed)))
+    return replace(found, requantized=requantized, kept_4bit=kept, bytes_in=bytes_in, bytes_out=bytes_out, routed=routed, warnings=(*found.warnings, *padded, *_on_narrow(narrow), *_on_experts(found, routed)))
 
 
 def _is_gate(outputs: int, inputs: int) -> bool:

@@ -11,7 +11,7 @@ import yaml
 from qmerge.adapters.adapter import Adapter
 from qmerge.adapters.several_adapters import SUM, AdapterSet, Choice, Combination, parse_choice
 from qmerge.errors import UsageProblem
-from qmerge.formats import BITS, BLOCK_SIZES, BUILT, GROUP_SIZES, HEADS, MIXED, QUANTIZING
+from qmerge.formats import BITS, BLOCK_SIZES, BUILT, GROUP_SIZES, HEADS, MIXED, PADDED, QUANTIZING
 from qmerge.formats.base import Nf4Recipe
 from qmerge.formats.training import recipe_from_adapter, recipe_from_file
 from qmerge.types import Grid
@@ -47,6 +47,7 @@ class Recipe:
     bits_per_weight: float | None = None
     polish: tuple[str, ...] = ()
     quantize_head: bool = False
+    pad: bool = False
     low_traffic: str = "pooled"
     calibration: str | None = None
     template: str | None = None
@@ -94,7 +95,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The fields that decide the result: no paths, no device."""
         quantizing = {"bits", "group_size", "symmetric", "bits_per_weight"} if self.format in BITS else {"block_size", "double_quant"} if self.format in BLOCK_SIZES else set()
-        quantizing |= {"quantize_head"} if self.quantize_head else set()
+        quantizing |= {name for name in ("quantize_head", "pad") if getattr(self, name)}
         calibrated = {"template", "generic_share", "samples", "tokens", "curvature_tokens", "seed", "polish", "low_traffic"} if self.format in QUANTIZING and not self.rtn else set()
         combined = {"combine", "density", "combine_rank", "seed"} if self.combine != SUM else set()
         wanted = {"format", "on", "nf4_recipe", "rtn", "residual_base"} | quantizing | calibrated | combined
@@ -238,6 +239,10 @@ def _check_quantizing(recipe: Recipe, faults: list[str]) -> None:
         faults.append("--quantize-head with --asym: only gptqmodel reads a quantized head in format gptq, and asymmetric files only from its own hand; leave --asym out, or use --format compressed-tensors")
     if unknown := [name for name in recipe.polish if name not in POLISH]:
         faults.append(f"--polish {unknown[0]}: expected {' or '.join(POLISH)}")
+    if recipe.pad and recipe.polish:
+        faults.append("--pad with --polish: polishing moves the scales of whole groups, which padded rows need not have; leave one of them out")
+    if recipe.pad and fmt not in PADDED:
+        faults.append(f"--pad belongs to --format {' and '.join(PADDED)}")
     if recipe.low_traffic not in LOW_TRAFFIC:
         faults.append(f"--low-traffic {recipe.low_traffic}: expected {' or '.join(LOW_TRAFFIC)}")
     for flag, value in (("--polish", recipe.polish), ("--bits-per-weight", budget)):

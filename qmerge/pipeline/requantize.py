@@ -224,7 +224,7 @@ def _solve(job: _Job, known: _Known, blocks: int, steps: Steps) -> Solved:
     for turn in range(1 + (LEAN_ROUNDS if delta is not None and (steps.descent or fitting) else 0)):
         if fitting and turn == 0:
             wanted = goal if coupling is None else goal - coupling.pulled(gptq.values(codes, option.element) - goal)
-            option = option.with_scales(refit(option.scales, option.units(codes), wanted, matrix, option.storable))
+            option = option.with_scales(refit(option.scales, option.units(codes), wanted, matrix, option.storable, option.size))
         if steps.descent and coupling is None:
             codes = descend(codes, goal, known.hessian, level.damp, option.element)
         elif steps.descent:

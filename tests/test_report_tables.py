@@ -6,7 +6,7 @@ import pytest
 from test_report_results import build_results, hostile_results
 
 from qmerge.report.numbers import format_limit, format_metric, format_value
-from qmerge.report.tables import check_rows, fingerprint_rows, notes, summary_rows, task_rows, terminal_table
+from qmerge.report.tables import check_rows, fingerprint_rows, notes, summary_rows, terminal_table
 from qmerge.types import Metric
 
 
@@ -81,13 +81,6 @@ def test_failures_come_first_in_the_gate() -> None:
     assert [row["state"] for row in rows] == ["fail"] + ["pass"] * 5 + ["skipped"]
     assert rows[-1]["measured"] == "—"
     assert rows[0]["measured"] == "3.1 % (1.0 to 5.2)" and rows[0]["limit"] == "≥ 90 %"
-
-
-def test_tasks_are_told_with_difference_and_flips() -> None:
-    """Catches an accuracy without its paired difference."""
-    assert task_rows(build_results()) == [
-        {"arm": "nf4", "task": "gsm8k", "accuracy": "41.2 % (38.2 to 44.2)", "delta": "−0.4 points (−1.5 to 0.7)", "flips": "9", "p": "0.74"}
-    ]
 
 
 def test_terminal_golden() -> None:

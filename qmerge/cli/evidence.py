@@ -1,9 +1,9 @@
-"""`qmerge eval`, `qmerge compare`, `qmerge report`: measure, judge, show."""
+"""`qmerge eval`: measure what a candidate lost."""
 
 from __future__ import annotations
 
-import json
 import shlex
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,7 @@ def evaluate_to(
     for name, arm in results["arms"].items():
         if arm.get("loader"):
             warn(f"{name} was read by {arm['loader']}")
+    results["measured_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")  # what a history is sorted by
     out.parent.mkdir(parents=True, exist_ok=True)
     write_results(results, scores, out)
     return results
@@ -97,27 +98,6 @@ def check_target(out: Path) -> None:
         raise UsageProblem("--out lies below a file", where=str(out.parent), expected="a folder", found="a file")
 
 
-@click.command("compare", cls=QuietCommand)
-@click.argument("results", metavar="results.json")
-@click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
-@click.option("--baseline", metavar="results.json", help="Older results to hold the candidates against.")
-@click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
-@click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout.")
-@click.pass_context
-def compare_command(context: click.Context, results: str, budget: str, baseline: str | None, strict: bool, as_json: bool) -> None:
-    """Judge results against a budget. Exit 0: pass; 3: below budget."""
-    from qmerge.quality.compare import compare, exit_code, load_budget
-    from qmerge.report.load import load_results
-
-    verdict = compare(load_results(results), load_budget(budget), load_results(baseline) if baseline else None)
-    if as_json:
-        result_json(verdict)
-    else:
-        show_verdict(verdict)
-    say(f"Next: qmerge report {results} --out DIR")
-    context.exit(exit_code(verdict, strict))
-
-
 def show_verdict(verdict: dict[str, Any]) -> None:
     """The state and every reason, one per line, on stdout."""
     result(f"{verdict['state'].upper()} (budget {verdict.get('budget', 'default')})")
@@ -125,19 +105,3 @@ def show_verdict(verdict: dict[str, Any]) -> None:
         result(f"  {reason}")
     if verdict["state"] == "inconclusive":
         warn("the text is too little to tell, or the adapter's gain on it too small: give more held-out text")
-
-
-@click.command("report", cls=QuietCommand)
-@click.argument("results", metavar="results.json")
-@click.option("--out", required=True, metavar="DIR", help="Folder for report.md and report.html.")
-@click.option("--json", "as_json", is_flag=True, help="The paths as JSON on stdout.")
-def report_command(results: str, out: str, as_json: bool) -> None:
-    """Write report.md and report.html from results."""
-    from qmerge.report.load import load_results
-    from qmerge.report.write import write_report
-
-    if Path(out).exists() and not Path(out).is_dir():
-        raise UsageProblem("--out names a file", where=out, expected="a folder for report.md and report.html", found="a file")
-    pages = [str(page) for page in write_report(load_results(results), out)]
-    result(json.dumps(pages) if as_json else "\n".join(pages))
-    say(f"Next: open {pages[1]}")

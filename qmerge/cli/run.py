@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
+from qmerge.cli.gate import judged_again
 from qmerge.cli.options import merge_options, named_texts
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 from qmerge.errors import UsageProblem
@@ -21,6 +22,9 @@ from qmerge.errors import UsageProblem
 @click.option("--also", default="", metavar="A,B", help="More arms: original, rtn.")
 @click.option("--suite", metavar="FILE", help="Benchmarks to run through lm-eval, a YAML file.")
 @click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
+@click.option("--baseline", metavar="results.json", help="Older results to hold the candidate against too.")
+@click.option("--ignore-versions", is_flag=True, help="Compare with a --baseline that was measured with other versions of torch, transformers, …")
+@click.option("--junit", metavar="FILE", help="Write the checks as JUnit XML too.")
 @click.option("--allow-overlap", is_flag=True, help="Do not refuse evaluation text that the calibration text holds too.")
 @click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
@@ -28,7 +32,7 @@ from qmerge.errors import UsageProblem
 @click.pass_context
 def run_command(
     context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None,
-    budget: str, allow_overlap: bool, strict: bool, dry_run: bool, as_json: bool, **flags: Any,
+    budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, as_json: bool, **flags: Any,
 ) -> None:
     """Merge, then measure the result against base + separate adapter, judge it, and write a report to OUT.eval/."""
     from qmerge.pipeline.recipe import build_recipe
@@ -42,9 +46,12 @@ def run_command(
     from qmerge.quality.compare import exit_code, load_budget
     from qmerge.quality.evaluate import candidate_names, check_request
     from qmerge.quality.tasks import load_suite
+    from qmerge.report.load import load_results
 
     # all that measuring would refuse, before hours of merging
-    load_budget(budget)
+    limits = load_budget(budget)
+    if baseline:
+        load_results(baseline, whole=True)
     check_request(candidate_names((recipe.out,)), named_texts(texts) or {"held-out": ""}, [part for part in also.split(",") if part], recipe.original)
     check_separate(recipe.adapter_set)
     if suite:
@@ -73,8 +80,12 @@ def run_command(
         nf4_recipe=recipe.nf4_recipe, suite=suite, budget=budget, device=recipe.device, steps=steps,
     )
     from qmerge.report.tables import terminal_table
-    from qmerge.report.write import write_report
+    from qmerge.report.write import write_junit, write_report
 
+    if baseline:
+        results = judged_again(results, evidence / "results.json", limits, baseline, ignore_versions)
+    if junit:
+        write_junit(results, junit, strict)
     pages = [str(page) for page in write_report(results, evidence)]
     steps.step("reported")
     if as_json:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +44,20 @@ def read_scores(path: str | Path) -> Scores:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = dict(stored)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Refused("the per-token arrays cannot be read", where=Path(path).name, expected="results.npz", found=str(error)) from error
     scores: Scores = {}
-    for key in arrays:
-        parts = key.split("/")
-        if len(parts) == 3 and parts[2] == "kl":
-            text, arm = parts[0], parts[1]
-            own = {k: arrays[f"{text}/{arm}/{k}"] for k in OWN} | {k: arrays[f"{text}/{k}"] for k in SHARED}
-            scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]))
+    try:
+        for key in arrays:
+            parts = key.split("/")
+            if len(parts) == 3 and parts[2] == "kl":
+                text, arm = parts[0], parts[1]
+                own = {k: arrays[f"{text}/{arm}/{k}"] for k in OWN} | {k: arrays[f"{text}/{k}"] for k in SHARED}
+                if any(row.shape != own["kl"].shape or row.ndim != 1 for row in own.values()):
+                    raise Refused("the per-token arrays have different lengths", where=Path(path).name, expected="one number per token", found=f"{text}/{arm}")
+                scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refused("the per-token arrays are incomplete", where=Path(path).name, expected="results.npz as qmerge wrote it", found=str(error)) from error
     return scores
 
 
@@ -64,9 +71,11 @@ def text_rows(arms: dict[str, TokenScores], *, seed: int = 0) -> dict[str, dict[
 
 def recompute(results: dict[str, Any], scores: Scores, *, seed: int = 0) -> dict[str, Any]:
     """``results`` with every text metric computed anew from the sidecar's arrays; the arguments are left as they are."""
-    arms = {name: dict(arm) | {"texts": {}} for name, arm in results["arms"].items()}
+    arms = {name: dict(arm) | {"texts": dict(arm["texts"])} for name, arm in results["arms"].items()}
     for text, rows in scores.items():
         for name, row in text_rows(rows, seed=seed).items():
+            if name not in arms or text not in arms[name]["texts"]:
+                raise Refused("the per-token arrays belong to other results", where=f"{name} on {text}", expected="the arms and texts of results.json", found="one more")
             arms[name]["texts"][text] = row
     return results | {"arms": arms}
 

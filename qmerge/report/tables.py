@@ -17,9 +17,10 @@ from qmerge.report.numbers import (
     metric_label,
     metric_parts,
 )
+from qmerge.report.sections import Section, generation, perplexity, tasks, text_of
 from qmerge.units import format_bytes
 
-__all__ = ["check_rows", "fingerprint_rows", "format_metric", "linear_rows", "metric_parts", "notes", "summary_rows", "task_rows", "terminal_table"]
+__all__ = ["check_rows", "fingerprint_rows", "format_metric", "linear_rows", "metric_parts", "notes", "plain_table", "summary_rows", "terminal_table"]
 
 SUMMARY = (
     ("arm", "arm"),
@@ -87,27 +88,6 @@ def check_rows(results: Results, parts: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-def task_rows(results: Results) -> list[dict[str, str]]:
-    """Benchmarks per arm: accuracy, difference to the reference, items that changed, exact McNemar p."""
-    rows = []
-    for name, arm in fields.arms(results).items():
-        for task, found in fields.as_dict(arm.get("tasks")).items():
-            row = fields.as_dict(found)
-            p = fields.number(row.get("mcnemar_p"))
-            delta = row if "value" in row else row.get("delta")  # the mean over tasks is a difference only
-            rows.append(
-                {
-                    "arm": clean(name),
-                    "task": clean(task),
-                    "accuracy": format_metric(row.get("accuracy"), "percent"),
-                    "delta": format_metric(delta, "points"),
-                    "flips": format_value(fields.number(row.get("flips")), "count"),
-                    "p": MISSING if p is None else f"{p:.2g}",
-                }
-            )
-    return rows
-
-
 def linear_rows(results: Results, arm: str, count: int = 10) -> list[dict[str, str]]:
     """The linears that kept the least of their delta: module, survival, delta_ratio, error_ratio."""
     return [
@@ -164,10 +144,21 @@ def _block(results: Results, text: str) -> list[str]:
     return [f"on {clean(text, 90)}", lines[0], "-" * max(map(_width, lines))] + lines[1:]
 
 
+def plain_table(section: Section, columns: int = 150) -> str:
+    """A section's rows for a terminal: columns aligned, each at most 34 wide, together at most ``columns`` where 12 each are enough."""
+    table = [section.heads, *([text_of(cell) for cell in row] for row in section.rows)]
+    widths = [min(34, max(_width(line[column]) for line in table)) for column in range(len(section.heads))]
+    while sum(widths) + 2 * (len(widths) - 1) > columns and max(widths) > 12:
+        widths[widths.index(max(widths))] -= 1
+    lines = ["  ".join(_fit(item, width) for item, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    return "\n".join([lines[0], "-" * max(map(_width, lines)), *lines[1:]])
+
+
 def terminal_table(results: Results) -> str:
-    """Plain aligned text, one block per evaluation text, at most 110 columns; intervals are 95 %."""
+    """Plain aligned text, one block per evaluation text, protocol table and so on, at most 110 columns; intervals are 95 %."""
     texts = fields.text_names(results)
     if not texts:
         return "no evaluation text was measured"
     blocks = ["\n".join(_block(results, text)) for text in texts]
+    blocks += [f"{found.title}\n{plain_table(found, TERMINAL_COLUMNS)}" for make in (perplexity, generation, tasks) if (found := make(results)) and found.rows]
     return "\n\n".join(blocks)

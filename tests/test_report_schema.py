@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 from report_rich import rich_results
 from test_report_results import build_results
 

@@ -21,6 +21,7 @@ from qmerge.report.markdown import table, verdict_sentence
 from qmerge.report.sections import sections, text_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+PLAIN_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 ADDRESS = re.compile(r"(?:https://)?[\w./%#?=&+-]{1,300}", re.ASCII)
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -94,6 +95,7 @@ def render_card(facts: Facts) -> str:
     """README.md for the checkpoint."""
     kind = _kind(facts)
     adapters = " and ".join(f"the adapter {md(origin.name)}" for origin in facts.adapters) or "a LoRA adapter"
+    place = facts.model_id or (facts.name if PLAIN_NAME.fullmatch(facts.name) else "MODEL")  # it goes into commands and code
     form = f"requantized to {md(format_name(kind))}" if kind not in FLOAT else "as float weights"
     parts = [
         front_matter(facts),
@@ -101,16 +103,12 @@ def render_card(facts: Facts) -> str:
         f"The 4-bit base {md(facts.base.name)} with {adapters} merged into its dequantized weights, {form}, by qmerge {md(fields.as_dict(facts.manifest.get('tool')).get('version', ''))}. "
         "It needs neither PEFT nor qmerge to run.",
         "## Loading",
-        *(f"{engine}:\n\n{_fenced(language, code.replace('MODEL', clean(facts.model_id or facts.name)))}" for engine, language, code in snippets(kind)),
+        *(f"{engine}:\n\n```{language}\n{code.replace('MODEL', place)}\n```" for engine, language, code in snippets(kind)),
         *_cost(facts),
         *_made(facts),
         *_licence(facts),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _fenced(language: str, code: str) -> str:
-    return f"```{language}\n{code.replace('`', '')}\n```"
 
 
 def _cost(facts: Facts) -> list[str]:

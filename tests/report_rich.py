@@ -11,7 +11,7 @@ ARMS = ("separate", "merged", "nf4", "naive")
 MORE_KNOWN = set(
     "perplexity protocol ratio word_ppl byte_ppl bits_per_byte generation prompts new_tokens exact_match first_divergence divergence_quantiles margin_delta holm_p "
     "macro_accuracy_delta macro_bootstrap chance samples serving device threads rows load_s peak_load_bytes peak_prefill_bytes peak_decode_bytes time_to_first_token_s "
-    "prefill_tokens_per_s decode_tokens_per_s packages kernel hot_swap 1 8 32 new old paired measured_at versions smallest_detectable lost won".split()
+    "prefill_tokens_per_s decode_tokens_per_s packages kernel hot_swap 1 8 32 new old paired measured_at versions smallest_detectable lost won kl_mean_vs_baseline".split()
 )
 
 

@@ -33,15 +33,18 @@ def compare_command(
 
     judged = judge(results, budget, baseline, ignore_versions, recompute=recompute)
     verdict = judged["verdict"]
+    # files first: whoever reads the verdict through `head` still gets them
+    if junit:
+        write_junit(judged, junit, strict)
+        say(f"wrote {junit}")
+    if save_baseline and verdict["state"] != "fail":
+        accept(judged, save_baseline)
     if as_json:
         result_json(verdict)
     else:
         show_verdict(verdict)
-    if junit:
-        write_junit(judged, junit, strict)
-        say(f"wrote {junit}")
-    if save_baseline:
-        accept(judged, save_baseline)
+    if save_baseline and verdict["state"] == "fail":
+        raise Refused("these results failed, so they do not become a baseline", where=save_baseline, found=verdict["reasons"][0], fix="a budget that they hold, if that is meant: --budget FILE")
     say(f"Next: qmerge report {results} --out DIR")
     context.exit(exit_code(verdict, strict))
 
@@ -70,12 +73,10 @@ def judged_again(results: dict[str, Any], path: str | Path, limits: dict[str, An
 
 
 def accept(results: dict[str, Any], target: str) -> None:
-    """Write a baseline. ``Refused`` for results that failed: they would become what is good enough."""
+    """Write a baseline."""
     from qmerge.quality.baseline import baseline_of
     from qmerge.report.write import write_json
 
-    if results["verdict"]["state"] == "fail":
-        raise Refused("these results failed, so they do not become a baseline", where=target, found=results["verdict"]["reasons"][0], fix="a budget that they hold, if that is meant: --budget FILE")
     write_json(baseline_of(results), target)
     say(f"wrote {target}")
 

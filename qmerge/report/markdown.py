@@ -102,6 +102,11 @@ def _section(section: Section) -> list[str]:
     return parts + (["\n".join(f"- note: {md(note, 400)}" for note in section.notes)] if section.notes else [])
 
 
+def choice_markdown(results: Results) -> str:
+    """What to ship, and the usual table with this model's values: what a notebook ends with."""
+    return "\n\n".join(_choice(results))
+
+
 def _choice(results: Results) -> list[str]:
     found = choose(results)
     comparison = compared(results)

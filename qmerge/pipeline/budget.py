@@ -14,10 +14,10 @@ import torch
 
 from qmerge.errors import Refused
 from qmerge.formats import BITS, GROUP_SIZES, registry
-from qmerge.pipeline.gradients import Curvatures
 from qmerge.pipeline.budget_loss import sensitivities
 from qmerge.pipeline.budget_split import allocate, cheapest
 from qmerge.pipeline.calibrate import Calibration
+from qmerge.pipeline.gradients import Curvatures
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.types import Grid

@@ -30,7 +30,7 @@ from qmerge.quality.measure import TokenScores, measure
 from qmerge.quality.merging import edited_weights, linear_rows
 from qmerge.quality.metrics import json_metric, reference_scores, text_metrics
 from qmerge.quality.plain import place
-from qmerge.quality.reference import Reference
+from qmerge.quality.reference import CACHE_BYTES, Answers
 from qmerge.quality.served import as_served
 from qmerge.quality.sidecar import Scores, text_rows
 from qmerge.quality.tasks import Suite, load_suite, run_suite, task_index, task_rows
@@ -158,7 +158,7 @@ class _Run:
     def __init__(self, reference: loading.Arm, windows: dict[str, Windows], device: str, tokenizer: Any, suite: Suite | None,
                  results_dir: str | Path | None, progress: Progress | None) -> None:
         self.reference, self.windows, self.device, self.tokenizer = reference, windows, device, tokenizer
-        self.answers = Reference(reference.model)
+        self.answers = Answers(reference.model, CACHE_BYTES)
         self.suite, self.results_dir, self.progress = suite, results_dir, progress
         self.manager = task_index(suite) if suite else None
         self.scores: Scores = {text: {} for text in windows}

@@ -1,7 +1,8 @@
 """How does a candidate answer, token by token, where the reference answers too?
 
-Both models see the same windows. Logits live for one batch, their distributions for one chunk of positions; what stays is a handful
-of numbers per scored token. The first position of a window has no context and is never scored.
+Both models see the same windows. Their last hidden states live for one batch, logits and distributions for one chunk of positions, so that memory
+does not grow with window length times vocabulary; what stays is a handful of numbers per scored token. The first position of a window has no context
+and is never scored.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 
 from qmerge.errors import Refused
-from qmerge.quality.reference import Reference
+from qmerge.quality.reference import Answers
 from qmerge.store.texts import Windows
 
 LOGIT_BYTES = 64 * 2**20
-"""fp32 logits of one model that a batch may hold; one window is always allowed"""
+"""fp32 logits of one model that a batch stands for, and holds where a model's head is not its last step; one window is always allowed"""
 CHUNK_BYTES = 16 * 2**20
 """fp32 logits of one model that are turned into distributions at a time"""
 
@@ -58,8 +59,8 @@ def cluster_labels(window: np.ndarray, doc: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def measure(
-    reference: torch.nn.Module | Reference,
-    candidate: torch.nn.Module,
+    reference: torch.nn.Module | Answers,
+    candidate: torch.nn.Module | Answers,
     windows: Windows,
     *,
     device: str | torch.device = "cpu",
@@ -68,20 +69,19 @@ def measure(
     """Run both models over the windows. Both must be in eval mode on ``device`` and take ``input_ids`` int64 ``[B, T]``.
 
     Where the vocabularies differ in size (an adapter that added tokens, a padded head) both are cut to the smaller and renormalized;
-    a target outside it is ``Refused``. A `Reference` remembers its answers to these very ``windows`` for the next candidate.
+    a target outside it is ``Refused``. `Answers` with room remember theirs to these very ``windows`` for the next call.
     """
-    known = reference if isinstance(reference, Reference) else Reference(reference, cache_bytes=0)
+    ref, cand = (model if isinstance(model, Answers) else Answers(model) for model in (reference, candidate))
     rows: dict[str, list[np.ndarray]] = {f.name: [] for f in fields(TokenScores) if f.name != "vocabulary_cut"}
     cut, done, size = 0, 0, 1
     while done < len(windows):
         length = len(windows.ids[done])
         batch = [i for i in range(done, min(done + size, len(windows))) if len(windows.ids[i]) == length]
         ids = torch.stack([windows.ids[i] for i in batch]).to(device)
-        ref = known.logits(ids, (id(windows), done, len(batch)))
-        cand = candidate(input_ids=ids, use_cache=False).logits
-        width = min(ref.shape[-1], cand.shape[-1])
-        cut = width if ref.shape[-1] != cand.shape[-1] else cut
-        _append(rows, ref[..., :width], cand[..., :width], ids, [windows.scored[i] for i in batch], [windows.doc[i] for i in batch], done)
+        states = ref.states(ids, (id(windows), done, len(batch))), cand.states(ids, (id(windows), done, len(batch)))
+        width = min(ref.width, cand.width)
+        cut = width if ref.width != cand.width else cut
+        _append(rows, (ref, cand), states, ids, [windows.scored[i] for i in batch], [windows.doc[i] for i in batch], done)
         # The vocabulary is only known after a first forward: one window first, then as many as fit.
         done, size = done + len(batch), max(1, LOGIT_BYTES // (4 * width * length))
         if progress:
@@ -89,22 +89,24 @@ def measure(
     return TokenScores(**{name: np.concatenate(parts) for name, parts in rows.items()}, vocabulary_cut=cut)
 
 
-def _append(rows: dict[str, list[np.ndarray]], ref: torch.Tensor, cand: torch.Tensor, ids: torch.Tensor, scored: list, doc: list, first: int) -> None:
-    """Add one batch's tokens: logits ``[B, T, V]``, ids ``[B, T]``, masks and document indices B times ``[T]``."""
+def _append(rows: dict[str, list[np.ndarray]], models: tuple[Answers, Answers], states: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor, scored: list, doc: list, first: int) -> None:
+    """Add one batch's tokens: states ``[B, T, …]`` of reference and candidate, ids ``[B, T]``, masks and document indices B times ``[T]``."""
     mask = torch.stack(scored)[:, 1:]
     window = torch.arange(first, first + len(ids)).unsqueeze(1).expand_as(mask)[mask]
     rows["window"].append(window.numpy().astype(np.int32))
     rows["doc"].append(torch.stack(doc)[:, 1:][mask].numpy().astype(np.int32))
     keep = mask.to(ids.device)
     targets = ids[:, 1:][keep]
-    if len(targets) and int(targets.max()) >= ref.shape[-1]:
-        raise Refused("a token of the text lies outside a model's vocabulary", expected=f"ids below {ref.shape[-1]}", found=int(targets.max()))
+    width = min(model.width for model in models)
+    if len(targets) and int(targets.max()) >= width:
+        raise Refused("a token of the text lies outside a model's vocabulary", expected=f"ids below {width}", found=int(targets.max()))
     at_batch, at_position = keep.nonzero(as_tuple=True)
-    step = max(1, CHUNK_BYTES // (4 * ref.shape[-1]))
-    parts = [
-        compare_logits(ref[at_batch[i : i + step], at_position[i : i + step]], cand[at_batch[i : i + step], at_position[i : i + step]], targets[i : i + step])
-        for i in range(0, len(targets), step)
-    ]
+    step = max(1, CHUNK_BYTES // (4 * width))
+    parts = []
+    for i in range(0, len(targets), step):
+        here = at_batch[i : i + step], at_position[i : i + step]
+        ref, cand = (model.logits(rows_of[here])[..., :width] for model, rows_of in zip(models, states, strict=True))
+        parts.append(compare_logits(ref, cand, targets[i : i + step]))
     for name in ("nll_ref", "nll_cand", "kl", "agree", "delta_p", "confidence"):
         dtype = bool if name == "agree" else np.float32
         rows[name].append(np.concatenate([p[name].cpu().numpy() for p in parts]) if parts else np.zeros(0, dtype))

@@ -71,7 +71,7 @@ def file(tmp_path_factory):
 
 def cut_for(model, how, file, tokenizer=None):
     [request] = parse_requests([f"{how}:{file}"]).values()
-    return plan(request, read_request(request), tokenizer or tiny_tokenizer(), model.config)
+    return plan(request, read_request(request), tokenizer or tiny_tokenizer(), context_length(model.config))
 
 
 def measured(model, how, file, tokenizer=None):
@@ -162,7 +162,7 @@ def test_non_finite_losses_leave_the_perplexity_undefined(model, file):
     with torch.no_grad():
         broken.model.embed_tokens.weight[WORDS.index("old")] = torch.nan
     measures = Perplexities({"gptq,tokens=32:wiki": cut_for(model, "gptq,tokens=32", file)})
-    measures.add("separate", model, "cpu", lambda label: None), measures.add("x", broken, "cpu", lambda label: None)
+    measures.add("separate", Answers(model), "cpu", lambda label: None), measures.add("x", Answers(broken), "cpu", lambda label: None)
     row = measures.row("x")["gptq,tokens=32:wiki"]
     assert row["protocol"] == "gptq" and row["metrics"]["ppl"]["value"] is None is row["metrics"]["ratio"]["value"] and "not finite" in row["metrics"]["ppl"]["note"]
     assert measures.row("separate")["gptq,tokens=32:wiki"]["metrics"]["ppl"]["value"] > 1
@@ -188,15 +188,15 @@ def test_windows_stay_inside_the_models_context(model, file):
         assert cut.settings["tokens"] == tokens and max(len(ids) - 1 for ids in cut.ids) <= CONTEXT
     assert cut_for(model, "strided", file).settings["stride"] == CONTEXT // 2
     with pytest.raises(UsageProblem, match="longer than the model's context"):
-        plan(Request("gptq", {"tokens": 65}, "wiki.txt"), DOCUMENTS, tiny_tokenizer(), model.config)
+        plan(Request("gptq", {"tokens": 65}, "wiki.txt"), DOCUMENTS, tiny_tokenizer(), CONTEXT)
     assert context_length(object(), tiny_tokenizer()) == 2048
 
 
 @pytest.mark.parametrize("how", ["gptq", "llama.cpp", "strided"])
-def test_a_text_that_fills_no_window_is_refused(how, model):
+def test_a_text_that_fills_no_window_is_refused(how):
     """0 windows: a division by 0, or a perplexity of 1."""
     with pytest.raises(Refused, match="too short"):
-        plan(Request(how, {}, "wiki.txt"), ["" if how == "strided" else "birds"], tiny_tokenizer(), model.config)
+        plan(Request(how, {}, "wiki.txt"), ["" if how == "strided" else "birds"], tiny_tokenizer(), CONTEXT)
 
 
 @pytest.mark.parametrize("text", ["wiki.txt", "gptq=wiki.txt", "gptq:", "gtpq:wiki.txt", "gptq,stride=4:wiki.txt", "gptq,tokens=x:wiki.txt", "gptq,tokens=1:wiki.txt", "gptq,tokens=64,tokens=64:wiki.txt"])

@@ -73,6 +73,11 @@ adapter_options = stack(
 )
 
 
+measure_options = stack(
+    click.option("--perplexity", multiple=True, metavar="PROTOCOL[,KEY=N…]:FILE", help="Perplexity as papers and tools compute it: gptq:wiki.txt, strided,tokens=512,stride=128:wiki.txt, llama.cpp:wiki.txt, lm-eval:wiki.txt. Repeatable."),
+)
+
+
 def adapter_set(options: dict[str, Any]) -> Any:
     """Take `adapter_options` out of ``options``, as an ``AdapterSet``."""
     from qmerge.adapters.several_adapters import AdapterSet, Combination, parse_choice

@@ -26,6 +26,9 @@ Progress = Callable[[int, int], None]
 class Perplexities:
     """All protocols of one evaluation: ``add`` measures an arm, ``row`` says what came out. The arm ``separate`` comes first."""
 
+    name = "perplexity"
+    """its key in the results and in their fingerprint"""
+
     def __init__(self, plans: dict[str, Plan]) -> None:
         self.plans = plans
         self.sums: dict[str, dict[str, np.ndarray]] = {label: {} for label in plans}
@@ -38,9 +41,8 @@ class Perplexities:
     def highest_id(self) -> int:
         return max((plan.highest_id for plan in self.plans.values()), default=0)
 
-    def add(self, arm: str, model: torch.nn.Module, device: str, progress: Callable[[str], Progress | None]) -> None:
-        """``model`` in eval mode on ``device``; ``progress`` gives a counter for a name."""
-        answers = Answers(model)
+    def add(self, arm: str, answers: Answers, device: str, progress: Callable[[str], Progress | None]) -> None:
+        """A model in eval mode on ``device``; ``progress`` gives a counter for a name."""
         for label, plan in self.plans.items():
             self.sums[label][arm] = window_losses(answers, plan, device, progress(label))
 

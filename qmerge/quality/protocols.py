@@ -106,9 +106,9 @@ def read_request(request: Request) -> list[str]:
     return [document.text for document in read_documents(request.source)]
 
 
-def plan(request: Request, documents: Sequence[str], tokenizer: Any, config: Any) -> Plan:
-    """Cut ``documents`` for a model with this ``config``, whose context caps the default of ``tokens``."""
-    settings = _settled(request, context_length(config, tokenizer))
+def plan(request: Request, documents: Sequence[str], tokenizer: Any, context: int) -> Plan:
+    """Cut ``documents`` for a model that takes ``context`` tokens, which caps the default of ``tokens``. ``Refused`` where the text fills no window."""
+    settings = _settled(request, context)
     if request.protocol == "lm-eval":
         windows = _rolling(documents, tokenizer, settings["tokens"])
     else:

@@ -30,7 +30,7 @@ from qmerge.errors import UsageProblem
 @click.pass_context
 def run_command(
     context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None,
-    budget: str, allow_overlap: bool, strict: bool, dry_run: bool, as_json: bool, perplexity: tuple[str, ...], **flags: Any,
+    budget: str, allow_overlap: bool, strict: bool, dry_run: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
 ) -> None:
     """Merge, then measure the result against base + separate adapter, judge it, and write a report to OUT.eval/."""
     from qmerge.pipeline.recipe import build_recipe
@@ -43,6 +43,7 @@ def run_command(
     from qmerge.quality.attach import check_separate
     from qmerge.quality.compare import exit_code, load_budget
     from qmerge.quality.evaluate import candidate_names, check_request
+    from qmerge.quality.generation import check_room
     from qmerge.quality.protocols import parse_requests
     from qmerge.quality.tasks import load_suite
 
@@ -56,6 +57,8 @@ def run_command(
     found = plan(recipe)
     steps.step("planned")
     say(describe_plan(found))
+    if generate and found.context_length:
+        check_room(new_tokens, found.context_length)
     evidence = Path(recipe.out.rstrip("/") + ".eval")
     calibration, held_out = prepare_texts(found, named_texts(texts), allow_overlap, tuple(requests.values()))
     if dry_run:
@@ -74,7 +77,7 @@ def run_command(
     results = evaluate_to(
         evidence / "results.json", (str(done.out),), files, base=recipe.base, adapter=recipe.adapter_set,
         tokens=eval_tokens or min(recipe.tokens, context_length), template=recipe.template, also=also, original=recipe.original, on=recipe.on,
-        nf4_recipe=recipe.nf4_recipe, suite=suite, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity,
+        nf4_recipe=recipe.nf4_recipe, suite=suite, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity, generate=generate, new_tokens=new_tokens,
     )
     from qmerge.report.tables import terminal_table
     from qmerge.report.write import write_report

@@ -26,6 +26,7 @@ from qmerge.quality import arms as loading
 from qmerge.quality.attach import as_set, check_separate
 from qmerge.quality.compare import REFERENCE_ARMS, compare, load_budget
 from qmerge.quality.fingerprint import protocol, text_protocol
+from qmerge.quality.generation import Generations, check_room, choose_prompts, end_tokens
 from qmerge.quality.measure import TokenScores, measure
 from qmerge.quality.merging import edited_weights, linear_rows
 from qmerge.quality.metrics import json_metric, reference_scores, text_metrics
@@ -36,7 +37,7 @@ from qmerge.quality.reference import CACHE_BYTES, Answers
 from qmerge.quality.served import as_served
 from qmerge.quality.sidecar import Scores, text_rows
 from qmerge.quality.tasks import Suite, load_suite, run_suite, task_index, task_rows
-from qmerge.store.texts import Document, Overlap, Windows, ngram_overlap, pack_windows, read_documents, tokenize_documents
+from qmerge.store.texts import Document, Overlap, TokenDoc, Windows, ngram_overlap, pack_windows, read_documents, tokenize_documents
 
 SCHEMA_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -65,6 +66,8 @@ def evaluate_with_scores(
     device: str = "cpu",
     suite: str | None = None,
     perplexity: Sequence[str] = (),
+    generate: int = 0,
+    new_tokens: int = 64,
     budget: dict[str, Any] | None = None,
     results_dir: str | Path | None = None,
     seed: int = 0,
@@ -73,7 +76,8 @@ def evaluate_with_scores(
     """``(results, scores)``. ``candidates``: name -> checkpoint folder; ``texts``: name -> file, folder or hub dataset; ``tokens`` per window.
 
     ``on``: what the merge starts from (``dequantized`` or ``original``); ``nf4_recipe`` (``block_size``, ``double_quant``) for a float base;
-    ``also``: ``rtn`` and ``original`` (which needs the ``original`` folder); ``perplexity``: requests as ``protocols`` spells them. Paths in the results are relative to ``results_dir``, or folder names.
+    ``also``: ``rtn`` and ``original`` (which needs the ``original`` folder); ``perplexity``: requests as ``protocols`` spells them;
+    ``generate``: prompts per text that are continued greedily by ``new_tokens``. Paths in the results are relative to ``results_dir``, or folder names.
     """
     started = time.perf_counter()
     check_request(candidates, texts, also, original)
@@ -86,12 +90,15 @@ def evaluate_with_scores(
         loading.check_method(path)
     nf4_recipe = recipe_of(base, opened, on, nf4_recipe)
     tokenizer = load_tokenizer(base, *(str(one.path) for one in opened))
-    windows, prints = _read_texts(texts, tokenizer, tokens, template, doc_separator, keep_tail)
+    windows, prints, token_docs = _read_texts(texts, tokenizer, tokens, template, doc_separator, keep_tail)
     how = {"on": on, "nf4_recipe": nf4_recipe}
     reference = loading.load_separate(base, adapter, **how)
     _check_length(reference.model, tokens)
     context = context_length(reference.model.config, tokenizer)
-    extras = [Perplexities({label: plan(request, documents, tokenizer, context) for label, (request, documents) in requests.items()})] if requests else []
+    extras: list[Any] = [Perplexities({label: plan(request, documents, tokenizer, context) for label, (request, documents) in requests.items()})] if requests else []
+    if generate:
+        prompts = {text: choose_prompts(token_docs[text], windows[text], generate, check_room(new_tokens, context)) for text in windows}
+        extras.append(Generations(prompts, new_tokens, end_tokens(reference.model, tokenizer)))
     edits = reference.edits or {}
     foundation = edited_weights(reference.model if original is None or on != "original" else loading.load_base(original, on="original").model, edits)
     place(reference.model, device)
@@ -257,16 +264,16 @@ def _loaders(base: str, adapter: str | AdapterSet, candidates: dict[str, str], a
 
 def _read_texts(
     texts: dict[str, str], tokenizer: Any, tokens: int, template: str | None, separator: str | None, keep_tail: bool
-) -> tuple[dict[str, Windows], dict[str, Any]]:
-    windows, prints = {}, {}
+) -> tuple[dict[str, Windows], dict[str, Any], dict[str, list[TokenDoc]]]:
+    windows, prints, tokenized = {}, {}, {}
     for name, path in texts.items():
         docs = read_documents(path, template, tokenizer, doc_separator=separator)
-        token_docs = tokenize_documents(docs, tokenizer)
-        windows[name] = pack_windows(token_docs, tokens, keep_tail)
-        prints[name] = text_protocol(docs, token_docs, windows[name], tokenizer)
+        tokenized[name] = tokenize_documents(docs, tokenizer)
+        windows[name] = pack_windows(tokenized[name], tokens, keep_tail)
+        prints[name] = text_protocol(docs, tokenized[name], windows[name], tokenizer)
         if not prints[name]["scored_tokens"]:
             raise Refused("the text leaves nothing to score", where=name, expected="at least one scored token after the first of a window", found="none")
-    return windows, prints
+    return windows, prints, tokenized
 
 
 def _check_length(model: torch.nn.Module, tokens: int) -> None:

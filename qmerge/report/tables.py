@@ -113,7 +113,10 @@ def task_rows(results: Results) -> list[dict[str, str]]:
 
 def more_tables(results: Results) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """What only some evaluations measure, as ``(title, heads, rows)``; the first two columns are names, the others numbers."""
-    found = [("Perplexity by protocol", ("protocol", "arm", "perplexity", "ratio to separate"), _perplexity_rows(results))]
+    found = [
+        ("Perplexity by protocol", ("protocol", "arm", "perplexity", "ratio to separate"), _perplexity_rows(results)),
+        ("Greedy continuations against separate", ("text", "arm", "prompts", "equal throughout", "first other token, median"), _generation_rows(results)),
+    ]
     return [one for one in found if one[2]]
 
 
@@ -128,6 +131,19 @@ def _perplexity_rows(results: Results) -> list[tuple[str, ...]]:
             ratio = format_metric(found.get("ratio"), "ratio") if key in ("ppl", "word_ppl") else ""
             rows.append((clean(label) + unit, clean(name), format_metric(found[key], "ppl"), ratio))
     return rows
+
+
+def _generation_rows(results: Results) -> list[tuple[str, ...]]:
+    """A row per text and arm but the reference. A median at the full length is a lower bound: those continuations never left the reference's."""
+    rows = []
+    for name, arm in fields.arms(results).items():
+        for text, found in fields.as_dict(arm.get("generation")).items() if name != fields.REFERENCE else ():
+            row = fields.as_dict(found)
+            median = fields.as_dict(row.get("first_divergence"))
+            bound = "≥ " if fields.number(median.get("value")) is not None and median.get("value") == row.get("new_tokens") else ""
+            cells = format_value(fields.number(row.get("prompts")), "count"), format_metric(row.get("exact_match"), "percent"), bound + format_metric(median, "count")
+            rows.append((clean(text), clean(name), *cells))
+    return sorted(rows, key=lambda row: row[0])
 
 
 def linear_rows(results: Results, arm: str, count: int = 10) -> list[dict[str, str]]:

@@ -73,6 +73,8 @@ def evaluate_to(
     for name, arm in results["arms"].items():
         if arm.get("loader"):
             warn(f"{name} was read by {arm['loader']}")
+        if arm.get("logits"):
+            warn(f"{name} needed memory for the logits {arm['logits']}")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_results(results, scores, out)
     return results

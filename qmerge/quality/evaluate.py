@@ -198,6 +198,9 @@ class _Run:
             self.scores[text][arm.name] = self._measure(arm.name, answers, text)
             self.scores[text].setdefault("separate", reference_scores(self.scores[text][arm.name]))
         self._measure_extras(arm.name, answers)
+        for name, model in ((arm.name, answers), ("separate", self.answers)):
+            if model.whole:
+                self.about[name]["logits"] = "of whole windows: the model works on its logits in a way that is not known here"
         if self.suite:
             self.samples[arm.name] = run_suite(self.suite, self.manager, arm.model, self.tokenizer)
         del arm, answers

@@ -7,6 +7,7 @@ and is never scored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -39,6 +40,8 @@ class TokenScores:
     doc: np.ndarray  # int32
     vocabulary_cut: int = 0
     """size to which both vocabularies were cut, where they differ; 0 where they do not"""
+    js: np.ndarray | None = None
+    """float32, Jensen-Shannon divergence over both whole vocabularies where the models exclude different tokens, else NaN; None where they never do"""
 
     @property
     def finite(self) -> np.ndarray:
@@ -86,7 +89,9 @@ def measure(
         done, size = done + len(batch), max(1, LOGIT_BYTES // (4 * width * length))
         if progress:
             progress(done, len(windows))
-    return TokenScores(**{name: np.concatenate(parts) for name, parts in rows.items()}, vocabulary_cut=cut)
+    arrays = {name: np.concatenate(parts) for name, parts in rows.items()}
+    js = arrays.pop("js")
+    return TokenScores(**arrays, vocabulary_cut=cut, js=None if np.isnan(js).all() else js)
 
 
 def _append(rows: dict[str, list[np.ndarray]], models: tuple[Answers, Answers], states: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor, scored: list, doc: list, first: int) -> None:
@@ -105,9 +110,9 @@ def _append(rows: dict[str, list[np.ndarray]], models: tuple[Answers, Answers], 
     parts = []
     for i in range(0, len(targets), step):
         here = at_batch[i : i + step], at_position[i : i + step]
-        ref, cand = (model.logits(rows_of[here])[..., :width] for model, rows_of in zip(models, states, strict=True))
-        parts.append(compare_logits(ref, cand, targets[i : i + step]))
-    for name in ("nll_ref", "nll_cand", "kl", "agree", "delta_p", "confidence"):
+        ref, cand = (model.logits(rows_of[here]) for model, rows_of in zip(models, states, strict=True))
+        parts.append(compare_logits(ref[..., :width], cand[..., :width], targets[i : i + step]) | {"js": support_divergence(ref, cand)})
+    for name in ("nll_ref", "nll_cand", "kl", "agree", "delta_p", "confidence", "js"):
         dtype = bool if name == "agree" else np.float32
         rows[name].append(np.concatenate([p[name].cpu().numpy() for p in parts]) if parts else np.zeros(0, dtype))
 
@@ -123,17 +128,41 @@ def compare_logits(ref: torch.Tensor, cand: torch.Tensor, targets: torch.Tensor)
     (0.0, 0.6931)
     """
     log_p, log_q = ref.float().log_softmax(-1), cand.float().log_softmax(-1)
-    p, q, difference = log_p.exp(), log_q.exp(), log_p - log_q
-    terms = torch.where(difference.abs() < 1.0, p * (torch.expm1(-difference) + difference), p * difference - p + q)
-    # What the reference excludes (log p = -inf) adds only q; 0 * inf would be NaN. NaN itself stays, to be counted.
-    terms = torch.where(p == 0, q, terms)
+    p = log_p.exp()
     top, first = p.max(-1)
     target_p, target_q = (x.gather(-1, targets[:, None]).squeeze(-1) for x in (log_p, log_q))
     return {
         "nll_ref": -target_p,
         "nll_cand": -target_q,
-        "kl": terms.sum(-1, dtype=torch.float64).clamp_min(0.0).float(),  # rounding can leave -1e-9
+        "kl": divergence(log_p, log_q).float(),
         "agree": first == log_q.argmax(-1),
         "delta_p": target_q.exp() - target_p.exp(),
         "confidence": top,
     }
+
+
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q) float64 ``[n]`` from log-probabilities ``[n, V]``, in the form that `compare_logits` tells of."""
+    p, q, difference = log_p.exp(), log_q.exp(), log_p - log_q
+    terms = torch.where(difference.abs() < 1.0, p * (torch.expm1(-difference) + difference), p * difference - p + q)
+    # What p excludes (log p = -inf) adds only q; 0 * inf would be NaN. NaN itself stays, to be counted.
+    terms = torch.where(p == 0, q, terms)
+    return terms.sum(-1, dtype=torch.float64).clamp_min(0.0)  # rounding can leave -1e-9
+
+
+def support_divergence(ref: torch.Tensor, cand: torch.Tensor) -> torch.Tensor:
+    """Jensen-Shannon divergence float32 ``[n]``, nats, from logits ``[n, V]`` and ``[n, V']``, where one model gives a token no probability at all and the
+    other does (it lacks it, or its logit is -inf); NaN elsewhere. KL is infinite there, or blind to what was cut; this is at most log 2.
+
+    >>> support_divergence(torch.zeros(1, 1), torch.tensor([[-torch.inf, 0.0]])).item() == torch.tensor(2.0).log().item()
+    True
+    """
+    width = max(ref.shape[-1], cand.shape[-1])
+    excluded = [torch.nn.functional.pad(logits.isneginf(), (0, width - logits.shape[-1]), value=True) for logits in (ref, cand)]
+    differ = (excluded[0] != excluded[1]).any(-1)
+    found = torch.full(differ.shape, torch.nan, device=ref.device)
+    if differ.any():
+        log_p, log_q = (torch.nn.functional.pad(x[differ].float().log_softmax(-1), (0, width - x.shape[-1]), value=-torch.inf) for x in (ref, cand))
+        middle = torch.logaddexp(log_p, log_q) - math.log(2)
+        found[differ] = (0.5 * (divergence(log_p, middle) + divergence(log_q, middle))).float()
+    return found

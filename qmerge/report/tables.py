@@ -65,6 +65,8 @@ def notes(results: Results, text: str) -> list[str]:
             row = fields.metric(results, name, text, metric) or {}
             if fields.number(row.get("value")) is None and row.get("note"):
                 because.setdefault((metric_label(metric), clean(row["note"], 300)), []).append(clean(name))
+        if js := fields.metric(results, name, text, "js_mean"):
+            broken.append(f"{clean(name)}: {metric_label('js_mean')} {format_metric(js, 'kl')}, {clean(js.get('note') or 'the models exclude different tokens', 300)}.")
         if count := fields.value(results, name, text, "nonfinite"):
             broken.append(f"{clean(name)}: {count:,.0f} tokens with non-finite values.")
     return broken + [f"{what[:1].upper()}{what[1:]} is undefined for {', '.join(names)}: {why}." for (what, why), names in because.items()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmerge.cli.options import adapter_options, adapter_set, named_texts
+from qmerge.cli.options import adapter_options, adapter_set, measure_options, named_texts
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 from qmerge.errors import UsageProblem
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--on", type=click.Choice(["dequantized", "original"]), default="dequantized", show_default=True, help="What the merge started from.")
 @click.option("--nf4-recipe", metavar="R", help="For a float base: double, single, or a config file.")
 @click.option("--suite", metavar="FILE", help="Benchmarks to run through lm-eval, a YAML file.")
+@measure_options
 @click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
 @click.option("--out", required=True, metavar="FILE", help="results.json to write (per-token numbers go beside it as .npz).")
 @click.option("--device", default="auto", show_default=True, metavar="D", help="cpu, cuda, cuda:N or auto.")
@@ -49,9 +50,9 @@ def eval_command(candidates: tuple[str, ...], texts: tuple[str, ...], out: str, 
 
 def evaluate_to(
     out: Path, candidates: tuple[str, ...], texts: dict[str, str], *, base: str, adapter: AdapterSet, tokens: int, template: str | None, also: str,
-    original: str | None, on: str, nf4_recipe: str | None, suite: str | None, budget: str, device: str, steps: Steps | None = None,
+    original: str | None, on: str, nf4_recipe: str | None, suite: str | None, budget: str, device: str, steps: Steps | None = None, **measures: Any,
 ) -> dict[str, Any]:
-    """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``."""
+    """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``. ``measures``: what `measure_options` gave."""
     from qmerge.device import pick_device
     from qmerge.pipeline.recipe import read_nf4_recipe
     from qmerge.quality.compare import load_budget
@@ -67,11 +68,13 @@ def evaluate_to(
     results, scores = evaluate_with_scores(
         base, adapter, named, texts, tokens, on=on, nf4_recipe=recipe.to_json() if recipe else None, original=original,
         also=tuple(part for part in also.split(",") if part), template=template, device=str(pick_device(device)), suite=suite, budget=limits,
-        results_dir=out.parent, keep_tail=True, progress=(steps or Steps()).count,
+        results_dir=out.parent, keep_tail=True, progress=(steps or Steps()).count, **measures,
     )
     for name, arm in results["arms"].items():
         if arm.get("loader"):
             warn(f"{name} was read by {arm['loader']}")
+        if arm.get("logits"):
+            warn(f"{name} needed memory for the logits {arm['logits']}")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_results(results, scores, out)
     return results

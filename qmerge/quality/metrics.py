@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ def text_metrics(scores: TokenScores, base: TokenScores | None = None, floor: To
         "delta_p_rms": transform(cluster_mean(dp**2, clusters), root, "probability"),
         "nonfinite": Metric(float(bad), float(bad), float(bad), len(scores.kl), "tokens"),
     }
+    if scores.js is not None:
+        found["js_mean"] = _js_mean(scores)
     levels = cluster_quantiles(kl, clusters, list(QUANTILES.values()), "nats/token", seed=seed)
     found |= dict(zip(QUANTILES, levels, strict=True))
     if base is not None:
@@ -73,6 +76,15 @@ def json_metric(metric: Metric) -> dict[str, Any]:
     ends = [None if x is None or not math.isfinite(x) else float(x) for x in (metric.value, metric.ci_low, metric.ci_high)]
     lost = metric.value is not None and ends[0] is None
     return Metric(*ends, metric.n, metric.unit, f"not finite: {metric.value}" if lost else metric.note).to_json()
+
+
+def _js_mean(scores: TokenScores) -> Metric:
+    """Over the tokens where the models exclude different ones, also those whose KL is infinite: they are what it is for."""
+    here = np.isfinite(scores.js)
+    mean = cluster_mean(scores.js[here].astype(np.float64), scores.clusters[here], "nats/token")
+    told = f"over the {here.sum()} of {len(here)} tokens at which the models exclude different parts of the vocabulary"
+    cut = f"; all other measures are cut to the {scores.vocabulary_cut} entries that both have" if scores.vocabulary_cut else ""
+    return replace(mean, note="; ".join(filter(None, (mean.note, told + cut))))
 
 
 def _by_confidence(kl: np.ndarray, confidence: np.ndarray) -> list[dict[str, Any]]:

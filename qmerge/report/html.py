@@ -65,6 +65,7 @@ def render_html(results: Results) -> str:
         texts=_texts(results, names),
         checks=tables.check_rows(results, parts=True),
         tasks=tables.task_rows(results),
+        more_tables=tables.more_tables(results),
         figures=_figures(results, names),
         worst=[(name, rows) for name, rows in worst if rows],
         fingerprint=tables.fingerprint_rows(results),

@@ -94,6 +94,8 @@ def _arms(results: Results) -> list[str]:
     tasks = [list(row.values()) for row in tables.task_rows(results)[:MAX_CHECKS]]
     if tasks:
         parts += ["## Benchmarks", table(("arm", "task", "accuracy", "difference", "items flipped", "McNemar p"), tasks, right=(2, 3, 4, 5))]
+    for title, heads, rows in tables.more_tables(results):
+        parts += [f"## {title}", table(heads, rows[:MAX_CHECKS], right=range(2, len(heads)))]
     return parts
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from qmerge.report import fields
@@ -19,7 +21,7 @@ from qmerge.report.numbers import (
 )
 from qmerge.units import format_bytes
 
-__all__ = ["check_rows", "fingerprint_rows", "format_metric", "linear_rows", "metric_parts", "notes", "summary_rows", "task_rows", "terminal_table"]
+__all__ = ["check_rows", "fingerprint_rows", "format_metric", "linear_rows", "metric_parts", "more_tables", "notes", "summary_rows", "task_rows", "terminal_table"]
 
 SUMMARY = (
     ("arm", "arm"),
@@ -30,6 +32,7 @@ SUMMARY = (
     ("bytes", "size"),
 )
 METRIC_OF = {"perplexity": ("ppl", "ppl"), "kl": ("kl_mean", "kl"), "top1": ("top1_agreement", "percent"), "retention": ("retention", "percent")}
+PERPLEXITIES = {"ppl": "", "word_ppl": ", per word", "byte_ppl": ", per byte", "bits_per_byte": ", bits per byte"}
 REFERENCE_KL = "0 (reference)"
 TERMINAL_COLUMNS = 110
 
@@ -62,6 +65,8 @@ def notes(results: Results, text: str) -> list[str]:
             row = fields.metric(results, name, text, metric) or {}
             if fields.number(row.get("value")) is None and row.get("note"):
                 because.setdefault((metric_label(metric), clean(row["note"], 300)), []).append(clean(name))
+        if js := fields.metric(results, name, text, "js_mean"):
+            broken.append(f"{clean(name)}: {metric_label('js_mean')} {format_metric(js, 'kl')}, {clean(js.get('note') or 'the models exclude different tokens', 300)}.")
         if count := fields.value(results, name, text, "nonfinite"):
             broken.append(f"{clean(name)}: {count:,.0f} tokens with non-finite values.")
     return broken + [f"{what[:1].upper()}{what[1:]} is undefined for {', '.join(names)}: {why}." for (what, why), names in because.items()]
@@ -106,6 +111,41 @@ def task_rows(results: Results) -> list[dict[str, str]]:
                 }
             )
     return rows
+
+
+def more_tables(results: Results) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """What only some evaluations measure, as ``(title, heads, rows)``; the first two columns are names, the others numbers."""
+    found = [
+        ("Perplexity by protocol", ("protocol", "arm", "perplexity", "ratio to separate"), _perplexity_rows(results)),
+        ("Greedy continuations against separate", ("text", "arm", "prompts", "equal throughout", "first other token, median"), _generation_rows(results)),
+    ]
+    return [one for one in found if one[2]]
+
+
+def _perplexity_rows(results: Results) -> list[tuple[str, ...]]:
+    """A row per protocol (with its settings and text) and arm; lm-eval's has one per unit."""
+    rows = []
+    arms = fields.arms(results)
+    labels = dict.fromkeys(label for arm in arms.values() for label in fields.as_dict(arm.get("perplexity")))
+    for label, (key, unit), (name, arm) in product(labels, PERPLEXITIES.items(), arms.items()):
+        found = fields.as_dict(fields.as_dict(fields.as_dict(arm.get("perplexity")).get(label)).get("metrics"))
+        if key in found:
+            ratio = format_metric(found.get("ratio"), "ratio") if key in ("ppl", "word_ppl") else ""
+            rows.append((clean(label) + unit, clean(name), format_metric(found[key], "ppl"), ratio))
+    return rows
+
+
+def _generation_rows(results: Results) -> list[tuple[str, ...]]:
+    """A row per text and arm but the reference. A median at the full length is a lower bound: those continuations never left the reference's."""
+    rows = []
+    for name, arm in fields.arms(results).items():
+        for text, found in fields.as_dict(arm.get("generation")).items() if name != fields.REFERENCE else ():
+            row = fields.as_dict(found)
+            median = fields.as_dict(row.get("first_divergence"))
+            bound = "≥ " if fields.number(median.get("value")) is not None and median.get("value") == row.get("new_tokens") else ""
+            cells = format_value(fields.number(row.get("prompts")), "count"), format_metric(row.get("exact_match"), "percent"), bound + format_metric(median, "count")
+            rows.append((clean(text), clean(name), *cells))
+    return sorted(rows, key=lambda row: row[0])
 
 
 def linear_rows(results: Results, arm: str, count: int = 10) -> list[dict[str, str]]:
@@ -157,17 +197,23 @@ def _block(results: Results, text: str) -> list[str]:
     for row in summary_rows(results, text, parts=True):
         kl, retention = (f"{row[key][0]} ({row[key][1]})" if row[key][1] else row[key][0] for key in ("kl", "retention"))
         table.append((row["arm"], row["perplexity"][0], kl, row["top1"][0], retention, row["bytes"]))
-    caps = (TERMINAL_COLUMNS, 10, 31, 8, 25, 8)
+    return [f"on {clean(text, 90)}", *_aligned(table, (TERMINAL_COLUMNS, 10, 31, 8, 25, 8))]
+
+
+def _aligned(table: Sequence[Sequence[str]], caps: Sequence[int]) -> list[str]:
+    """Columns of at most ``caps``; the first gives way to the others."""
     widths = [min(cap, max(_width(line[column]) for line in table)) for column, cap in enumerate(caps)]
-    widths[0] = min(widths[0], TERMINAL_COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1))  # names give way to numbers
+    widths[0] = min(widths[0], TERMINAL_COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1))
     lines = ["  ".join(_fit(item, width) for item, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    return [f"on {clean(text, 90)}", lines[0], "-" * max(map(_width, lines))] + lines[1:]
+    return [lines[0], "-" * max(map(_width, lines))] + lines[1:]
 
 
 def terminal_table(results: Results) -> str:
-    """Plain aligned text, one block per evaluation text, at most 110 columns; intervals are 95 %."""
+    """Plain aligned text, one block per evaluation text and per table of `more_tables`, at most 110 columns; intervals are 95 %."""
     texts = fields.text_names(results)
     if not texts:
         return "no evaluation text was measured"
     blocks = ["\n".join(_block(results, text)) for text in texts]
+    for title, heads, rows in more_tables(results):
+        blocks.append("\n".join([title, *_aligned([heads, *rows], (TERMINAL_COLUMNS, 22, *[26] * (len(heads) - 2)))]))
     return "\n\n".join(blocks)

@@ -111,6 +111,79 @@ def retention(base: np.ndarray, separate: np.ndarray, candidate: np.ndarray, clu
     return cluster_ratio(base - candidate, base - separate, clusters, "share")
 
 
+def paired_share(difference: np.ndarray, clusters: np.ndarray) -> Metric:
+    """Mean difference of paired scores in [0, 1] (accuracy, item by item), with a cluster-robust 95 % t interval around it.
+
+    Items that never changed say that changes are rare, not that there are none: the error counts one loss and one win more than were seen
+    (Bonett and Price 2012, for clusters of one item), so that 200 items without a flip give ± 1.4 points and not ± 0.
+    """
+    n = len(difference)
+    value, error, df = _share_error(difference, clusters)
+    if value is None or error is None:
+        return Metric(value, None, None, n, "share", ONE_CLUSTER if n else "no items")
+    half = float(distributions.t.ppf(0.975, df)) * error
+    return Metric(value, max(-1.0, value - half), min(1.0, value + half), n, "share")
+
+
+def macro_share(differences: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> Metric:
+    """Mean over tasks of `paired_share`'s value; tasks are independent samples, so their variances add. 95 % t interval with Welch's degrees of freedom."""
+    n = sum(map(len, differences))
+    parts = [_share_error(d, c) for d, c in zip(differences, clusters, strict=True)]
+    if not parts or any(value is None or error is None for value, error, _ in parts):
+        return Metric(None, None, None, n, "share", "a task has fewer than 2 items" if parts else "no tasks")
+    value = sum(v for v, _, _ in parts) / len(parts)  # type: ignore[misc]
+    variances = [e * e for _, e, _ in parts]  # type: ignore[operator]
+    df = sum(variances) ** 2 / sum(v * v / d for v, (_, _, d) in zip(variances, parts, strict=True))
+    half = float(distributions.t.ppf(0.975, df)) * math.sqrt(sum(variances)) / len(parts)
+    return Metric(value, max(-1.0, value - half), min(1.0, value + half), n, "share")
+
+
+def macro_bootstrap(differences: Sequence[np.ndarray], clusters: Sequence[np.ndarray], *, rounds: int = 4000, seed: int = 0) -> Metric:
+    """The same mean over tasks with a 95 % percentile interval: whole clusters are drawn anew within each task, both arms' answers together.
+
+    Each task is drawn from its clusters and from one loss and one win more (see `paired_share`). Clusters with equal totals are one outcome
+    of a multinomial draw, so single items cost three numbers per round and not n.
+    """
+    n = sum(map(len, differences))
+    if not differences or any(len(np.unique(c)) < 2 for c in clusters):
+        return Metric(None, None, None, n, "share", "a task has fewer than 2 items" if differences else "no tasks")
+    random = np.random.default_rng(seed)
+    drawn, value = np.zeros(rounds), 0.0
+    for difference, labels in zip(differences, clusters, strict=True):
+        top, size = _share_clusters(difference, labels)
+        (tops, sizes), counts = _distinct(top, size)
+        step = max(1, int(2e7 // len(counts)))
+        for start in range(0, rounds, step):
+            picks = random.multinomial(len(top), counts / len(top), size=min(step, rounds - start))
+            drawn[start : start + step] += (picks @ tops) / (picks @ sizes) / len(differences)
+        value += float(np.mean(difference)) / len(differences)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Metric(value, min(float(low), value), max(float(high), value), n, "share")
+
+
+def _share_clusters(difference: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per cluster the sum of differences and the items, then one cluster of average size that lost all and one that won all."""
+    _, index = np.unique(clusters, return_inverse=True)
+    size = np.bincount(index).astype(np.float64)
+    typical = size.mean()
+    return np.concatenate([np.bincount(index, weights=difference), [-typical, typical]]), np.concatenate([size, [typical, typical]])
+
+
+def _share_error(difference: np.ndarray, clusters: np.ndarray) -> tuple[float | None, float | None, int]:
+    """(mean, its error with one loss and one win more, degrees of freedom)"""
+    difference = np.asarray(difference, np.float64)
+    if not len(difference):
+        return None, None, 0
+    top, size = _share_clusters(difference, clusters)
+    _, error, groups = ratio_error(top, size, np.arange(len(top)))
+    return float(difference.mean()), (error if groups > 3 else None), groups - 3
+
+
+def _distinct(top: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    pairs, counts = np.unique(np.stack([top, size]), axis=1, return_counts=True)
+    return pairs, counts
+
+
 def wilson(successes: int, n: int) -> Metric:
     """A proportion of independent items with Wilson's 95 % score interval (Wilson 1927), which behaves at 0 and 1."""
     if n == 0:
@@ -138,8 +211,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def smallest_difference(flips: int, n: int) -> float | None:
-    """Accuracy difference that ``n`` paired items with this many flips would show with 80 % power at 5 %: ``(z.975 + z.8) √(flips)/n``."""
+def smallest_difference(flips: float, n: int) -> float | None:
+    """Accuracy difference that ``n`` paired items with this many flips (sum of squared differences) would show with 80 % power at 5 %: ``(z.975 + z.8) √(flips)/n``."""
     return None if n == 0 else float(distributions.norm.ppf(0.975) + distributions.norm.ppf(0.8)) * math.sqrt(flips) / n
 
 

@@ -51,6 +51,13 @@ def arm(zoo):
 
 
 @pytest.fixture(scope="module")
+def long_arm(zoo, arm):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(zoo.float("llama", "llama-long", max_position_embeddings=1024), dtype="float32").eval(), arm[1]
+
+
+@pytest.fixture(scope="module")
 def answers(arm, suite_file):
     return run_suite(open_tasks(load_suite(suite_file)), *arm)
 
@@ -331,3 +338,48 @@ def test_metric_that_a_task_lacks_is_refused(tmp_path, arm):
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"tasks": [FILL | {"metric": "acc_norm"}]}))
     with pytest.raises(Refused, match="no such score"):
         run_suite(open_tasks(load_suite(tmp_path / "suite.yaml")), *arm)
+
+
+def test_shipped_suites_name_tasks_and_metrics_that_lm_eval_has():
+    """A typing error in a ready suite, found by the first user."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    index = TaskManager().task_index
+    for file in ("quick", "standard"):
+        for name, task in load_suite(SUITES / f"{file}.yaml").tasks.items():
+            assert name in index, name
+            config = load_yaml(index[name].yaml_path, resolve_func=False, recursive=True)
+            if "metric_list" in config:
+                metric, _, wished = task["metric"].partition(",")
+                assert metric in [m["metric"] for m in config["metric_list"]], name
+                assert not wished or wished in [f["name"] for f in config["filter_list"]], name
+
+
+def test_in_domain_template_works_with_the_rows_that_it_shows(tmp_path, long_arm):
+    """A template whose own examples do not run."""
+    shutil.copy(SUITES / "in-domain.yaml", tmp_path)
+    with pytest.raises(UsageProblem, match="choices.jsonl.*twins.jsonl.*sums.jsonl"):
+        load_suite(tmp_path / "in-domain.yaml")
+    for line in (SUITES / "in-domain.yaml").read_text().splitlines():
+        if line.startswith("#   ") and ".jsonl " in line:
+            name, row = line.lstrip("# ").split(maxsplit=1)
+            (tmp_path / name).write_text(f"{row}\n{row.replace('…', '...')}\n")
+    found = run_suite(open_tasks(load_suite(tmp_path / "in-domain.yaml")), *long_arm)
+    assert {name: len(items) for name, items in found.items()} == {"own-choices": 2, "own-twins": 2, "own-sums": 2}
+
+
+def test_public_benchmarks_offline(arm, long_arm):
+    """The files of ../shared/data as they are, without network."""
+    if not (SUITES.parents[2] / "shared" / "data").is_dir():
+        with pytest.raises(UsageProblem, match="there is no file"):
+            load_suite(SUITES / "shared-offline.yaml")
+        pytest.skip("skipped: no ../shared/data beside the repository")
+    suite = load_suite(SUITES / "shared-offline.yaml")
+    assert list(suite.tasks) == ["arc-easy", "piqa", "winogrande", "gsm8k"] and all(not local_tasks.row_faults(t, suite.folder) for t in suite.tasks.values())
+    suite.tasks.pop("gsm8k"), suite.options.update(limit=2)
+    opened = open_tasks(suite)
+    with pytest.raises(Refused, match="longer than the model's context"):
+        run_suite(opened, *arm)
+    found = run_suite(opened, *long_arm)
+    assert all(len(items) == 2 for items in found.values()) and len(set(cluster_labels(found["winogrande"]))) == 1

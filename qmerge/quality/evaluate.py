@@ -117,7 +117,7 @@ def evaluate_in_full(
     for load, linears in _loaders(base, adapter, candidates, also, original, how):
         run.add(load, (foundation, edits) if linears else None)
     floor = run.noise_floor(base, adapter, how)
-    results = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(seed), "noise_floor": floor}
+    results = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(), "noise_floor": floor}
     results["tasks"] = task_rows(run.samples, results["arms"], seed=seed) if tasks else {}
     if tasks:
         name_samples(run.samples, results["arms"])
@@ -217,9 +217,9 @@ class _Run:
             floor[text] = json_metric(text_metrics(self.scores[text]["served"])["kl_mean"]) | {"source": source}
         return floor
 
-    def rows(self, seed: int) -> dict[str, Any]:
+    def rows(self) -> dict[str, Any]:
         """The ``arms`` of the results: separate after base, then in the order of loading."""
-        measured = {text: text_rows(arms, seed=seed) for text, arms in self.scores.items()}
+        measured = {text: text_rows(arms) for text, arms in self.scores.items()}
         names = ["base", "separate", *(n for n in self.about if n not in ("base", "separate"))]
         return {name: self.about[name] | {"texts": {text: rows[name] for text, rows in measured.items()}} for name in names}
 

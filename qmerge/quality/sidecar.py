@@ -59,19 +59,17 @@ def read_scores(path: str | Path) -> Scores:
     return scores
 
 
-def text_rows(arms: dict[str, TokenScores], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+def text_rows(arms: dict[str, TokenScores]) -> dict[str, dict[str, Any]]:
     """Every arm's row for one text, from its scores alone: the evaluation and a later re-run use this one function."""
     floor = arms.get("served")
-    return {
-        name: text_row(scores, arms.get("base"), floor if name == "merged" else None, seed=seed) for name, scores in arms.items() if name != "served"
-    }
+    return {name: text_row(scores, arms.get("base"), floor if name == "merged" else None) for name, scores in arms.items() if name != "served"}
 
 
 def recompute(results: dict[str, Any], scores: Scores, answers: dict[str, Answers] | None = None, *, seed: int = 0) -> dict[str, Any]:
     """``results`` with every text metric computed anew from the sidecar's arrays, and every task metric from the items; the arguments are left as they are."""
     arms = {name: dict(arm) | {"texts": {}} for name, arm in results["arms"].items()}
     for text, rows in scores.items():
-        for name, row in text_rows(rows, seed=seed).items():
+        for name, row in text_rows(rows).items():
             arms[name]["texts"][text] = row
     if not answers:
         return results | {"arms": arms}

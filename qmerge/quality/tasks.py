@@ -101,6 +101,8 @@ def run_suite(opened: OpenSuite, model: torch.nn.Module, tokenizer: Any) -> Answ
             model=lm, tasks=tasks, task_manager=opened.manager, limit=options.get("limit"), apply_chat_template=options.get("chat_template", False),
             log_samples=True, bootstrap_iters=0,
         )  # fmt: skip
+    except AssertionError as error:  # HFLM's own check, which says nothing
+        raise Refused("lm-eval cannot run the suite", expected="answers that fit the model's context", found=str(error) or "an answer longer than the model's context", fix="leave such items out, or lower max_tokens") from error
     except FAILURES as error:
         raise Refused("lm-eval cannot run the suite", found=f"{type(error).__name__}: {error}", fix="check the tasks' settings and data") from error
     asked = opened.suite.tasks

@@ -287,6 +287,17 @@ def test_examples_come_from_their_own_file(tmp_path, arm):
     assert found[0] == found[1] and len(found[0]["birds"]) == 2  # the same examples for every arm
 
 
+def test_prompts_that_lm_eval_cuts_are_counted(tmp_path, arm):
+    """Examples that fall out of a short context without a word."""
+    long = "the cat saw a bird and " * 40
+    rows = [{"q": q, "options": ["rain", "hills"], "right": 0} for q in ("short", long)]
+    (tmp_path / "birds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"tasks": [CHOICE]}))
+    found = run_suite(open_tasks(load_suite(tmp_path / "suite.yaml")), *arm)
+    assert [item.truncated for item in found["birds"]] == [False, True]
+    assert task_rows({"separate": found}, {"separate": {}})["birds"]["truncated"] == 1
+
+
 def test_the_fingerprint_knows_the_data_and_no_folder(suite_file, answers, tmp_path):
     """Results on changed items compared as equals; a person's folders in a published file."""
     content = load_suite(suite_file).content

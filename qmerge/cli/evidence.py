@@ -75,6 +75,9 @@ def evaluate_to(
     for name, arm in done.results["arms"].items():
         if arm.get("loader"):
             warn(f"{name} was read by {arm['loader']}")
+    for task, row in done.results["tasks"].items():
+        if row.get("truncated"):
+            warn(f"{task}: {row['truncated']} of {row['n']} prompts are longer than the model's context; lm-eval cut their beginning, for all arms alike")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_results(done.results, done.scores, out, done.answers)
     return done.results

@@ -33,7 +33,7 @@ def task_rows(answers: dict[str, Answers], arms: dict[str, Any], *, seed: int = 
         macro = _nothing(sum(map(len, deltas))) if arm == REFERENCE else macro_share(deltas, groups)
         drawn = macro if arm == REFERENCE else macro_bootstrap(deltas, groups, seed=seed)
         arms[arm]["tasks"] = rows | {"macro_accuracy_delta": json_metric(macro), "macro_bootstrap": json_metric(drawn)}
-    return {task: {"n": len(items), "metric": items[0].metric} | _chance(items) for task, items in reference.items()}
+    return {task: {"n": len(items), "metric": items[0].metric} | _chance(items) | _truncated(items) for task, items in reference.items()}
 
 
 def paired_row(reference: np.ndarray, candidate: np.ndarray, clusters: np.ndarray | None = None, *, same: bool = False) -> tuple[dict[str, Any], np.ndarray]:
@@ -117,6 +117,11 @@ def _chance(items: list[Item]) -> dict[str, float]:
     if any(len(item.loglikelihoods) < 2 or not item.gold for item in items):
         return {}
     return {"chance": sum(len(item.gold) / len(item.loglikelihoods) for item in items) / len(items)}
+
+
+def _truncated(items: list[Item]) -> dict[str, int]:
+    count = sum(item.truncated for item in items)
+    return {"truncated": count} if count else {}
 
 
 def _nothing(n: int) -> Metric:

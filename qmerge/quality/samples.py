@@ -38,7 +38,7 @@ def sample_text(items: list[Item]) -> str:
     """One JSON object per item: the fields of `Item` that are set, and its ``margin`` (nats), for readers. Log-likelihoods keep every bit."""
     rows = []
     for item in items:
-        row = {key: value for key, value in dataclasses.asdict(item).items() if value not in (None, ())}
+        row = {key: value for key, value in dataclasses.asdict(item).items() if value not in (None, ()) and value is not False}
         rows.append(row | ({"margin": found} if (found := margin(item)) is not None and len(item.loglikelihoods) > 1 else {}))
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 

@@ -42,6 +42,8 @@ class Item:
     """generated text, after lm-eval's filter"""
     cluster: str | None = None
     """items with the same label share a passage or sentence; None: it stands alone"""
+    truncated: bool = False
+    """the prompt is longer than the model's context, and lm-eval cut its beginning"""
 
     @property
     def key(self) -> tuple[str, int, str, str]:
@@ -107,7 +109,7 @@ def run_suite(opened: OpenSuite, model: torch.nn.Module, tokenizer: Any) -> Answ
         raise Refused("lm-eval cannot run the suite", found=f"{type(error).__name__}: {error}", fix="check the tasks' settings and data") from error
     asked = opened.suite.tasks
     return {
-        name: [item for task in parts for item in _items(task, found["samples"][task.task_name], _wanted(asked, name, task.task_name))]
+        name: [item for task in parts for item in _items(task, found["samples"][task.task_name], _wanted(asked, name, task.task_name), _truncated(lm, task))]
         for name, parts in opened.tasks.items()
     }
 
@@ -141,9 +143,21 @@ def _wanted(asked: dict[str, dict[str, Any]], name: str, leaf: str) -> dict[str,
     return asked.get(name) or asked.get(leaf) or {}
 
 
-def _items(task: Any, rows: list[dict[str, Any]], wanted: dict[str, Any]) -> list[Item]:
+def _items(task: Any, rows: list[dict[str, Any]], wanted: dict[str, Any], truncated: set[int]) -> list[Item]:
     metric, chosen = _metric(task.task_name, rows, wanted.get("metric"))
-    return [_item(task, row, metric, wanted.get("cluster")) for row in chosen]
+    return [_item(task, row, metric, wanted.get("cluster"), int(row["doc_id"]) in truncated) for row in chosen]
+
+
+def _truncated(lm: Any, task: Any) -> set[int]:
+    """Items of which lm-eval cut a prompt. A token is at least a byte, so that most texts need not be tokenized to know that they fit."""
+    found = set()
+    for request in task.instances:
+        generated = request.request_type == "generate_until"
+        text = request.args[0] if generated else "".join(part for part in request.args[:2] if isinstance(part, str))
+        room = lm.max_length - request.args[1].get("max_gen_toks", 0) if generated else lm.max_length + 1
+        if len(text.encode("utf-8", "replace")) > room - 1 and len(lm.tok_encode(text)) > room:
+            found.add(int(request.doc_id))
+    return found
 
 
 def _metric(task: str, rows: list[dict[str, Any]], asked: str | None) -> tuple[str, list[dict[str, Any]]]:
@@ -159,7 +173,7 @@ def _metric(task: str, rows: list[dict[str, Any]], asked: str | None) -> tuple[s
     return (f"{name},{wished}" if len(filters) > 1 else name), chosen
 
 
-def _item(task: Any, row: dict[str, Any], metric: str, cluster: str | None) -> Item:
+def _item(task: Any, row: dict[str, Any], metric: str, cluster: str | None, truncated: bool) -> Item:
     doc, kind = row["doc"], getattr(task, "OUTPUT_TYPE", None)
     lls: tuple[float | None, ...] = ()
     lengths: tuple[int, ...] = ()
@@ -175,7 +189,7 @@ def _item(task: Any, row: dict[str, Any], metric: str, cluster: str | None) -> I
     label = None if cluster is None else hashlib.sha256(repr(doc[cluster]).encode()).hexdigest()[:16]
     answer = row["filtered_resps"][0] if kind == "generate_until" else None
     return Item(task.task_name, int(row["doc_id"]), str(row["doc_hash"]), str(row["prompt_hash"]), metric, float(row[metric.partition(",")[0]]),
-                gold, lls, lengths, answer if isinstance(answer, str) else None, label)  # fmt: skip
+                gold, lls, lengths, answer if isinstance(answer, str) else None, label, truncated)  # fmt: skip
 
 
 def _gold(target: Any, choices: list[str]) -> tuple[int, ...]:

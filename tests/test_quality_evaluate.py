@@ -202,3 +202,12 @@ def test_unknown_tasks_end_a_run_before_any_model_is_loaded(tiny, cli, tmp_path)
     answer = cli("eval", "--base", tiny.nf4, "--adapter", tiny.adapter, "--candidate", tiny.good, "--text", tiny.text, "--tasks", "arc_esay,piqa", "--out", tmp_path / "r.json")
     assert answer.code == 2 and "arc_esay" in answer.err and "did you mean arc_easy" in answer.err and "piqa" not in answer.err.split("found")[1].split("what to do")[0]
     assert cli("eval", "--base", tiny.nf4, "--adapter", tiny.adapter, "--candidate", tiny.good, "--text", tiny.text, "--suite", tmp_path / "no.yaml", "--out", tmp_path / "r.json").code == 2
+
+
+def test_run_takes_benchmarks_too(tiny, measured, cli, tmp_path):
+    """`qmerge run` that merges for hours and then finds no suite, or forgets to keep the items."""
+    ask = ("run", "--base", tiny.nf4, "--adapter", tiny.adapter, "--format", "bf16", "--device", "cpu", "--text", tiny.text, "--eval-tokens", 32)
+    assert cli(*ask, "--out", tmp_path / "no", "--suite", tmp_path / "none.yaml").code == 2 and not (tmp_path / "no").exists()
+    answer = cli(*ask, "--out", tmp_path / "merged-model", "--suite", measured / "suite.yaml")
+    assert answer.code == 0, answer.err
+    assert (tmp_path / "merged-model.eval" / "results.samples").is_dir() and "cats (acc_norm)" in (tmp_path / "merged-model.eval" / "report.md").read_text()

@@ -18,10 +18,15 @@ from scipy import stats as distributions
 from qmerge.types import Metric
 
 ONE_CLUSTER = "one cluster only: no interval"
+BEYOND = 5
+"""clusters that must reach beyond a quantile before it gets an interval; with fewer its spread is a guess"""
 
 
 def cluster_mean(values: np.ndarray, clusters: np.ndarray, unit: str = "") -> Metric:
-    """Mean over tokens with a cluster-robust 95 % t interval; ``n`` counts tokens."""
+    """Mean over tokens with a cluster-robust 95 % t interval; ``n`` counts tokens.
+
+    Coverage is 94 to 98 %, and 91 to 93 % for strongly skewed values (KL) on 5 to 50 clusters of equal size, whose largest values are not in the sample.
+    """
     return cluster_ratio(values, np.ones(len(values)), clusters, unit)
 
 
@@ -42,7 +47,7 @@ def ratio_error(num: np.ndarray, den: np.ndarray, clusters: np.ndarray) -> tuple
 
     Clusters of equal size: ``SE² = G/(G-1) Σ_g e_g² / (Σ den)²`` and G - 1 degrees. Clusters of unequal size: a large one pulls the ratio to
     itself, so its residual is too small, and few large ones are few observations. Both are put right as if a cluster's total had a spread in
-    proportion to its size (Bell and McCaffrey 2002; the degrees are Satterthwaite's); with G - 1 degrees such intervals cover 82 to 92 %.
+    proportion to its size (Bell and McCaffrey 2002; the degrees are Satterthwaite's); with G - 1 degrees intervals covered 82 to 95 %, worst with few clusters.
     """
     _, index = np.unique(clusters, return_inverse=True)
     top = np.bincount(index, weights=np.asarray(num, np.float64))
@@ -88,9 +93,8 @@ def safe_exp(x: float) -> float:
 
 def cluster_quantiles(values: np.ndarray, clusters: np.ndarray, levels: Sequence[float], unit: str = "") -> list[Metric]:
     """Quantiles over tokens with 95 % intervals by Woodruff's method (1952): how sure is the share of tokens up to the quantile, and which
-    values lie at the ends of that share's t interval? No upper end can be known where that reaches 1: then there is no interval.
-
-    Bootstrapping clusters instead covered 81 to 91 % with 10 to 50 clusters, and p99.9 far less.
+    values lie at the ends of that share's t interval? No upper end can be known where that reaches 1: then there is no interval, and ``note``
+    says so. Coverage is 93 to 98 %, but 90 to 92 % for p99 of 20 to 50 documents. Bootstrapping clusters covered 73 to 92 % there.
     """
     n = len(values)
     if not n:
@@ -112,7 +116,7 @@ def _woodruff(ranked: np.ndarray, clusters: np.ndarray, level: float, unit: str)
     _, error, df = _ratio_of_totals(np.bincount(clusters[:below], minlength=len(size)).astype(np.float64), size, size)
     half = float(distributions.t.ppf(0.975, df)) * error  # type: ignore[operator]
     beyond = len(np.unique(clusters[below:]))
-    if beyond < 2 or level + half >= 1.0:
+    if beyond < BEYOND or level + half >= 1.0:
         return Metric(point, None, None, n, unit, "too few clusters reach beyond this quantile for an interval")
     return Metric(point, _at(ranked, level - half), _at(ranked, level + half), n, unit)
 

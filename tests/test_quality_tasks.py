@@ -221,12 +221,13 @@ def test_suite_faults_come_all_at_once(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     file.write_text(yaml.safe_dump({"task": ["x"], "limit": "many", "include_path": "nowhere", "tasks": [
         3, {"name": "n", "shots": 5}, {"name": "f", "file": "gone.jsonl", "kind": "fill", "prompt": "x"}, {"name": "k", "file": "a.jsonl", "kind": "chice"}, "twice", "twice",
+        SUMS | {"name": "g", "file": "a.jsonl", "number": "(", "until": [3]}, CHOICE | {"name": "c", "file": "a.jsonl", "choices": ["{a", "{b.c}"]},
         {"name": "p", "file": "a.jsonl", "kind": "choice", "prompt": "no field", "choices": ["one"], "gold": "a b", "num_fewshot": 2},
     ]}))  # fmt: skip
     with pytest.raises(UsageProblem) as error:
         load_suite(file)
     words = ("unknown key 'task'", "limit has the wrong type", "include_path", "task 1: neither", "shots", "gone.jsonl", "contexts is missing", "prompt has no meaning", "chice", "twice is named twice",
-             "prompt names no {field}", "choices must be", "'a b' cannot be a field", "num_fewshot needs fewshot_file")  # fmt: skip
+             "number is no regex", "until must be", "choice '{a' is malformed", "{b.c} is no field", "prompt names no {field}", "choices must be", "'a b' cannot be a field", "num_fewshot needs fewshot_file")  # fmt: skip
     assert not [word for word in words if word not in str(error.value)]
 
 

@@ -54,6 +54,10 @@ def setting_faults(task: dict[str, Any], folder: Path) -> list[str]:
         faults += _template_faults(task["prompt"], "prompt")
     if isinstance(task.get("choices"), list) and (len(task["choices"]) < 2 or not all(isinstance(c, str) and c for c in task["choices"])):
         faults.append("choices must be a field, or a list of at least two words or {field}s")
+    elif isinstance(task.get("choices"), list):
+        faults += [fault for choice in task["choices"] if "{" in choice for fault in _template_faults(choice, f"choice {choice!r}")]
+    if not all(isinstance(stop, str) and stop for stop in task.get("until", [])) or task.get("max_tokens", 1) < 1:
+        faults.append("until must be a list of texts, and max_tokens above 0")
     if task.get("num_fewshot") and "fewshot_file" not in task:
         faults.append("num_fewshot needs fewshot_file: examples must not come from the items that are scored")
     if not task.get("num_fewshot") and "fewshot_file" in task:

@@ -26,7 +26,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup merge-qlora test test-slow check eval report notebook bench bench-peers bench-merge demo clean
+.PHONY: help setup merge-qlora test test-slow check eval report notebook bench bench-peers bench-merge bench-stats demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -76,6 +76,9 @@ bench-peers: $(STAMP) ## llm-compressor and auto-round for the bench, each in an
 
 bench-merge: $(STAMP) ## speed and memory of the float merge against a copy and PEFT, on the shapes of an 8B model (minutes, some 20 GB of disk)
 	@$(BIN)/python scripts/bench_merge.py
+
+bench-stats: $(STAMP) ## coverage of the intervals, power and false alarms of the gate, by simulation (minutes)
+	@$(BIN)/python scripts/bench_stats.py $(ARGS)
 
 demo: $(STAMP) ## train the demo model again (about 15 minutes)
 	@$(BIN)/python scripts/make_demo.py

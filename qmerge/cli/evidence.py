@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 @click.option("--original", metavar="P", help="The float base, for --also original and --on original.")
 @click.option("--on", type=click.Choice(["dequantized", "original"]), default="dequantized", show_default=True, help="What the merge started from.")
 @click.option("--nf4-recipe", metavar="R", help="For a float base: double, single, or a config file.")
-@click.option("--suite", metavar="FILE", help="Benchmarks to run through lm-eval, a YAML file.")
 @measure_options
 @click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
 @click.option("--out", required=True, metavar="FILE", help="results.json to write (per-token numbers go beside it as .npz).")
@@ -50,34 +49,39 @@ def eval_command(candidates: tuple[str, ...], texts: tuple[str, ...], out: str, 
 
 def evaluate_to(
     out: Path, candidates: tuple[str, ...], texts: dict[str, str], *, base: str, adapter: AdapterSet, tokens: int, template: str | None, also: str,
-    original: str | None, on: str, nf4_recipe: str | None, suite: str | None, budget: str, device: str, steps: Steps | None = None, **measures: Any,
+    original: str | None, on: str, nf4_recipe: str | None, suite: str | None, budget: str, device: str, steps: Steps | None = None, tasks: str | None = None, **measures: Any,
 ) -> dict[str, Any]:
     """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``. ``measures``: what `measure_options` gave."""
     from qmerge.device import pick_device
     from qmerge.pipeline.recipe import read_nf4_recipe
     from qmerge.quality.compare import load_budget
-    from qmerge.quality.evaluate import candidate_names, evaluate_with_scores
+    from qmerge.quality.evaluate import candidate_names, evaluate_in_full
     from qmerge.quality.sidecar import write_results
+    from qmerge.quality.suites import load_suite, split_names
     from qmerge.store.hub import resolve
 
     check_target(out)
     limits = load_budget(budget)
+    benchmarks = load_suite(suite, split_names(tasks)) if suite or tasks else None
     recipe = read_nf4_recipe(nf4_recipe)
     base, original = (str(resolve(place)[0]) if place else None for place in (base, original))
     named = candidate_names(str(resolve(place)[0]) for place in candidates)
-    results, scores = evaluate_with_scores(
+    done = evaluate_in_full(
         base, adapter, named, texts, tokens, on=on, nf4_recipe=recipe.to_json() if recipe else None, original=original,
-        also=tuple(part for part in also.split(",") if part), template=template, device=str(pick_device(device)), suite=suite, budget=limits,
+        also=tuple(part for part in also.split(",") if part), template=template, device=str(pick_device(device)), suite=benchmarks, budget=limits,
         results_dir=out.parent, keep_tail=True, progress=(steps or Steps()).count, **measures,
     )
-    for name, arm in results["arms"].items():
+    for name, arm in done.results["arms"].items():
         if arm.get("loader"):
             warn(f"{name} was read by {arm['loader']}")
         if arm.get("logits"):
             warn(f"{name} needed memory for the logits {arm['logits']}")
+    for task, row in done.results["tasks"].items():
+        if row.get("truncated"):
+            warn(f"{task}: {row['truncated']} of {row['n']} prompts are longer than the model's context; lm-eval cut their beginning, for all arms alike")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_results(results, scores, out)
-    return results
+    write_results(done.results, done.scores, out, done.answers)
+    return done.results
 
 
 def eval_line(recipe: Recipe, out: str | Path) -> str:
@@ -104,21 +108,37 @@ def check_target(out: Path) -> None:
 @click.argument("results", metavar="results.json")
 @click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
 @click.option("--baseline", metavar="results.json", help="Older results to hold the candidates against.")
+@click.option("--recompute", is_flag=True, help="Judge numbers computed anew from the per-token arrays and items beside the results, not the stored ones.")
 @click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
 @click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout.")
 @click.pass_context
-def compare_command(context: click.Context, results: str, budget: str, baseline: str | None, strict: bool, as_json: bool) -> None:
+def compare_command(context: click.Context, results: str, budget: str, baseline: str | None, recompute: bool, strict: bool, as_json: bool) -> None:
     """Judge results against a budget. Exit 0: pass; 3: below budget."""
     from qmerge.quality.compare import compare, exit_code, load_budget
     from qmerge.report.load import load_results
 
-    verdict = compare(load_results(results), load_budget(budget), load_results(baseline) if baseline else None)
+    found = load_results(results)
+    if recompute:
+        found = recomputed(Path(results), found)
+    verdict = compare(found, load_budget(budget), load_results(baseline) if baseline else None)
     if as_json:
         result_json(verdict)
     else:
         show_verdict(verdict)
     say(f"Next: qmerge report {results} --out DIR")
     context.exit(exit_code(verdict, strict))
+
+
+def recomputed(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """The results with their numbers computed anew; warns where the stored ones differ."""
+    from qmerge.quality.compare import differing_keys
+    from qmerge.quality.sidecar import recompute_file
+
+    found = recompute_file(path, stored)
+    keys = [key for part in ("arms", "tasks") for key in differing_keys(found.get(part), stored.get(part), part)]
+    if keys:
+        warn(f"{len(keys)} stored numbers are not what the files beside {path.name} give: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}")
+    return found
 
 
 def show_verdict(verdict: dict[str, Any]) -> None:

@@ -20,7 +20,6 @@ from qmerge.errors import UsageProblem
 @click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Held-out text to measure on; without it a fifth of the calibration documents is held out.")
 @click.option("--eval-tokens", type=int, help="Tokens per evaluation window (--tokens, capped by the model's context).")
 @click.option("--also", default="", metavar="A,B", help="More arms: original, rtn.")
-@click.option("--suite", metavar="FILE", help="Benchmarks to run through lm-eval, a YAML file.")
 @measure_options
 @click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
 @click.option("--allow-overlap", is_flag=True, help="Do not refuse evaluation text that the calibration text holds too.")
@@ -29,7 +28,7 @@ from qmerge.errors import UsageProblem
 @click.option("--json", "as_json", is_flag=True, help="Verdict and paths as JSON on stdout.")
 @click.pass_context
 def run_command(
-    context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None,
+    context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None,
     budget: str, allow_overlap: bool, strict: bool, dry_run: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
 ) -> None:
     """Merge, then measure the result against base + separate adapter, judge it, and write a report to OUT.eval/."""
@@ -45,15 +44,16 @@ def run_command(
     from qmerge.quality.evaluate import candidate_names, check_request
     from qmerge.quality.generation import check_room
     from qmerge.quality.protocols import parse_requests
-    from qmerge.quality.tasks import load_suite
+    from qmerge.quality.suites import load_suite, split_names
+    from qmerge.quality.tasks import open_tasks
 
     # all that measuring would refuse, before hours of merging
     load_budget(budget)
     check_request(candidate_names((recipe.out,)), named_texts(texts) or {"held-out": ""}, [part for part in also.split(",") if part], recipe.original)
     check_separate(recipe.adapter_set)
     requests = parse_requests(perplexity)
-    if suite:
-        load_suite(suite)
+    if suite or tasks:
+        open_tasks(load_suite(suite, split_names(tasks)))
     found = plan(recipe)
     steps.step("planned")
     say(describe_plan(found))
@@ -77,7 +77,7 @@ def run_command(
     results = evaluate_to(
         evidence / "results.json", (str(done.out),), files, base=recipe.base, adapter=recipe.adapter_set,
         tokens=eval_tokens or min(recipe.tokens, context_length), template=recipe.template, also=also, original=recipe.original, on=recipe.on,
-        nf4_recipe=recipe.nf4_recipe, suite=suite, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity, generate=generate, new_tokens=new_tokens,
+        nf4_recipe=recipe.nf4_recipe, suite=suite, tasks=tasks, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity, generate=generate, new_tokens=new_tokens,
     )
     from qmerge.report.tables import terminal_table
     from qmerge.report.write import write_report

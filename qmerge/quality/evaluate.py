@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,17 @@ from qmerge.quality.generation import Generations, check_room, choose_prompts, e
 from qmerge.quality.measure import TokenScores, measure
 from qmerge.quality.merging import edited_weights, linear_rows
 from qmerge.quality.metrics import json_metric, reference_scores, text_metrics
+from qmerge.quality.paired import task_rows
 from qmerge.quality.perplexity import Perplexities
 from qmerge.quality.plain import place
 from qmerge.quality.protocols import context_length, parse_requests, plan, read_request
 from qmerge.quality.reference import CACHE_BYTES, Answers
+from qmerge.quality.samples import name_samples
 from qmerge.quality.served import as_served
 from qmerge.quality.sidecar import Scores, text_rows
-from qmerge.quality.tasks import Suite, load_suite, run_suite, task_index, task_rows
+from qmerge.quality.suites import Suite, load_suite
+from qmerge.quality.tasks import Answers as ItemAnswers
+from qmerge.quality.tasks import OpenSuite, items_digest, open_tasks, run_suite
 from qmerge.store.texts import Document, Overlap, TokenDoc, Windows, ngram_overlap, pack_windows, read_documents, tokenize_documents
 
 SCHEMA_VERSION = 1
@@ -46,10 +51,25 @@ Progress = Callable[[str, int, int], None]
 
 def evaluate(base: str, adapter: str | AdapterSet, candidates: dict[str, str], texts: dict[str, str], tokens: int, **options: Any) -> dict[str, Any]:
     """results.json's content; ``evaluate_with_scores`` takes the same arguments and also gives the per-token arrays."""
-    return evaluate_with_scores(base, adapter, candidates, texts, tokens, **options)[0]
+    return evaluate_in_full(base, adapter, candidates, texts, tokens, **options).results
 
 
-def evaluate_with_scores(
+def evaluate_with_scores(base: str, adapter: str | AdapterSet, candidates: dict[str, str], texts: dict[str, str], tokens: int, **options: Any) -> tuple[dict[str, Any], Scores]:
+    """results.json's content and the per-token arrays; ``evaluate_in_full`` takes the same arguments."""
+    done = evaluate_in_full(base, adapter, candidates, texts, tokens, **options)
+    return done.results, done.scores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``results`` is results.json's content, ``scores`` the per-token arrays, ``answers`` the benchmark items: arm -> task -> items."""
+
+    results: dict[str, Any]
+    scores: Scores
+    answers: dict[str, ItemAnswers]
+
+
+def evaluate_in_full(
     base: str,
     adapter: str | AdapterSet,
     candidates: dict[str, str],
@@ -64,7 +84,7 @@ def evaluate_with_scores(
     doc_separator: str | None = None,
     keep_tail: bool = False,
     device: str = "cpu",
-    suite: str | None = None,
+    suite: str | Suite | None = None,
     perplexity: Sequence[str] = (),
     generate: int = 0,
     new_tokens: int = 64,
@@ -72,8 +92,8 @@ def evaluate_with_scores(
     results_dir: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], Scores]:
-    """``(results, scores)``. ``candidates``: name -> checkpoint folder; ``texts``: name -> file, folder or hub dataset; ``tokens`` per window.
+) -> Evaluation:
+    """Measure every arm. ``candidates``: name -> checkpoint folder; ``texts``: name -> file, folder or hub dataset; ``tokens`` per window.
 
     ``on``: what the merge starts from (``dequantized`` or ``original``); ``nf4_recipe`` (``block_size``, ``double_quant``) for a float base;
     ``also``: ``rtn`` and ``original`` (which needs the ``original`` folder); ``perplexity``: requests as ``protocols`` spells them;
@@ -81,7 +101,7 @@ def evaluate_with_scores(
     """
     started = time.perf_counter()
     check_request(candidates, texts, also, original)
-    tasks = load_suite(suite) if suite else None
+    tasks = open_tasks(suite if isinstance(suite, Suite) else load_suite(suite)) if suite else None
     limits = budget or load_budget("default")
     requests = {label: (request, read_request(request)) for label, request in parse_requests(perplexity).items()}
     adapter = as_set(adapter)
@@ -104,7 +124,7 @@ def evaluate_with_scores(
     place(reference.model, device)
     elsewhere = on == "original" and loading.quantization_method(base) != "none"
     options = {"merged_into": "another base" if elsewhere else "the reference's base", "window_tokens": tokens, "keep_tail": keep_tail, "template": template, "doc_separator": doc_separator, "seed": seed, **how}
-    fingerprint = protocol(reference.model, tokenizer, device, options) | {"texts": prints, "suite": tasks.content if tasks else None}
+    fingerprint = protocol(reference.model, tokenizer, device, options) | {"texts": prints, "suite": tasks.suite.content if tasks else None}
     fingerprint |= {extra.name: extra.fingerprint for extra in extras}
 
     run = _Run(reference, windows, device, tokenizer, tasks, extras, results_dir, progress)
@@ -112,11 +132,14 @@ def evaluate_with_scores(
     for load, linears in _loaders(base, adapter, candidates, also, original, how):
         run.add(load, (foundation, edits) if linears else None)
     floor = run.noise_floor(base, adapter, how)
-    results = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(seed), "noise_floor": floor}
-    results["tasks"] = task_rows(run.samples, results["arms"]) if tasks else {}
+    results = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(), "noise_floor": floor}
+    results["tasks"] = task_rows(run.samples, results["arms"], seed=seed) if tasks else {}
+    if tasks:
+        name_samples(run.samples, results["arms"])
+        fingerprint["suite"] |= {"items_sha256": items_digest(run.samples["separate"])}
     results["verdict"] = compare(results, limits)
     results["elapsed_s"] = round(time.perf_counter() - started, 3)
-    return results, run.scores
+    return Evaluation(results, run.scores, run.samples)
 
 
 def recipe_of(base: str, adapters: Iterable[Adapter], on: str, given: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -169,22 +192,21 @@ def check_overlap(calibration: Sequence[Document], text: Sequence[Document], *, 
 class _Run:
     """One evaluation in progress: the reference stays loaded, the other arms come and go."""
 
-    def __init__(self, reference: loading.Arm, windows: dict[str, Windows], device: str, tokenizer: Any, suite: Suite | None, extras: list[Any],
+    def __init__(self, reference: loading.Arm, windows: dict[str, Windows], device: str, tokenizer: Any, suite: OpenSuite | None, extras: list[Any],
                  results_dir: str | Path | None, progress: Progress | None) -> None:
         self.reference, self.windows, self.device, self.tokenizer = reference, windows, device, tokenizer
         self.answers = Answers(reference.model, CACHE_BYTES)
         self.suite, self.extras, self.results_dir, self.progress = suite, extras, results_dir, progress
-        self.manager = task_index(suite) if suite else None
         self.scores: Scores = {text: {} for text in windows}
         self.about: dict[str, dict[str, Any]] = {}
-        self.samples: dict[str, Any] = {}
+        self.samples: dict[str, ItemAnswers] = {}
 
     def add_reference(self) -> None:
         """Its scores are zeros by definition and come with the first arm that is measured; its tasks are run."""
         self._describe(self.reference)
         self._measure_extras("separate", self.answers)
         if self.suite:
-            self.samples["separate"] = run_suite(self.suite, self.manager, self.reference.model, self.tokenizer)
+            self.samples["separate"] = run_suite(self.suite, self.reference.model, self.tokenizer)
 
     def add(self, load: Callable[[], loading.Arm], against: tuple[dict[str, torch.Tensor], dict[str, Edit]] | None = None) -> None:
         """Load an arm, measure it and let it go. With ``against`` (weights before the merge, edits) its linears are set against ΔW."""
@@ -202,7 +224,7 @@ class _Run:
             if model.whole:
                 self.about[name]["logits"] = "of whole windows: the model works on its logits in a way that is not known here"
         if self.suite:
-            self.samples[arm.name] = run_suite(self.suite, self.manager, arm.model, self.tokenizer)
+            self.samples[arm.name] = run_suite(self.suite, arm.model, self.tokenizer)
         del arm, answers
         gc.collect()
 
@@ -215,9 +237,9 @@ class _Run:
             floor[text] = json_metric(text_metrics(self.scores[text]["served"])["kl_mean"]) | {"source": source}
         return floor
 
-    def rows(self, seed: int) -> dict[str, Any]:
+    def rows(self) -> dict[str, Any]:
         """The ``arms`` of the results: separate after base, then in the order of loading."""
-        measured = {text: text_rows(arms, seed=seed) for text, arms in self.scores.items()}
+        measured = {text: text_rows(arms) for text, arms in self.scores.items()}
         names = ["base", "separate", *(n for n in self.about if n not in ("base", "separate"))]
         return {name: self.about[name] | {"texts": {text: rows[name] for text, rows in measured.items()}} | {extra.name: extra.row(name) for extra in self.extras} for name in names}
 

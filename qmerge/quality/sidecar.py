@@ -12,6 +12,9 @@ import numpy as np
 from qmerge.errors import Refused
 from qmerge.quality.measure import TokenScores
 from qmerge.quality.metrics import text_row
+from qmerge.quality.paired import task_rows
+from qmerge.quality.samples import name_samples, read_samples, write_samples
+from qmerge.quality.tasks import Answers
 
 Scores = dict[str, dict[str, TokenScores]]
 """text -> arm -> scores; the arm ``served`` is the reference as its public loader runs it (the noise floor)"""
@@ -19,8 +22,9 @@ SHARED = ("nll_ref", "confidence", "window", "doc")
 OWN = ("nll_cand", "kl", "agree", "delta_p")
 
 
-def write_results(results: dict[str, Any], scores: Scores, path: str | Path) -> None:
-    """Write ``results.json`` at ``path`` and the per-token arrays beside it as ``.npz``; each appears whole or not at all."""
+def write_results(results: dict[str, Any], scores: Scores, path: str | Path, answers: dict[str, Answers] | None = None) -> None:
+    """Write ``results.json`` at ``path``, the per-token arrays beside it as ``.npz`` and the items of benchmarks (arm -> answers) in
+    ``.samples/``; each file appears whole or not at all, results.json last."""
     path = Path(path)
     arrays = {}
     for text, arms in scores.items():
@@ -33,6 +37,7 @@ def write_results(results: dict[str, Any], scores: Scores, path: str | Path) -> 
     with open(beside.with_suffix(".npz.part"), "wb") as stream:
         np.savez_compressed(stream, **arrays)
     os.replace(beside.with_suffix(".npz.part"), beside)
+    write_samples(answers or {}, path)
     part = path.with_suffix(".json.part")
     part.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, path)
@@ -55,19 +60,29 @@ def read_scores(path: str | Path) -> Scores:
     return scores
 
 
-def text_rows(arms: dict[str, TokenScores], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+def text_rows(arms: dict[str, TokenScores]) -> dict[str, dict[str, Any]]:
     """Every arm's row for one text, from its scores alone: the evaluation and a later re-run use this one function."""
     floor = arms.get("served")
-    return {
-        name: text_row(scores, arms.get("base"), floor if name == "merged" else None, seed=seed) for name, scores in arms.items() if name != "served"
-    }
+    return {name: text_row(scores, arms.get("base"), floor if name == "merged" else None) for name, scores in arms.items() if name != "served"}
 
 
-def recompute(results: dict[str, Any], scores: Scores, *, seed: int = 0) -> dict[str, Any]:
-    """``results`` with every text metric computed anew from the sidecar's arrays; the arguments are left as they are."""
+def recompute(results: dict[str, Any], scores: Scores, answers: dict[str, Answers] | None = None, *, seed: int = 0) -> dict[str, Any]:
+    """``results`` with every text metric computed anew from the sidecar's arrays, and every task metric from the items; the arguments are left as they are."""
     arms = {name: dict(arm) | {"texts": {}} for name, arm in results["arms"].items()}
     for text, rows in scores.items():
-        for name, row in text_rows(rows, seed=seed).items():
+        for name, row in text_rows(rows).items():
             arms[name]["texts"][text] = row
-    return results | {"arms": arms}
+    if not answers:
+        return results | {"arms": arms}
+    tasks = task_rows(answers, arms, seed=seed)
+    name_samples(answers, arms)
+    return results | {"arms": arms, "tasks": tasks}
 
+
+def recompute_file(path: str | Path, results: dict[str, Any]) -> dict[str, Any]:
+    """`recompute` of the ``results`` at ``path`` from the files beside it. ``Refused`` where one is missing or belongs to other results."""
+    scores = read_scores(Path(path).with_suffix(".npz"))
+    measured = {name for arm in results["arms"].values() for name in arm["texts"]}
+    if set(scores) != measured or any(set(arms) - {"served"} != set(results["arms"]) for arms in scores.values()):
+        raise Refused("the per-token arrays belong to other results", where=Path(path).with_suffix(".npz").name, expected=f"texts {', '.join(sorted(measured))}, and all arms", found=", ".join(sorted(scores)))
+    return recompute(results, scores, read_samples(path, results), seed=results.get("fingerprint", {}).get("seed", 0))

@@ -93,7 +93,7 @@ def _arms(results: Results) -> list[str]:
             parts.append(md(sentence, 500))
     tasks = [list(row.values()) for row in tables.task_rows(results)[:MAX_CHECKS]]
     if tasks:
-        parts += ["## Benchmarks", table(("arm", "task", "accuracy", "difference", "items flipped", "McNemar p"), tasks, right=(2, 3, 4, 5))]
+        parts += ["## Benchmarks", table(("arm", "task", "accuracy", "difference", "items flipped", "McNemar p", "gold margin, nats"), tasks, right=(2, 3, 4, 5, 6))]
     for title, heads, rows in tables.more_tables(results):
         parts += [f"## {title}", table(heads, rows[:MAX_CHECKS], right=range(2, len(heads)))]
     return parts

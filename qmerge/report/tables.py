@@ -92,22 +92,27 @@ def check_rows(results: Results, parts: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
+TASK_LABELS = {"macro_accuracy_delta": "mean over tasks", "macro_bootstrap": "mean over tasks, bootstrap"}
+
+
 def task_rows(results: Results) -> list[dict[str, str]]:
-    """Benchmarks per arm: accuracy, difference to the reference, items that changed, exact McNemar p."""
+    """Benchmarks per arm: task and metric, accuracy, difference to the reference, items that changed, exact McNemar p, change of the gold answer's margin."""
     rows = []
     for name, arm in fields.arms(results).items():
         for task, found in fields.as_dict(arm.get("tasks")).items():
             row = fields.as_dict(found)
             p = fields.number(row.get("mcnemar_p"))
             delta = row if "value" in row else row.get("delta")  # the mean over tasks is a difference only
+            metric = f" ({clean(row['metric'])})" if isinstance(row.get("metric"), str) else ""
             rows.append(
                 {
                     "arm": clean(name),
-                    "task": clean(task),
+                    "task": TASK_LABELS.get(task) or f"{clean(task)}{metric}",
                     "accuracy": format_metric(row.get("accuracy"), "percent"),
                     "delta": format_metric(delta, "points"),
                     "flips": format_value(fields.number(row.get("flips")), "count"),
                     "p": MISSING if p is None else f"{p:.2g}",
+                    "margin": format_metric(row.get("margin_delta"), "signed"),
                 }
             )
     return rows

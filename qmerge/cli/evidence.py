@@ -72,6 +72,8 @@ def evaluate_to(
     for name, arm in results["arms"].items():
         if arm.get("loader"):
             warn(f"{name} was read by {arm['loader']}")
+        if arm.get("tokenizer_note"):
+            warn(f"{name}: {arm['tokenizer_note']}")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_results(results, scores, out)
     return results

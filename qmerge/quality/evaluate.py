@@ -34,6 +34,7 @@ from qmerge.quality.reference import Reference
 from qmerge.quality.served import as_served
 from qmerge.quality.sidecar import Scores, text_rows
 from qmerge.quality.tasks import Suite, load_suite, run_suite, task_index, task_rows
+from qmerge.quality.tokenizers import check_tokenizers
 from qmerge.store.texts import Document, Overlap, Windows, ngram_overlap, pack_windows, read_documents, tokenize_documents
 
 SCHEMA_VERSION = 1
@@ -83,6 +84,7 @@ def evaluate_with_scores(
     nf4_recipe = recipe_of(base, opened, on, nf4_recipe)
     tokenizer = load_tokenizer(base, *(str(one.path) for one in opened))
     windows, prints = _read_texts(texts, tokenizer, tokens, template, doc_separator, keep_tail)
+    notes = check_tokenizers(candidates, tokenizer, texts, template=template, doc_separator=doc_separator)
     how = {"on": on, "nf4_recipe": nf4_recipe}
     reference = loading.load_separate(base, adapter, **how)
     _check_length(reference.model, tokens)
@@ -99,6 +101,8 @@ def evaluate_with_scores(
         run.add(load, (foundation, edits) if linears else None)
     floor = run.noise_floor(base, adapter, how)
     results = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(seed), "noise_floor": floor}
+    for name, note in notes.items():
+        results["arms"][name]["tokenizer_note"] = note
     results["tasks"] = task_rows(run.samples, results["arms"]) if tasks else {}
     results["verdict"] = compare(results, limits)
     results["elapsed_s"] = round(time.perf_counter() - started, 3)

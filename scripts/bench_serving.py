@@ -32,13 +32,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", default=",".join(CASES), metavar="A,B")
     args = parser.parse_args()
-    found = {name: measure(name, args) for name in CASES if present(name)}
+    found: dict[str, dict[str, Any]] = {}
+    for name in filter(present, args.cases.split(",")):
+        found[name] = measure(name, args)  # each case is written when it is there: they take minutes
+        PAGE.with_suffix(".json").write_text(json.dumps({"about": about(args), "cases": found}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        PAGE.write_text(page(about(args), found), encoding="utf-8")
+        print(f"wrote {name} to {PAGE.name} and {PAGE.stem}.json")
     if not found:
         raise SystemExit("no case has its inputs and candidates here: run `make bench` first")
-    PAGE.with_suffix(".json").write_text(json.dumps({"about": about(args), "cases": found}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    PAGE.write_text(page(about(args), found), encoding="utf-8")
-    print(f"wrote {PAGE.name} and {PAGE.stem}.json")
 
 
 def candidates(name: str) -> list[Path]:
@@ -65,7 +68,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     """What a person types to make the figures again, and the machine. No paths, host names or dates."""
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     threads = os.environ.get("OMP_NUM_THREADS")
-    words = [*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", "scripts/bench_serving.py", f"--repeats={args.repeats}", f"--rounds={args.rounds}"]
+    words = [*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", "scripts/bench_serving.py", f"--repeats={args.repeats}", f"--rounds={args.rounds}", *([f"--cases={args.cases}"] if args.cases != ",".join(CASES) else [])]
     return {"command": shlex.join(words), "machine": {"cpu": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count()}}
 
 

@@ -54,8 +54,8 @@ def measure(job: dict[str, Any], began: float) -> dict[str, Any]:
         importlib.import_module("qmerge.quality.attach"), importlib.import_module("qmerge.quality.arms")
     _read_ahead(Path(job["path"]))
     memory = PeakMemory(device)
-    answer["process_bytes"], began = memory.peak(), time.perf_counter()
-    model, answer["loader"] = _separate(job) if job["adapter"] else load_checkpoint(job["path"], job["method"], job["device"])
+    answer["process_bytes"] = memory.peak()
+    model, answer["loader"], began = _separate(job) if job["adapter"] else load_checkpoint(job["path"], job["method"], job["device"])
     wait_for(device)
     answer |= {"load_s": time.perf_counter() - began, "peak_load_bytes": memory.peak(), "memory": memory.how}
     model.eval()
@@ -76,32 +76,34 @@ def _import(path: str, packages: tuple[str, ...]) -> None:
     AutoModelForCausalLM._model_mapping.get(type(AutoConfig.from_pretrained(path, trust_remote_code=False)), None)  # imports the module of the model's classes
 
 
-def load_checkpoint(path: str, method: str, device: str) -> tuple[nn.Module, str | None]:
-    """A checkpoint folder as its users load it, and a word where that took more than ``from_pretrained(path)``."""
+def load_checkpoint(path: str, method: str, device: str) -> tuple[nn.Module, str | None, float]:
+    """A checkpoint folder as its users load it, a word where that took more than ``from_pretrained(path)``, and when the call that did it began (`time.perf_counter`)."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    options = {"device_map": {"": device}, "trust_remote_code": False}
+    options, began = {"device_map": {"": device}, "trust_remote_code": False}, time.perf_counter()
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
     except (RuntimeError, ValueError) as problem:
         if method != "compressed-tensors":
             raise
         # transformers 5.23 builds packed zero points in another shape than the library stores
-        wish = CompressedTensorsConfig(dequantize=True)
-        return AutoModelForCausalLM.from_pretrained(path, quantization_config=wish, **options), f"CompressedTensorsConfig(dequantize=True), as without it transformers stops: {_first_line(problem)}"
+        wish, began = CompressedTensorsConfig(dequantize=True), time.perf_counter()
+        return AutoModelForCausalLM.from_pretrained(path, quantization_config=wish, **options), f"CompressedTensorsConfig(dequantize=True), as without it transformers stops: {_first_line(problem)}", began
     except AttributeError as problem:
         if method != "gptq":
             raise
-        return _gptqmodel(path, device), f"GPTQModel.load, as transformers stops: {_first_line(problem)}"
+        return _gptqmodel(path, device, f"transformers stops: {_first_line(problem)}")
     if method in ("gptq", "awq") and (left := _unread(path, model)):
-        return _gptqmodel(path, device), f"GPTQModel.load, as transformers leaves {left[0]} at random"
-    return model, None
+        del model
+        return _gptqmodel(path, device, f"transformers leaves {left[0]} at random")
+    return model, None, began
 
 
-def _gptqmodel(path: str, device: str) -> nn.Module:
+def _gptqmodel(path: str, device: str, why: str) -> tuple[nn.Module, str, float]:
     from gptqmodel import GPTQModel
 
-    return GPTQModel.load(path, device=device).model
+    began = time.perf_counter()
+    return GPTQModel.load(path, device=device).model, f"GPTQModel.load, as {why}", began
 
 
 def _unread(path: str, model: nn.Module) -> list[str]:
@@ -110,7 +112,7 @@ def _unread(path: str, model: nn.Module) -> list[str]:
     return unread(path, model)
 
 
-def _separate(job: dict[str, Any]) -> tuple[nn.Module, str | None]:
+def _separate(job: dict[str, Any]) -> tuple[nn.Module, str | None, float]:
     """Base and adapter as transformers and PEFT serve them; a float base is quantized while it loads, as QLoRA users do."""
     from transformers import AutoModelForCausalLM
 
@@ -118,7 +120,7 @@ def _separate(job: dict[str, Any]) -> tuple[nn.Module, str | None]:
     from qmerge.quality.arms import four_bit_config
     from qmerge.quality.attach import attach
 
-    told, options = job["adapter"], {}
+    began, told, options = time.perf_counter(), job["adapter"], {}
     adapter = AdapterSet(tuple(Choice(**choice) for choice in told["choices"]), Combination(**told["combination"]), told["residual_base"], told["allow_pickle"])
     if (recipe := job["nf4_recipe"]) is not None:
         if recipe["block_size"] != 64:
@@ -127,7 +129,7 @@ def _separate(job: dict[str, Any]) -> tuple[nn.Module, str | None]:
         if recipe["dtype"]:
             options["dtype"] = getattr(torch, recipe["dtype"])
     base = AutoModelForCausalLM.from_pretrained(job["path"], device_map={"": job["device"]}, trust_remote_code=False, **options)
-    return attach(base, adapter, job["device"]), None
+    return attach(base, adapter, job["device"]), None, began
 
 
 def _read_ahead(folder: Path) -> None:

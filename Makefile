@@ -26,7 +26,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup merge-qlora test test-slow check eval report notebook bench bench-peers bench-merge bench-stats demo clean
+.PHONY: help setup merge-qlora test test-slow check eval serving report notebook bench bench-peers bench-merge bench-stats demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ check: $(STAMP) ## ruff
 
 eval: $(STAMP) ## measure OUT again: BASE=… ADAPTER=… OUT=… EVAL=… (default: the demo)
 	@$(BIN)/qmerge eval $(if $(BASE),--base "$(BASE)" --adapter "$(ADAPTER)" --text "$(EVAL)",--base $(DEMO)/base-nf4 --adapter $(DEMO)/adapter --text prose=$(DEMO)/eval-prose.jsonl --text code=$(DEMO)/eval-code.jsonl) --candidate "$(OUT)" --out "$(RESULTS)" $(ARGS)
+
+serving: $(STAMP) ## time OUT against base + adapter, memory and tokens/s, into RESULTS: BASE=… ADAPTER=… OUT=… (default: the demo)
+	@$(BIN)/qmerge bench $(if $(BASE),--base "$(BASE)" --adapter "$(ADAPTER)",--base $(DEMO)/base-nf4 --adapter $(DEMO)/adapter) --candidate "$(OUT)" --into "$(RESULTS)" $(ARGS)
 
 report: $(STAMP) ## write report.md and report.html from RESULTS
 	@$(BIN)/qmerge report "$(RESULTS)" --out "$(dir $(RESULTS))"

@@ -76,6 +76,8 @@ def evaluate_to(
             warn(f"{name} was read by {arm['loader']}")
         if arm.get("logits"):
             warn(f"{name} needed memory for the logits {arm['logits']}")
+        if arm.get("tokenizer_note"):
+            warn(f"{name}: {arm['tokenizer_note']}")
     for task, row in done.results["tasks"].items():
         if row.get("truncated"):
             warn(f"{task}: {row['truncated']} of {row['n']} prompts are longer than the model's context; lm-eval cut their beginning, for all arms alike")

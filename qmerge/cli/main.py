@@ -11,6 +11,7 @@ import traceback
 import click
 
 from qmerge import __version__
+from qmerge.cli.bench import bench_command
 from qmerge.cli.evidence import compare_command, eval_command, report_command
 from qmerge.cli.inspect import inspect_command
 from qmerge.cli.merge import merge_command
@@ -31,7 +32,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect_command, merge_command, eval_command, compare_command, report_command, verify_command, run_command):
+for command in (inspect_command, merge_command, eval_command, bench_command, compare_command, report_command, verify_command, run_command):
     cli.add_command(command)
 
 

@@ -42,6 +42,7 @@ from qmerge.quality.sidecar import Scores, text_rows
 from qmerge.quality.suites import Suite, load_suite
 from qmerge.quality.tasks import Answers as ItemAnswers
 from qmerge.quality.tasks import OpenSuite, items_digest, open_tasks, run_suite
+from qmerge.quality.tokenizers import check_tokenizers
 from qmerge.store.texts import Document, Overlap, TokenDoc, Windows, ngram_overlap, pack_windows, read_documents, tokenize_documents
 
 SCHEMA_VERSION = 1
@@ -111,6 +112,7 @@ def evaluate_in_full(
     nf4_recipe = recipe_of(base, opened, on, nf4_recipe)
     tokenizer = load_tokenizer(base, *(str(one.path) for one in opened))
     windows, prints, token_docs = _read_texts(texts, tokenizer, tokens, template, doc_separator, keep_tail)
+    notes = check_tokenizers(candidates, tokenizer, texts, template=template, doc_separator=doc_separator)
     how = {"on": on, "nf4_recipe": nf4_recipe}
     reference = loading.load_separate(base, adapter, **how)
     _check_length(reference.model, tokens)
@@ -133,6 +135,8 @@ def evaluate_in_full(
         run.add(load, (foundation, edits) if linears else None)
     floor = run.noise_floor(base, adapter, how)
     results = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(), "noise_floor": floor}
+    for name, note in notes.items():
+        results["arms"][name]["tokenizer_note"] = note
     results["tasks"] = task_rows(run.samples, results["arms"], seed=seed) if tasks else {}
     if tasks:
         name_samples(run.samples, results["arms"])

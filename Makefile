@@ -27,7 +27,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup merge-qlora test test-slow check eval report gate baseline card notebook notebook-page bench bench-peers bench-merge demo clean
+.PHONY: help setup merge-qlora test test-slow check eval serving report gate baseline card notebook notebook-page bench bench-peers bench-merge bench-stats demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ check: $(STAMP) ## ruff
 
 eval: $(STAMP) ## measure OUT again: BASE=… ADAPTER=… OUT=… EVAL=… (default: the demo)
 	@$(BIN)/qmerge eval $(if $(BASE),--base "$(BASE)" --adapter "$(ADAPTER)" --text "$(EVAL)",--base $(DEMO)/base-nf4 --adapter $(DEMO)/adapter --text prose=$(DEMO)/eval-prose.jsonl --text code=$(DEMO)/eval-code.jsonl) --candidate "$(OUT)" --out "$(RESULTS)" $(ARGS)
+
+serving: $(STAMP) ## time OUT against base + adapter, memory and tokens/s, into RESULTS: BASE=… ADAPTER=… OUT=… (default: the demo)
+	@$(BIN)/qmerge bench $(if $(BASE),--base "$(BASE)" --adapter "$(ADAPTER)",--base $(DEMO)/base-nf4 --adapter $(DEMO)/adapter) --candidate "$(OUT)" --into "$(RESULTS)" $(ARGS)
 
 report: $(STAMP) ## write report.md and report.html from RESULTS
 	@$(BIN)/qmerge report "$(RESULTS)" --out "$(dir $(RESULTS))"
@@ -89,6 +92,9 @@ bench-peers: $(STAMP) ## llm-compressor and auto-round for the bench, each in an
 
 bench-merge: $(STAMP) ## speed and memory of the float merge against a copy and PEFT, on the shapes of an 8B model (minutes, some 20 GB of disk)
 	@$(BIN)/python scripts/bench_merge.py
+
+bench-stats: $(STAMP) ## coverage of the intervals, power and false alarms of the gate, by simulation (minutes)
+	@$(BIN)/python scripts/bench_stats.py $(ARGS)
 
 demo: $(STAMP) ## train the demo model again (about 15 minutes)
 	@$(BIN)/python scripts/make_demo.py

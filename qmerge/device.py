@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -41,6 +43,48 @@ def peak_rss_bytes() -> int:
 
 def peak_device_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called: ``cpu``, or the accelerator's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when all work queued on the device is done, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PeakMemory:
+    """The peak since the last `reset`, in bytes: what torch allocated on an accelerator, on a CPU the resident memory of the whole process.
+
+    ``how`` says which. Where the system cannot forget a process's peak (not Linux, or not allowed), it is the peak since the process began.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        on_cpu = "resident memory of the process" if self.reset() else "resident memory of the process since it began (this system cannot reset the peak)"
+        self.how = "memory that torch allocated on the device" if device.type == "cuda" else on_cpu
+
+    def reset(self) -> bool:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return True
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+    def peak(self) -> int:
+        if self.device.type == "cuda":
+            return peak_device_bytes(self.device)
+        try:  # getrusage keeps the highest of all times, and on Linux even what the parent had reached before this process began
+            found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        except OSError:
+            found = None
+        return int(found[1]) * 1024 if found else peak_rss_bytes()
 
 
 def worker_threads(device: torch.device) -> int:

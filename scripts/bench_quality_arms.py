@@ -11,7 +11,7 @@ REFERENCES = {"base": "base (no adapter)", "separate": "separate (reference)", "
 
 @dataclass(frozen=True)
 class Arm:
-    """``tool`` is `ours` or a peer of bench_quality_peers.py; ``options`` are its settings (for ours: of the recipe). ``without``: a step of the solver that is off."""
+    """``tool`` is `ours` or a peer of bench_quality_peers.py; ``options`` are its settings (for ours: of the recipe). ``without``: a step of the solver that is switched: off, or on where it usually is not (`UNUSUAL`)."""
 
     name: str
     label: str
@@ -29,7 +29,8 @@ class Arm:
 FULL = ("light",)
 """cases with every arm of ours; the others have those that a promise is about: a format's container does not change what is in it"""
 POLISHED = ("light",)
-"""cases with the slow polish"""
+"""cases with all that polishing can do"""
+DISTILLED = ("light", "strong", "neox", "demo")
 
 
 ODD, PADDED = "stories", ("gptq", "compressed-tensors")
@@ -45,7 +46,7 @@ OURS = (
     ours("gptq-int4-asym", "gptq int4 g128 asym", format="gptq", symmetric=False),
     ours("gptq-int4-g32", "gptq int4 g32 sym", FULL, format="gptq", group_size=32),
     ours("gptq-int4-blocks", "gptq int4 g128 sym, polish blocks", POLISHED, format="gptq", polish=("blocks",)),
-    ours("gptq-int4-distill", "gptq int4 g128 sym, polish distill", POLISHED, format="gptq", polish=("distill",)),
+    ours("gptq-int4-distill", "gptq int4 g128 sym, polish distill", DISTILLED, format="gptq", polish=("distill",)),
     ours("gptq-int3", "gptq int3 g128 sym", format="gptq", bits=3),
     ours("gptq-int2-g32", "gptq int2 g32 sym", format="gptq", bits=2, group_size=32),
     ours("ct-w4a16", "compressed-tensors W4A16 g128 sym", FULL, format="compressed-tensors"),
@@ -87,6 +88,8 @@ FOUR_BITS = (*INT4, "llmcompressor", "llmcompressor-imatrix", "autoround", "auto
 ABLATED: dict[str, tuple[str, ...]] = {"ours-gptq-int4": (), "ours-nf4": ("own_shift", "residual_shift", "keep_base", "descent", "coupled", "lean")}
 """arms that lose one step of the solver at a time: all steps (empty), or those that matter more there"""
 ABLATED_CASES = ("light",)
+UNUSUAL = ("chosen_damp",)
+"""steps that are off unless asked for"""
 TIMED, TIMED_CASES = ("ours-gptq-int4", "gptqmodel", "ours-nf4"), ("light", "strong")
 LABELS = REFERENCES | {arm.name: arm.label for arm in (*OURS, *PEERS)}
 

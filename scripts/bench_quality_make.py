@@ -26,6 +26,8 @@ from bench_quality_peers import PACKAGES
 
 HERE = Path(__file__).resolve().parent
 LAYERS = ("numerics", "store", "adapters", "formats", "pipeline")
+AFTERWARDS = ("verify.py", "inspection.py", "renew.py")
+"""files of these layers that read what was written and decide none of its bytes"""
 PEER_LIMIT_S = 3600
 """after which a peer is stopped and shown as too slow"""
 ENVIRONMENTS = {"llmcompressor": "env-llmcompressor", "autoround": "env-autoround"}
@@ -34,7 +36,7 @@ ENVIRONMENTS = {"llmcompressor": "env-llmcompressor", "autoround": "env-autoroun
 
 def code_digest(layers: tuple[str, ...] = LAYERS) -> str:
     """sha256 of the sources that decide a checkpoint's bytes."""
-    files = sorted(file for layer in layers for file in (ROOT / "qmerge" / layer).glob("*.py"))
+    files = sorted(file for layer in layers for file in (ROOT / "qmerge" / layer).glob("*.py") if file.name not in AFTERWARDS)
     return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
 
 

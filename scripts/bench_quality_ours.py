@@ -1,7 +1,7 @@
 """How is one checkpoint of ours made, in a process of its own?
 
 ``bench_quality_ours.py`` imports everything once and then forks for each job that it reads (a JSON line on stdin), so that what is timed holds no imports and no
-process knows what another did. Answers with a JSON line per job. A job is a ``recipe``, the step of the solver to leave out (``without``), and files to write.
+process knows what another did. Answers with a JSON line per job. A job is a ``recipe``, the step of the solver to switch (``without``), and files to write.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def make(job: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     calibration = calibration_for(found)
     clock.without(time.perf_counter() - began)
-    options = {"steps": requantize.Steps(**{job["without"]: False})} if job["without"] else {}
+    options = {"steps": switched(job["without"])} if job["without"] else {}
     run(found, calibration=calibration, **options)
     return clock.cost() | {"recipe": recipe.to_json()}
 
@@ -95,6 +95,11 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     load_tokenizer(recipe.base, recipe.adapter[0]).save_pretrained(out / "merged")
     weights = int(sum(np.prod(found.base.shape(name)) for name in found.requantized))
     return {"calibration": calibration.facts, "linears": list(found.requantized), "weights": weights}
+
+
+def switched(step: str) -> requantize.Steps:
+    """All as usual but one step, which is off, or on where it usually is not."""
+    return requantize.Steps(**{step: not getattr(requantize.Steps(), step)})
 
 
 def steps() -> list[str]:

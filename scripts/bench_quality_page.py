@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench_quality_arms import LABELS, REFERENCES, TIMED
+from bench_quality_arms import LABELS, REFERENCES, TIMED, UNUSUAL
 from bench_quality_cases import IN_DOMAIN
 
 from qmerge.report.numbers import format_metric, format_value
@@ -149,21 +149,22 @@ def cell(text: str) -> str:
 
 
 def ablation(arm: str, rows: dict[str, Any]) -> Lines:
-    """Each step off alone; the first row has all on."""
+    """Each step switched alone; the first row has all as usual."""
     whole = rows[""]
     lines = [
-        f"Ablations of {LABELS[arm]}: one step off at a time, on the first windows of the in-domain text. Made with one thread each, several at a time: their seconds compare here only.\n"
+        f"Ablations of {LABELS[arm]}: one step switched at a time, on the first windows of the in-domain text. Made with one thread each, several at a time: their seconds compare here only.\n"
     ]
-    lines += ["| without | KL [95 %] | ratio to all steps [95 %] | seconds | saved |", "|---" * 5 + "|"]
+    lines += ["| without | KL [95 %] | ratio to the usual steps [95 %] | seconds | saved |", "|---" * 5 + "|"]
     for step, row in rows.items():
+        named = f"(with) {step}" if step in UNUSUAL else step or "nothing"
         if row["state"] != "made":
-            lines.append(f"| {step or 'nothing'} | {row['state']}: {cell(row['reason'])} | — | — | — |")
+            lines.append(f"| {named} | {row['state']}: {cell(row['reason'])} | — | — | — |")
             continue
         ratio, saved = (
             interval(row["ratio"], 3) if step and row["ratio"] else "—",
             f"{whole['seconds'] - row['seconds']:+.1f}" if step and "seconds" in whole else "—",
         )
-        lines.append(f"| {step or 'nothing'} | {format_metric(row['kl_mean'], 'kl')} | {ratio} | {row['seconds']:.1f} | {saved} |")
+        lines.append(f"| {named} | {format_metric(row['kl_mean'], 'kl')} | {ratio} | {row['seconds']:.1f} | {saved} |")
     return [*lines, ""]
 
 

@@ -11,7 +11,7 @@ def _run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "qmerge", *words], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("words", [(), ("run",), ("merge",), ("eval",), ("compare",), ("report",), ("verify",), ("inspect",)])
+@pytest.mark.parametrize("words", [(), ("run",), ("merge",), ("eval",), ("bench",), ("compare",), ("report",), ("verify",), ("inspect",)])
 def test_help_is_shown(words):
     """Keeping the libraries' banners away must not keep the help away."""
     found = _run(*words, "--help")

@@ -47,6 +47,20 @@ def problem(kind: str, seed: int = 0):
     return weight, int_grid(scales, zeros, IN, Grid("int", 4, 32, kind == "sym")), gptq_slow.int_columns(scales, zeros, IN, 15)
 
 
+@pytest.mark.parametrize("by_activation", [True, False])
+def test_costs_are_those_of_the_columns_that_are_left(by_activation):
+    """Scales searched with weights of the wrong columns: the cost of an error in a column, with all later ones free to make up for it, from the inverse of what is left of H, in fp64."""
+    hessian, damp = statistics(correlated()).hessian, 0.03
+    found = factor(hessian, damp, by_activation)
+    matrix = hessian.double() + damp * hessian.diagonal().double().mean() * torch.eye(IN, dtype=torch.float64)
+    matrix = torch.tril(matrix) + torch.tril(matrix, -1).T
+    wanted = torch.empty(IN, dtype=torch.float64)
+    for place, column in enumerate(found.order.tolist()):
+        left = found.order[place:]
+        wanted[column] = 1.0 / torch.linalg.inv(matrix[left][:, left])[0, 0]
+    assert torch.allclose(found.costs().double(), wanted, rtol=1e-4)
+
+
 def loss(candidate: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> float:
     return float(((candidate - weight).double() @ x.double().T).square().sum())
 

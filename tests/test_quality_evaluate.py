@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
 from test_quality_arms import build
 
 from qmerge.errors import Refused, UsageProblem
-from qmerge.quality import arms, tasks
+from qmerge.quality import arms
 from qmerge.quality.compare import compare, load_budget
 from qmerge.quality.evaluate import candidate_names, check_overlap, evaluate, evaluate_with_scores, public_path
 from qmerge.quality.sidecar import read_scores, recompute, write_results
@@ -144,46 +142,74 @@ def test_overlap_is_refused_unless_allowed():
     assert check_overlap(docs, [Document("something else")]) == []
 
 
-def test_paired_row_of_known_answers():
-    """Flips that cancel must show in the flips and not in the difference."""
-    row, _ = tasks.paired_row(np.array([1.0, 1, 0, 0, 1]), np.array([0.0, 1, 1, 0, 1]))
-    assert (row["lost"], row["won"], row["flips"], row["delta"]["value"], row["mcnemar_p"]) == (1, 1, 2, 0.0, 1.0)
-    assert row["accuracy"]["value"] == 0.6
-    assert tasks.macro_delta([np.array([0.0, 1.0]), np.array([0.0, 0.0])]).value == 0.25
-    assert tasks.macro_delta([np.array([0.0])]).value is None
-
-
-def test_suite_faults_come_all_at_once(tmp_path):
-    """A suite that is half understood measures something else."""
+@pytest.fixture(scope="module")
+def measured(tiny, cli, tmp_path_factory):
+    """`qmerge eval` with benchmarks of one's own, through the command."""
     pytest.importorskip("lm_eval")
-    file = tmp_path / "suite.yaml"
-    file.write_text("task: [x]\nlimit: many\ninclude_path: nowhere\n")
-    with pytest.raises(UsageProblem) as error:
-        tasks.load_suite(file)
-    assert all(word in str(error.value) for word in ("unknown key 'task'", "limit", "`tasks`"))
+    folder = tmp_path_factory.mktemp("measured")
+    rows = [{"q": f"the cat number {i} sat on mat", "choices": [f" {i % 7} and then ran", " qqq zzz"], "gold": 0, "story": i // 3} for i in range(12)]
+    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "suite.yaml").write_text("tasks: [{name: cats, file: items.jsonl, kind: choice, prompt: '{q}', choices: choices, gold: gold, cluster: story}]\n")
+    answer = cli("eval", "--base", tiny.nf4, "--adapter", tiny.adapter, "--candidate", tiny.good, "--candidate", tiny.nf4, "--text", tiny.text, "--tokens", 32,
+                 "--suite", folder / "suite.yaml", "--out", folder / "results.json", "--device", "cpu")
+    assert answer.code == 0, answer.err
+    return folder
 
 
-def test_suite_without_lm_eval_names_the_extra(tmp_path, monkeypatch):
-    """The message must end in the command to type."""
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageProblem, match=r"qmerge\[eval\]"):
-        tasks.load_suite(tmp_path / "suite.yaml")
-
-
-def test_suite_pairs_the_arms_per_item(tiny, tmp_path):
-    """Accuracies of two arms compared unpaired, or items matched by position."""
-    pytest.importorskip("lm_eval")
-    (tmp_path / "items.jsonl").write_text("\n".join(json.dumps({"q": f"the cat number {i}", "choices": [" sat", " qqq"], "gold": i % 2}) for i in range(6)))
-    definition = {
-        "task": "tiny_choice", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}}, "test_split": "test",
-        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }  # fmt: skip
-    (tmp_path / "tiny_choice.yaml").write_text(yaml.safe_dump(definition))
-    (tmp_path / "suite.yaml").write_text("tasks: [tiny_choice]\ninclude_path: .\nnum_fewshot: 0\n")
-    results = evaluate(tiny.nf4, tiny.adapter, {"good": tiny.good}, {"held_out": tiny.text}, 32, suite=str(tmp_path / "suite.yaml"))
-    assert results["tasks"] == {"tiny_choice": {"n": 6}}
-    good = results["arms"]["good"]["tasks"]
-    assert good["tiny_choice"]["delta"]["value"] == 0.0 and good["macro_accuracy_delta"]["value"] == 0.0
-    assert results["arms"]["separate"]["tasks"]["tiny_choice"]["accuracy"]["n"] == 6
+def test_benchmarks_are_paired_in_the_results(measured):
+    """Accuracies of two arms compared unpaired, a metric without its name, a log that nobody finds."""
+    results = json.loads((measured / "results.json").read_text())
+    assert results["tasks"] == {"cats": {"n": 12, "metric": "acc_norm", "chance": 0.5}}
+    good, base = results["arms"]["good"]["tasks"], results["arms"]["base"]["tasks"]
+    assert good["cats"]["delta"]["value"] == 0.0 and good["macro_accuracy_delta"]["value"] == 0.0 and abs(good["cats"]["margin_delta"]["value"]) < 1e-3
+    assert base["cats"]["margin_delta"]["value"] < -0.01  # the base was not trained on these words
+    assert {row["tasks"]["cats"]["samples"] for row in results["arms"].values()} == {file.name for file in (measured / "results.samples").iterdir()}
+    assert results["fingerprint"]["suite"]["items_sha256"]["cats"] and str(measured) not in (measured / "results.json").read_text()
     assert any(check["metric"] == "macro_accuracy_delta" for check in results["verdict"]["checks"])
+
+
+def test_a_gate_comes_back_from_the_sidecars_alone(measured, cli, tmp_path):
+    """A verdict that rests on numbers in results.json which the measured ones beside it do not give."""
+    import shutil
+
+    shutil.copytree(measured, tmp_path / "copy")
+    file = tmp_path / "copy" / "results.json"
+    results = json.loads(file.read_text())
+    before = cli("compare", file, "--json")
+    verdict = json.loads(before.out)
+    assert verdict == results["verdict"]
+    for arm in results["arms"].values():  # every measured number of text and tasks is lost
+        arm["texts"] = {text: {"metrics": {}} for text in arm["texts"]}
+        arm["tasks"] = {task: {key: row[key] for key in ("samples", "samples_sha256")} for task, row in arm["tasks"].items() if "samples" in row}
+    file.write_text(json.dumps(results | {"verdict": None}))
+    again = cli("compare", file, "--recompute", "--json")
+    assert json.loads(again.out) == verdict and again.code == before.code
+    assert "stored numbers are not what the files beside" in again.err
+    next((tmp_path / "copy" / "results.samples").glob("good.*")).unlink()
+    assert cli("compare", file, "--recompute").code == 4
+
+
+def test_sidecar_of_other_results_is_refused(measured, outcome, cli, tmp_path):
+    """Arrays of yesterday's run beside today's results.json."""
+    write_results(*outcome, tmp_path / "other.json")
+    (tmp_path / "results.json").write_text((measured / "results.json").read_text())
+    (tmp_path / "other.npz").rename(tmp_path / "results.npz")
+    answer = cli("compare", tmp_path / "results.json", "--recompute")
+    assert answer.code == 4 and "other results" in answer.err
+
+
+def test_unknown_tasks_end_a_run_before_any_model_is_loaded(tiny, cli, tmp_path):
+    """Minutes of measuring, then a typing error in `--tasks`; or a merge of hours before it."""
+    pytest.importorskip("lm_eval")
+    answer = cli("eval", "--base", tiny.nf4, "--adapter", tiny.adapter, "--candidate", tiny.good, "--text", tiny.text, "--tasks", "arc_esay,piqa", "--out", tmp_path / "r.json")
+    assert answer.code == 2 and "arc_esay" in answer.err and "did you mean arc_easy" in answer.err and "piqa" not in answer.err.split("found")[1].split("what to do")[0]
+    assert cli("eval", "--base", tiny.nf4, "--adapter", tiny.adapter, "--candidate", tiny.good, "--text", tiny.text, "--suite", tmp_path / "no.yaml", "--out", tmp_path / "r.json").code == 2
+
+
+def test_run_takes_benchmarks_too(tiny, measured, cli, tmp_path):
+    """`qmerge run` that merges for hours and then finds no suite, or forgets to keep the items."""
+    ask = ("run", "--base", tiny.nf4, "--adapter", tiny.adapter, "--format", "bf16", "--device", "cpu", "--text", tiny.text, "--eval-tokens", 32)
+    assert cli(*ask, "--out", tmp_path / "no", "--suite", tmp_path / "none.yaml").code == 2 and not (tmp_path / "no").exists()
+    answer = cli(*ask, "--out", tmp_path / "merged-model", "--suite", measured / "suite.yaml")
+    assert answer.code == 0, answer.err
+    assert (tmp_path / "merged-model.eval" / "results.samples").is_dir() and "cats (acc_norm)" in (tmp_path / "merged-model.eval" / "report.md").read_text()

@@ -79,16 +79,22 @@ def test_transform_maps_the_ends():
     assert root(-1e-9) == 0.0 and safe_exp(1e6) == math.inf
 
 
-def test_quantiles_cover_and_repeat():
-    """The bootstrap draws clusters, is seeded, and its interval holds the point."""
+def test_quantiles_are_values_of_the_sample_and_know_clusters():
+    """An interval that holds no point, or one that takes tokens of a document for independent."""
     random = np.random.default_rng(5)
     x, clusters = np.repeat(random.exponential(size=60), 10) * random.uniform(0.5, 1.5, 600), np.repeat(np.arange(60), 10)
-    first, second = (cluster_quantiles(x, clusters, [0.5, 0.9], seed=1) for _ in range(2))
-    assert first == second
-    assert all(m.ci_low <= m.value <= m.ci_high for m in first)
-    assert first[0].value == pytest.approx(np.quantile(x, 0.5, method="inverted_cdf"))
-    shuffled = cluster_quantiles(x, random.permutation(600), [0.5], seed=1)[0]
-    assert first[0].ci_high - first[0].ci_low > shuffled.ci_high - shuffled.ci_low
+    found = cluster_quantiles(x, clusters, [0.5, 0.9])
+    assert all(m.ci_low <= m.value <= m.ci_high for m in found) and {m.value for m in found} < set(x)
+    assert found[0].value == pytest.approx(np.quantile(x, 0.5, method="inverted_cdf"))
+    shuffled = cluster_quantiles(x, random.permutation(600), [0.5])[0]
+    assert found[0].ci_high - found[0].ci_low > shuffled.ci_high - shuffled.ci_low
+
+
+def test_a_quantile_beyond_the_sample_has_no_interval():
+    """p99.9 of a thousand tokens: a bootstrap's interval ends at the sample's largest value and covered a third of the time."""
+    random = np.random.default_rng(6)
+    found = cluster_quantiles(random.normal(size=1000), np.repeat(np.arange(10), 100), [0.5, 0.999])
+    assert found[0].ci_high is not None and found[1].ci_low is None and "too few" in found[1].note
 
 
 def test_retention_known_and_undefined():

@@ -121,6 +121,6 @@ def test_everything_beside_the_code_is_packaged() -> None:
     """Catches an installed qmerge without its schema, templates or budgets."""
     globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["qmerge"]
     package = ROOT / "qmerge"
-    beside = [path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    beside = [path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file() and path.suffix != ".py" and path.parent.name != "__pycache__"]
     assert {"report/results.schema.json", "report/history.html", "quality/budgets/strict.yaml"} <= set(beside)
     assert [name for name in beside if not any(fnmatch(name, glob) for glob in globs)] == []

@@ -18,7 +18,7 @@ from qmerge.store.manifest import read_manifest
 def test_curvature_predicts_which_errors_of_a_linear_cost_most(zoo, tmp_path):
     """Gradients of the wrong thing or the wrong linear: errors of equal size along G's largest and smallest directions must cost the model what G says they do, relative to one another."""
     made, merged, calibration = job(zoo, tmp_path / "out", samples=64)
-    found = curvatures(made, merged, calibration, 4096, quiet)
+    found = curvatures(made, merged, calibration, 4096, quiet).by_name
     model, ids = float_model(zoo, merged), zoo.batch(16)
     wanted = logits(model, ids)
     assert sorted(found) == sorted(made.requantized)
@@ -46,7 +46,7 @@ def test_coupled_rows_lose_less_on_unseen_text(zoo, tmp_path):
     ids, lost = zoo.batch(16), {}
     wanted = logits(float_model(zoo, merged), ids)
     for coupled in (True, False):
-        seen = curvatures(made, merged, calibration, 4096, quiet) if coupled else None
+        seen = curvatures(made, merged, calibration, 4096, quiet).by_name if coupled else None
         with torch.no_grad():
             solved = dict(pair for _, found in requantize_blocks(made, merged, calibration, model_dtype(made), None, quiet, Steps(coupled=coupled), curvatures=seen) for pair in found.items())
         assert all(result.choice.coupled is coupled for result in solved.values())
@@ -60,7 +60,7 @@ def test_curvature_does_not_depend_on_threads(zoo, tmp_path):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(curvatures(made, merged, calibration, 1024, quiet))
+            found.append(curvatures(made, merged, calibration, 1024, quiet).by_name)
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -78,6 +78,8 @@ def test_the_command_says_what_was_coupled(zoo, cli, tmp_path):
         manifest = read_manifest(out)
         assert {row["coupled"] for row in manifest["linears"].values()} == {tokens != "0"} and manifest["recipe"]["curvature_tokens"] == int(tokens)
         assert ("gradients: forwards done" in answer.err) is (tokens != "0")
+        told = manifest.get("curvature", {})
+        assert (told == {}) if tokens == "0" else (told["linears"] == 14 and told["rows_together"] == 256 and 0 < told["tokens"] <= 1024), told
         weights[tokens] = load_file(out / "model.safetensors")
     assert any(not torch.equal(weights["0"][name], weights["1024"][name]) for name in weights["0"] if name.endswith("qweight"))
     answer = cli("merge", *common, "--out", tmp_path / "never", "--curvature-tokens", "-1")

@@ -264,6 +264,15 @@ def test_experts_one_by_one_are_none_missing(shop, key, fmt):
     assert len(held_one_by_one(skeleton, held - {lost})) == 3
 
 
+@ROUTED
+@pytest.mark.parametrize("fmt", ["gptq", "compressed-tensors"])
+def test_asymmetric_experts_are_refused_in_the_plan(shop, tmp_path, key, fmt):
+    """A checkpoint that no loader reads, found out after the run."""
+    found = shop.inputs(key)
+    answer = run_cli("merge", "--base", found.base, "--adapter", found.adapter, "--out", tmp_path / "o", "--format", fmt, "--asym", "--group-size", GROUP, "--calibration", shop.zoo.calibration, "--dry-run")
+    assert answer.code == 4 and "experts" in answer.err and "--format awq" in answer.err
+
+
 def test_shapes_that_do_not_fit_are_refused_in_the_plan(shop, tmp_path):
     """An expert too narrow for the groups that turns up after hours."""
     found = shop.inputs("qwen3_moe")

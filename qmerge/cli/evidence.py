@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmerge.cli.options import adapter_options, adapter_set, named_texts
+from qmerge.cli.options import adapter_options, adapter_set, measure_options, named_texts
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 from qmerge.errors import UsageProblem
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--original", metavar="P", help="The float base, for --also original and --on original.")
 @click.option("--on", type=click.Choice(["dequantized", "original"]), default="dequantized", show_default=True, help="What the merge started from.")
 @click.option("--nf4-recipe", metavar="R", help="For a float base: double, single, or a config file.")
-@click.option("--suite", metavar="FILE", help="Benchmarks to run through lm-eval, a YAML file.")
+@measure_options
 @click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
 @click.option("--out", required=True, metavar="FILE", help="results.json to write (per-token numbers go beside it as .npz).")
 @click.option("--device", default="auto", show_default=True, metavar="D", help="cpu, cuda, cuda:N or auto.")
@@ -49,33 +49,42 @@ def eval_command(candidates: tuple[str, ...], texts: tuple[str, ...], out: str, 
 
 def evaluate_to(
     out: Path, candidates: tuple[str, ...], texts: dict[str, str], *, base: str, adapter: AdapterSet, tokens: int, template: str | None, also: str,
-    original: str | None, on: str, nf4_recipe: str | None, suite: str | None, budget: str, device: str, steps: Steps | None = None,
+    original: str | None, on: str, nf4_recipe: str | None, suite: str | None, budget: str, device: str, steps: Steps | None = None, tasks: str | None = None, **measures: Any,
 ) -> dict[str, Any]:
-    """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``."""
+    """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``. ``measures``: what `measure_options` gave."""
     from qmerge.device import pick_device
     from qmerge.pipeline.recipe import read_nf4_recipe
     from qmerge.quality.compare import load_budget
-    from qmerge.quality.evaluate import candidate_names, evaluate_with_scores
+    from qmerge.quality.evaluate import candidate_names, evaluate_in_full
     from qmerge.quality.sidecar import write_results
+    from qmerge.quality.suites import load_suite, split_names
     from qmerge.store.hub import resolve
 
     check_target(out)
     limits = load_budget(budget)
+    benchmarks = load_suite(suite, split_names(tasks)) if suite or tasks else None
     recipe = read_nf4_recipe(nf4_recipe)
     base, original = (str(resolve(place)[0]) if place else None for place in (base, original))
     named = candidate_names(str(resolve(place)[0]) for place in candidates)
-    results, scores = evaluate_with_scores(
+    done = evaluate_in_full(
         base, adapter, named, texts, tokens, on=on, nf4_recipe=recipe.to_json() if recipe else None, original=original,
-        also=tuple(part for part in also.split(",") if part), template=template, device=str(pick_device(device)), suite=suite, budget=limits,
-        results_dir=out.parent, keep_tail=True, progress=(steps or Steps()).count,
+        also=tuple(part for part in also.split(",") if part), template=template, device=str(pick_device(device)), suite=benchmarks, budget=limits,
+        results_dir=out.parent, keep_tail=True, progress=(steps or Steps()).count, **measures,
     )
-    for name, arm in results["arms"].items():
+    for name, arm in done.results["arms"].items():
         if arm.get("loader"):
             warn(f"{name} was read by {arm['loader']}")
-    results["measured_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")  # what a history is sorted by
+        if arm.get("logits"):
+            warn(f"{name} needed memory for the logits {arm['logits']}")
+        if arm.get("tokenizer_note"):
+            warn(f"{name}: {arm['tokenizer_note']}")
+    for task, row in done.results["tasks"].items():
+        if row.get("truncated"):
+            warn(f"{task}: {row['truncated']} of {row['n']} prompts are longer than the model's context; lm-eval cut their beginning, for all arms alike")
+    done.results["measured_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")  # what a history is sorted by
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_results(results, scores, out)
-    return results
+    write_results(done.results, done.scores, out, done.answers)
+    return done.results
 
 
 def eval_line(recipe: Recipe, out: str | Path) -> str:
@@ -96,6 +105,18 @@ def check_target(out: Path) -> None:
         raise UsageProblem("--out names a folder", where=str(out), expected="a file to write", found="a folder", fix=f"--out {out / 'results.json'}")
     if out.parent.exists() and not out.parent.is_dir():
         raise UsageProblem("--out lies below a file", where=str(out.parent), expected="a folder", found="a file")
+
+
+def recomputed(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """The results with their numbers computed anew; warns where the stored ones differ."""
+    from qmerge.quality.compare import differing_keys
+    from qmerge.quality.sidecar import recompute_file
+
+    found = recompute_file(path, stored)
+    keys = [key for part in ("arms", "tasks") for key in differing_keys(found.get(part), stored.get(part), part)]
+    if keys:
+        warn(f"{len(keys)} stored numbers are not what the files beside {path.name} give: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}")
+    return found
 
 
 def show_verdict(verdict: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from qmerge.cli.evidence import show_verdict
+from qmerge.cli.evidence import recomputed, show_verdict
 from qmerge.cli.output import QuietCommand, result_json, say
-from qmerge.errors import Refused, UsageProblem
+from qmerge.errors import Refused
 
 
 @click.command("compare", cls=QuietCommand)
@@ -17,7 +17,7 @@ from qmerge.errors import Refused, UsageProblem
 @click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
 @click.option("--baseline", metavar="results.json", help="Older results to hold the candidates against; paired token by token where the .npz of both are there.")
 @click.option("--ignore-versions", is_flag=True, help="Compare with a --baseline that was measured with other versions of torch, transformers, …")
-@click.option("--recompute", is_flag=True, help="Compute every metric on text again from the per-token numbers beside the results (.npz), then judge.")
+@click.option("--recompute", is_flag=True, help="Judge numbers computed anew from the per-token arrays and items beside the results, not the stored ones.")
 @click.option("--save-baseline", metavar="FILE", help="Accept these results: write what a later --baseline needs of them. Refused where they fail.")
 @click.option("--junit", metavar="FILE", help="Write the checks as JUnit XML too.")
 @click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
@@ -57,9 +57,7 @@ def judge(path: str, budget: str, baseline: str | None, ignore_versions: bool, *
     limits = load_budget(budget)
     results = load_results(path, whole=True)
     if recompute:
-        from qmerge.quality import sidecar
-
-        results = sidecar.recompute(results, sidecar.read_scores(_beside(path)), seed=results["fingerprint"].get("seed", 0))
+        results = recomputed(Path(path), results)
     return judged_again(results, path, limits, baseline, ignore_versions)
 
 
@@ -79,13 +77,6 @@ def accept(results: dict[str, Any], target: str) -> None:
 
     write_json(baseline_of(results), target)
     say(f"wrote {target}")
-
-
-def _beside(path: str | Path) -> Path:
-    beside = Path(path).with_suffix(".npz")
-    if not beside.is_file():
-        raise UsageProblem("the per-token numbers are not there", where=beside.name, expected="the .npz that qmerge wrote beside these results", found="nothing")
-    return beside
 
 
 def _tokens(new: str | Path, old: str | Path) -> tuple[Any, Any] | None:

@@ -11,6 +11,7 @@ import traceback
 import click
 
 from qmerge import __version__
+from qmerge.cli.bench import bench_command
 from qmerge.cli.card import card_command
 from qmerge.cli.evidence import eval_command
 from qmerge.cli.gate import compare_command
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect_command, merge_command, eval_command, compare_command, report_command, advise_command, card_command, verify_command, run_command):
+for command in (inspect_command, merge_command, eval_command, bench_command, compare_command, report_command, advise_command, card_command, verify_command, run_command):
     cli.add_command(command)
 
 

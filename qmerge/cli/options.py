@@ -73,6 +73,15 @@ adapter_options = stack(
 )
 
 
+measure_options = stack(
+    click.option("--suite", metavar="FILE", help="Benchmarks to run through lm-eval, a YAML file."),
+    click.option("--tasks", metavar="A,B", help="Benchmarks by lm-eval's names, such as arc_easy,hellaswag."),
+    click.option("--perplexity", multiple=True, metavar="PROTOCOL[,KEY=N…]:FILE", help="Perplexity as papers and tools compute it: gptq:wiki.txt, strided,tokens=512,stride=128:wiki.txt, llama.cpp:wiki.txt, lm-eval:wiki.txt. Repeatable."),
+    click.option("--generate", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Prompts per text to continue greedily with every arm, to see where it leaves the separate model."),
+    click.option("--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N", help="Tokens per continuation of --generate."),
+)
+
+
 def adapter_set(options: dict[str, Any]) -> Any:
     """Take `adapter_options` out of ``options``, as an ``AdapterSet``."""
     from qmerge.adapters.several_adapters import AdapterSet, Combination, parse_choice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 
 from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
 from qmerge.cli.gate import judged_again
-from qmerge.cli.options import merge_options, named_texts
+from qmerge.cli.options import measure_options, merge_options, named_texts
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 from qmerge.errors import UsageProblem
 
@@ -20,7 +21,7 @@ from qmerge.errors import UsageProblem
 @click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Held-out text to measure on; without it a fifth of the calibration documents is held out.")
 @click.option("--eval-tokens", type=int, help="Tokens per evaluation window (--tokens, capped by the model's context).")
 @click.option("--also", default="", metavar="A,B", help="More arms: original, rtn.")
-@click.option("--suite", metavar="FILE", help="Benchmarks to run through lm-eval, a YAML file.")
+@measure_options
 @click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
 @click.option("--baseline", metavar="results.json", help="Older results to hold the candidate against too.")
 @click.option("--ignore-versions", is_flag=True, help="Compare with a --baseline that was measured with other versions of torch, transformers, …")
@@ -31,8 +32,8 @@ from qmerge.errors import UsageProblem
 @click.option("--json", "as_json", is_flag=True, help="Verdict and paths as JSON on stdout.")
 @click.pass_context
 def run_command(
-    context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None,
-    budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, as_json: bool, **flags: Any,
+    context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None,
+    budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
 ) -> None:
     """Merge, then measure the result against base + separate adapter, judge it, and write a report to OUT.eval/."""
     from qmerge.pipeline.recipe import build_recipe
@@ -45,7 +46,10 @@ def run_command(
     from qmerge.quality.attach import check_separate
     from qmerge.quality.compare import exit_code, load_budget
     from qmerge.quality.evaluate import candidate_names, check_request
-    from qmerge.quality.tasks import load_suite
+    from qmerge.quality.generation import check_room
+    from qmerge.quality.protocols import parse_requests
+    from qmerge.quality.suites import load_suite, split_names
+    from qmerge.quality.tasks import open_tasks
     from qmerge.report.load import load_results
 
     # all that measuring would refuse, before hours of merging
@@ -54,13 +58,16 @@ def run_command(
         load_results(baseline, whole=True)
     check_request(candidate_names((recipe.out,)), named_texts(texts) or {"held-out": ""}, [part for part in also.split(",") if part], recipe.original)
     check_separate(recipe.adapter_set)
-    if suite:
-        load_suite(suite)
+    requests = parse_requests(perplexity)
+    if suite or tasks:
+        open_tasks(load_suite(suite, split_names(tasks)))
     found = plan(recipe)
     steps.step("planned")
     say(describe_plan(found))
+    if generate and found.context_length:
+        check_room(new_tokens, found.context_length)
     evidence = Path(recipe.out.rstrip("/") + ".eval")
-    calibration, held_out = prepare_texts(found, named_texts(texts), allow_overlap)
+    calibration, held_out = prepare_texts(found, named_texts(texts), allow_overlap, tuple(requests.values()))
     if dry_run:
         result(describe_plan(found))
         say("dry run: nothing was written. Next: the same command without --dry-run")
@@ -77,7 +84,7 @@ def run_command(
     results = evaluate_to(
         evidence / "results.json", (str(done.out),), files, base=recipe.base, adapter=recipe.adapter_set,
         tokens=eval_tokens or min(recipe.tokens, context_length), template=recipe.template, also=also, original=recipe.original, on=recipe.on,
-        nf4_recipe=recipe.nf4_recipe, suite=suite, budget=budget, device=recipe.device, steps=steps,
+        nf4_recipe=recipe.nf4_recipe, suite=suite, tasks=tasks, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity, generate=generate, new_tokens=new_tokens,
     )
     from qmerge.report.tables import terminal_table
     from qmerge.report.write import write_junit, write_report
@@ -98,8 +105,9 @@ def run_command(
     context.exit(exit_code(results["verdict"], strict))
 
 
-def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool) -> tuple[Any, list]:
-    """(calibration or None where the format needs none, documents held out for evaluation where no text was given). Refuses overlap before any work."""
+def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool, requests: Iterable[Any] = ()) -> tuple[Any, list]:
+    """(calibration or None where the format needs none, documents held out for evaluation where no text was given). Refuses overlap before any work,
+    also with the texts of ``requests``, the perplexities, and those that fill no window."""
     from qmerge.errors import Refused
     from qmerge.pipeline.calibrate import hold_out, load_tokenizer
     from qmerge.pipeline.run import calibration_for
@@ -109,6 +117,7 @@ def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool) -> tup
     recipe = found.recipe
     tokenizer = load_tokenizer([*(adapter.path for adapter in found.adapters), found.checkpoint.path])
     evaluated = [document for path in texts.values() for document in read_documents(path, template=recipe.template, tokenizer=tokenizer)]
+    others = [document for request in requests for document in _checked(request, tokenizer, found.context_length)]
     if not texts and recipe.calibration is None:
         raise Refused("there is no text to measure on", where="--text", expected="held-out text", found="none", fix="--text FILE, or qmerge merge to write without measuring")
     documents, kept = None, []
@@ -117,10 +126,20 @@ def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool) -> tup
         warn(f"no --text: {len(kept)} of the {len(kept) + len(documents)} calibration documents are held out to measure on")
     calibration = calibration_for(found, documents)
     if calibration:
-        shared = check_overlap(calibration.documents, evaluated or kept, allow=allow_overlap)
+        shared = check_overlap(calibration.documents, (evaluated or kept) + others, allow=allow_overlap)
         if shared:
             warn(f"calibration and evaluation text share {len(shared)} runs of 13 words; the figures flatter the merged model")
     return calibration, kept
+
+
+def _checked(request: Any, tokenizer: Any, context: int | None) -> list:
+    """The documents of a perplexity, once they are known to fill its windows."""
+    from qmerge.quality.protocols import context_length, plan, read_request
+    from qmerge.store.texts import Document
+
+    texts = read_request(request)
+    plan(request, texts, tokenizer, context or context_length(None, tokenizer))
+    return [Document(text) for text in texts]
 
 
 def _write_held_out(folder: Path, documents: list) -> Path:

@@ -18,6 +18,9 @@ BUILT = (*QUANTIZING, "bf16", "fp16", "fp32")
 MIXED = ("compressed-tensors",)
 """formats whose loaders take several bit widths in one checkpoint"""
 
+SYMMETRIC_EXPERTS = ("gptq", "compressed-tensors")
+"""formats whose public loaders read routed experts on symmetric grids alone (gptqmodel 7.7; transformers 5.23 drops their zero points)"""
+
 PADDED = ("gptq", "compressed-tensors")
 """formats with a public loader that takes rows whose last word is short"""
 

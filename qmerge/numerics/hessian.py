@@ -86,6 +86,15 @@ class Factor:
     upper: torch.Tensor
     damp: float
 
+    def costs(self) -> torch.Tensor:
+        """What an error of 1 in each column costs once the columns that follow have made up for it as well as they can: ``1 / U_jj²`` fp32 ``[in]``, in the original column order.
+
+        GPTQ's loss is the sum of these times the squared errors (Frantar et al. 2022; optimal brain surgeon), so scales are searched with them as weights.
+        """
+        result = torch.empty_like(self.upper[0])
+        result[self.order] = torch.diagonal(self.upper).square().reciprocal()
+        return result
+
     def solve(self, right: torch.Tensor) -> torch.Tensor:
         """``right @ (H + λI)⁻¹`` for ``right`` ``[rows, in]``, in the original column order."""
         result = torch.empty_like(right)

@@ -14,10 +14,10 @@ import torch
 
 from qmerge.errors import Refused
 from qmerge.formats import BITS, GROUP_SIZES, registry
-from qmerge.numerics.curvature import Curvature
 from qmerge.pipeline.budget_loss import sensitivities
 from qmerge.pipeline.budget_split import allocate, cheapest
 from qmerge.pipeline.calibrate import Calibration
+from qmerge.pipeline.gradients import Curvatures
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.types import Grid
@@ -45,7 +45,7 @@ class Division:
 
 def choose_grids(
     plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, progress: Callable[[str], None],
-    curvatures: dict[str, Curvature] | None = None,
+    curvatures: Curvatures | None = None,
 ) -> Division:
     """Spend the recipe's ``bits_per_weight``: stored bits of the weights in ``plan.requantized``, scales counted in.
 

@@ -13,10 +13,9 @@ import torch
 from qmerge.device import in_parallel
 from qmerge.errors import Refused
 from qmerge.numerics import gptq, grids
-from qmerge.numerics.curvature import Curvature
 from qmerge.numerics.hessian import factor
 from qmerge.pipeline.calibrate import Calibration
-from qmerge.pipeline.gradients import Gradients, Names, Seen
+from qmerge.pipeline.gradients import Curvatures, Gradients, Names, Seen
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.types import Grid
@@ -31,7 +30,7 @@ Losses = dict[Names, dict[Grid | None, float]]
 @torch.no_grad()
 def sensitivities(
     plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, candidates: Callable[[Names], Sequence[Grid | None]], progress: Callable[[str], None],
-    curvatures: dict[str, Curvature] | None = None,
+    curvatures: Curvatures | None = None,
 ) -> Losses:  # fmt: skip
     """The expected KL, nats per token, of every group of ``plan.requantized`` (routed experts apart) when it alone is stored as each of ``candidates(names)``.
 
@@ -42,7 +41,7 @@ def sensitivities(
     def visit(seen: Seen) -> None:
         found[seen.names] = _losses(seen.names, seen, merged, model_dtype, candidates(seen.names))
         if curvatures is not None and seen.names != (plan.skeleton.output_embedding,):
-            curvatures.update({name: curvature.pack() for name, curvature in seen.curvature.items()})
+            curvatures.add(seen)
 
     Gradients(plan, merged, calibration, TOKENS).run(visit, progress, True, _unreached)
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -95,17 +95,35 @@ class Gradients:
         return [gradient for gradient, _, _ in parts]
 
 
-def curvatures(plan: MergePlan, merged: Merged, calibration: Calibration, tokens: int, progress: Callable[[str], None]) -> dict[str, Curvature]:
-    """By weight name, of every linear whose output reaches the loss through its own block; not of routed experts, and not of the head (one row per word)."""
-    found: dict[str, Curvature] = {}
-    lost: list[str] = []
+@dataclass
+class Curvatures:
+    """``by_name``: of every linear whose output reaches the loss through its own block; not of routed experts, and not of the head (one row per word). ``tokens``: that gradients were taken on."""
+
+    by_name: dict[str, Curvature] = field(default_factory=dict)
+    tokens: int = 0
+    rows: int = 0
+    """of a linear that count together, at most"""
+    linears: int = 0
+
+    def add(self, seen: Seen) -> None:
+        for name, curvature in seen.curvature.items():
+            self.by_name[name] = curvature.pack()
+            self.rows, self.tokens, self.linears = max(self.rows, *map(len, curvature.blocks)), seen.tokens, self.linears + 1
+
+    def to_json(self) -> dict[str, int]:
+        """For the manifest."""
+        return {"tokens": self.tokens, "rows_together": self.rows, "linears": self.linears}
+
+
+def curvatures(plan: MergePlan, merged: Merged, calibration: Calibration, tokens: int, progress: Callable[[str], None]) -> Curvatures:
+    """One pass for them alone."""
+    found, lost = Curvatures(), []
     with torch.no_grad():
         passes = Gradients(plan, merged, calibration, tokens)
-        passes.run(lambda seen: found.update({name: curvature.pack() for name, curvature in seen.curvature.items()}), progress, False, lost.append)
+        passes.run(found.add, progress, False, lost.append)
     if lost:
         progress(f"gradients: {len(lost)} groups of linears do not reach the loss through their own block; their rows are solved one by one, e.g. of {lost[0]}")
-    widest = max((len(block) for curvature in found.values() for block in curvature.blocks), default=0)
-    progress(f"gradients: {passes.tokens} tokens; up to {widest} rows of a linear count together")
+    progress(f"gradients: {passes.tokens} tokens; up to {found.rows} rows of a linear count together")
     return found
 
 

@@ -179,6 +179,9 @@ def _with_outputs(found: MergePlan) -> MergePlan:
     narrow = [name for name in requantized if recipe.format in formats.BITS and _is_gate(*pieces.table[name].shape)]
     requantized = tuple(name for name in requantized if name not in narrow)
     routed = routed_weights(found.skeleton, pieces, recipe.format) if found.skeleton else ()
+    if routed and recipe.format in formats.SYMMETRIC_EXPERTS and not recipe.symmetric:
+        raise Refused(f"no loader here reads asymmetric routed experts in format {recipe.format}", where=routed[0].name, expected="a symmetric grid", found="--asym",
+                      fix="leave --asym out, or use --format awq, whose asymmetric experts gptqmodel reads")
     head = [name for name in requantized if name == found.skeleton.output_embedding] if routed else []
     requantized = (*(name for name in requantized if name not in head), *(weight.name for weight in routed), *head)
     padded = outputs.check_shapes(recipe, pieces, requantized)

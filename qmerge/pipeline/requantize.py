@@ -24,8 +24,10 @@ from qmerge.numerics.shift import Judge, aim, shifts
 from qmerge.pipeline.candidates import BASES, FULL_RANGE, Linear, Option, options, positions
 from qmerge.types import Grid, QuantizedWeight, QuantState
 
+LEAST_DAMP, MOST_DAMP = 0.01, 0.3
+"""λ of H + λI, in means of diag(H): features over tokens, within these. H is less certain the fewer tokens it was summed over."""
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-USUAL_DAMP = 0.01
+"""those that `Steps.chosen_damp` tries"""
 SHIFTS = (0.0, 0.5, 1.0)
 LEAN_ROUNDS = 3
 TRIAL_ROWS = 128
@@ -36,16 +38,16 @@ FACTOR_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Steps:
-    """What the solver does, each a switch, so that each step's gain can be measured (`scripts/bench_quality.py --ablations`). All are on unless that is asked for."""
+    """What the solver does, each a switch, so that each step's gain can be measured (`scripts/bench_quality.py --ablations`). What earns its time is on."""
 
     weighted_scales: bool = True
-    """scales searched with diag(H) as weights, not all alike"""
+    """scales searched with what an error of each column will cost (`Factor.costs`) as weights, not all alike"""
     scale_search: bool = True
     """shrink factors tried, not the full range taken"""
     signed_scales: bool = True
     act_order: bool = True
-    chosen_damp: bool = True
-    """damping chosen on held-out tokens, not 0.01"""
+    chosen_damp: bool = False
+    """damping chosen per linear on held-out tokens, not by the number of tokens: slower, and no better (docs/measurements/quality.md)"""
     own_shift: bool = True
     """the target answers run-time inputs as the teacher answers its own"""
     residual_shift: bool = True
@@ -111,7 +113,7 @@ def requantize_group(
     steps = steps or Steps()
     known = _Known(train, held_out, steps)
     device = known.hessian.device
-    importance = torch.diagonal(known.hessian) if steps.weighted_scales else torch.ones_like(torch.diagonal(known.hessian))
+    importance = known.factor(known.usual).costs() if steps.weighted_scales else torch.ones_like(torch.diagonal(known.hessian))
     search = Search(() if steps.scale_search else FULL_RANGE, steps.signed_scales)
     jobs = in_parallel(lambda linear: _Job(linear, options(linear, grid, importance, model_dtype, nf4_like, search, steps.keep_base), known, steps), linears, device)
     tried = _shifts(known, steps)
@@ -133,8 +135,9 @@ class _Known:
         self.train, self.held_out, self.by_activation = train, held_out, steps.act_order
         self.hessian, self.drift, self.residual = train.hessian, train.drift, train.residual
         self.seen, self.seen_drift = held_out.hessian, held_out.drift
-        self.damps = DAMPS if steps.chosen_damp else (USUAL_DAMP,)
-        self._keep = len(self.damps) * self.hessian.numel() * 4 <= FACTOR_BYTES
+        self.usual = min(MOST_DAMP, max(LEAST_DAMP, len(train.hessian) / max(1, train.tokens)))
+        self.damps = DAMPS if steps.chosen_damp else (self.usual,)
+        self._keep = len(self.damps) == 1 or len(self.damps) * self.hessian.numel() * 4 <= FACTOR_BYTES
         self._factors: dict[float, Factor] = {}
 
     def factor(self, damp: float) -> Factor:

@@ -16,14 +16,13 @@ import torch
 from qmerge import __version__, formats
 from qmerge.device import exact_matmuls, peak_rss_bytes, pick_device
 from qmerge.formats import dense, nf4, registry
-from qmerge.numerics.curvature import Curvature
 from qmerge.pipeline import outputs
 from qmerge.pipeline.budget import Division, choose_grids
 from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokenizer
 from qmerge.pipeline.dense import DenseJob, write_dense
 from qmerge.pipeline.distill import DistillSettings, distill
 from qmerge.pipeline.experts import Traffic, few_tokens
-from qmerge.pipeline.gradients import curvatures
+from qmerge.pipeline.gradients import Curvatures, curvatures
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Linear, Solved, Steps, round_to_nearest
@@ -181,7 +180,7 @@ class Work:
     traffic: dict[str, Traffic] = field(default_factory=dict)
     tuned: list[dict[str, Any]] = field(default_factory=list)
     distilled: dict[str, Any] | None = None
-    curvatures: dict[str, Curvature] = field(default_factory=dict)
+    curvatures: Curvatures = field(default_factory=Curvatures)
     division: Division | None = None
 
     def polish(self) -> dict[str, Any]:
@@ -227,7 +226,7 @@ def _solved(
                 progress(f"linear {number + 1}/{len(plan.requantized)}")
         return
     chosen = None if work.division is None else work.division.grids
-    for _, found in requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures):
+    for _, found in requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures.by_name):
         yield from found.items()
 
 
@@ -243,6 +242,7 @@ def manifest(plan: MergePlan, calibration: Calibration | None, work: Work, input
     if plan.base.recipe:
         recipe["nf4"] = plan.base.recipe.to_json()
     extra = {"linears": work.records, "warnings": list(plan.warnings)}
+    extra |= {"curvature": work.curvatures.to_json()} if work.curvatures.linears else {}
     extra |= {"mixed_precision": work.division.to_json()} if work.division is not None else {}
     extra |= {"polish": polish} if (polish := work.polish()) else {}
     return {"inputs": inputs, "recipe": recipe, "versions": versions(), "extra": extra}

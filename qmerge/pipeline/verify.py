@@ -32,6 +32,9 @@ from qmerge.store.tensors import read_tensor
 SAME = 2e-5
 """how far a distance or slope derived again may lie from the recorded one: fp32 products differ a little between machines, a changed scale differs more"""
 
+NAMED = 20
+"""how many wrong linears are named one by one"""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -186,17 +189,20 @@ def _floats(written: Written, merged: Merged, fmt: str, trained: set[str]) -> Ch
 
 
 def _linears(written: Written, merged: Merged, recorded: dict[str, Any]) -> Check:
-    farthest = 0.0
+    farthest, wrong = 0.0, {}
     for name in written.linears:
         module = name.removesuffix(".weight")
         if module not in recorded:
-            same = merged.untouched(name) and torch.equal(written.linear(name), merged.weight(name))
-            if not same:
-                return Check("linears", False, f"{name} was kept from the base, and is not what the base holds")
+            if not (merged.untouched(name) and torch.equal(written.linear(name), merged.weight(name))):
+                wrong[name] = "kept from the base, and not what the base holds"
             continue
         found = weight_fit(written.linear(name), merged.weight(name))
         wanted = (recorded[module].get("distance", -1.0), recorded[module].get("slope", -1.0))
         if any(abs(a - b) > SAME for a, b in zip(found, wanted, strict=True)):
-            return Check("linears", False, f"{name} is not what was solved from these inputs: distance {found[0]:.6f} and slope {found[1]:.6f} to W + ΔW, the manifest says {wanted[0]:.6f} and {wanted[1]:.6f}")
+            wrong[name] = f"distance {found[0]:.6f} and slope {found[1]:.6f} to W + ΔW, the manifest says {wanted[0]:.6f} and {wanted[1]:.6f}"
         farthest = max(farthest, found[0])
+    if wrong:
+        listed = "; ".join(f"{name}: {why}" for name, why in list(wrong.items())[:NAMED])
+        more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        return Check("linears", False, f"{len(wrong)} of {len(written.linears)} are not what was solved from these inputs: {listed}{more}")
     return Check("linears", True, f"{len(written.linears)} lie where the manifest says from W + ΔW derived again (at most {farthest:.3f} of ‖W‖)")

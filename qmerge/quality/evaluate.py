@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,23 @@ from qmerge.quality import arms as loading
 from qmerge.quality.attach import as_set, check_separate
 from qmerge.quality.compare import REFERENCE_ARMS, compare, load_budget
 from qmerge.quality.fingerprint import protocol, text_protocol
+from qmerge.quality.generation import Generations, check_room, choose_prompts, end_tokens
 from qmerge.quality.measure import TokenScores, measure
 from qmerge.quality.merging import edited_weights, linear_rows
 from qmerge.quality.metrics import json_metric, reference_scores, text_metrics
+from qmerge.quality.paired import task_rows
+from qmerge.quality.perplexity import Perplexities
 from qmerge.quality.plain import place
-from qmerge.quality.reference import Reference
+from qmerge.quality.protocols import context_length, parse_requests, plan, read_request
+from qmerge.quality.reference import CACHE_BYTES, Answers
+from qmerge.quality.samples import name_samples
 from qmerge.quality.served import as_served
 from qmerge.quality.sidecar import Scores, text_rows
-from qmerge.quality.tasks import Suite, load_suite, run_suite, task_index, task_rows
-from qmerge.store.texts import Document, Overlap, Windows, ngram_overlap, pack_windows, read_documents, tokenize_documents
+from qmerge.quality.suites import Suite, load_suite
+from qmerge.quality.tasks import Answers as ItemAnswers
+from qmerge.quality.tasks import OpenSuite, items_digest, open_tasks, run_suite
+from qmerge.quality.tokenizers import check_tokenizers
+from qmerge.store.texts import Document, Overlap, TokenDoc, Windows, ngram_overlap, pack_windows, read_documents, tokenize_documents
 
 SCHEMA_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -43,10 +52,25 @@ Progress = Callable[[str, int, int], None]
 
 def evaluate(base: str, adapter: str | AdapterSet, candidates: dict[str, str], texts: dict[str, str], tokens: int, **options: Any) -> dict[str, Any]:
     """results.json's content; ``evaluate_with_scores`` takes the same arguments and also gives the per-token arrays."""
-    return evaluate_with_scores(base, adapter, candidates, texts, tokens, **options)[0]
+    return evaluate_in_full(base, adapter, candidates, texts, tokens, **options).results
 
 
-def evaluate_with_scores(
+def evaluate_with_scores(base: str, adapter: str | AdapterSet, candidates: dict[str, str], texts: dict[str, str], tokens: int, **options: Any) -> tuple[dict[str, Any], Scores]:
+    """results.json's content and the per-token arrays; ``evaluate_in_full`` takes the same arguments."""
+    done = evaluate_in_full(base, adapter, candidates, texts, tokens, **options)
+    return done.results, done.scores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``results`` is results.json's content, ``scores`` the per-token arrays, ``answers`` the benchmark items: arm -> task -> items."""
+
+    results: dict[str, Any]
+    scores: Scores
+    answers: dict[str, ItemAnswers]
+
+
+def evaluate_in_full(
     base: str,
     adapter: str | AdapterSet,
     candidates: dict[str, str],
@@ -61,48 +85,65 @@ def evaluate_with_scores(
     doc_separator: str | None = None,
     keep_tail: bool = False,
     device: str = "cpu",
-    suite: str | None = None,
+    suite: str | Suite | None = None,
+    perplexity: Sequence[str] = (),
+    generate: int = 0,
+    new_tokens: int = 64,
     budget: dict[str, Any] | None = None,
     results_dir: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], Scores]:
-    """``(results, scores)``. ``candidates``: name -> checkpoint folder; ``texts``: name -> file, folder or hub dataset; ``tokens`` per window.
+) -> Evaluation:
+    """Measure every arm. ``candidates``: name -> checkpoint folder; ``texts``: name -> file, folder or hub dataset; ``tokens`` per window.
 
     ``on``: what the merge starts from (``dequantized`` or ``original``); ``nf4_recipe`` (``block_size``, ``double_quant``) for a float base;
-    ``also``: ``rtn`` and ``original`` (which needs the ``original`` folder). Paths in the results are relative to ``results_dir``, or folder names.
+    ``also``: ``rtn`` and ``original`` (which needs the ``original`` folder); ``perplexity``: requests as ``protocols`` spells them;
+    ``generate``: prompts per text that are continued greedily by ``new_tokens``. Paths in the results are relative to ``results_dir``, or folder names.
     """
     started = time.perf_counter()
     check_request(candidates, texts, also, original)
-    tasks = load_suite(suite) if suite else None
+    tasks = open_tasks(suite if isinstance(suite, Suite) else load_suite(suite)) if suite else None
     limits = budget or load_budget("default")
+    requests = {label: (request, read_request(request)) for label, request in parse_requests(perplexity).items()}
     adapter = as_set(adapter)
     opened = check_separate(adapter)
     for path in (base, *candidates.values()):
         loading.check_method(path)
     nf4_recipe = recipe_of(base, opened, on, nf4_recipe)
     tokenizer = load_tokenizer(base, *(str(one.path) for one in opened))
-    windows, prints = _read_texts(texts, tokenizer, tokens, template, doc_separator, keep_tail)
+    windows, prints, token_docs = _read_texts(texts, tokenizer, tokens, template, doc_separator, keep_tail)
+    notes = check_tokenizers(candidates, tokenizer, texts, template=template, doc_separator=doc_separator)
     how = {"on": on, "nf4_recipe": nf4_recipe}
     reference = loading.load_separate(base, adapter, **how)
     _check_length(reference.model, tokens)
+    context = context_length(reference.model.config, tokenizer)
+    extras: list[Any] = [Perplexities({label: plan(request, documents, tokenizer, context) for label, (request, documents) in requests.items()})] if requests else []
+    if generate:
+        prompts = {text: choose_prompts(token_docs[text], windows[text], generate, check_room(new_tokens, context)) for text in windows}
+        extras.append(Generations(prompts, new_tokens, end_tokens(reference.model, tokenizer)))
     edits = reference.edits or {}
     foundation = edited_weights(reference.model if original is None or on != "original" else loading.load_base(original, on="original").model, edits)
     place(reference.model, device)
     elsewhere = on == "original" and loading.quantization_method(base) != "none"
     options = {"merged_into": "another base" if elsewhere else "the reference's base", "window_tokens": tokens, "keep_tail": keep_tail, "template": template, "doc_separator": doc_separator, "seed": seed, **how}
-    fingerprint = protocol(reference.model, tokenizer, device, options) | {"texts": prints, "suite": tasks.content if tasks else None}
+    fingerprint = protocol(reference.model, tokenizer, device, options) | {"texts": prints, "suite": tasks.suite.content if tasks else None}
+    fingerprint |= {extra.name: extra.fingerprint for extra in extras}
 
-    run = _Run(reference, windows, device, tokenizer, tasks, results_dir, progress)
+    run = _Run(reference, windows, device, tokenizer, tasks, extras, results_dir, progress)
     run.add_reference()
     for load, linears in _loaders(base, adapter, candidates, also, original, how):
         run.add(load, (foundation, edits) if linears else None)
     floor = run.noise_floor(base, adapter, how)
-    results = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(seed), "noise_floor": floor}
-    results["tasks"] = task_rows(run.samples, results["arms"]) if tasks else {}
+    results = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(), "noise_floor": floor}
+    for name, note in notes.items():
+        results["arms"][name]["tokenizer_note"] = note
+    results["tasks"] = task_rows(run.samples, results["arms"], seed=seed) if tasks else {}
+    if tasks:
+        name_samples(run.samples, results["arms"])
+        fingerprint["suite"] |= {"items_sha256": items_digest(run.samples["separate"])}
     results["verdict"] = compare(results, limits)
     results["elapsed_s"] = round(time.perf_counter() - started, 3)
-    return results, run.scores
+    return Evaluation(results, run.scores, run.samples)
 
 
 def recipe_of(base: str, adapters: Iterable[Adapter], on: str, given: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -155,21 +196,21 @@ def check_overlap(calibration: Sequence[Document], text: Sequence[Document], *, 
 class _Run:
     """One evaluation in progress: the reference stays loaded, the other arms come and go."""
 
-    def __init__(self, reference: loading.Arm, windows: dict[str, Windows], device: str, tokenizer: Any, suite: Suite | None,
+    def __init__(self, reference: loading.Arm, windows: dict[str, Windows], device: str, tokenizer: Any, suite: OpenSuite | None, extras: list[Any],
                  results_dir: str | Path | None, progress: Progress | None) -> None:
         self.reference, self.windows, self.device, self.tokenizer = reference, windows, device, tokenizer
-        self.answers = Reference(reference.model)
-        self.suite, self.results_dir, self.progress = suite, results_dir, progress
-        self.manager = task_index(suite) if suite else None
+        self.answers = Answers(reference.model, CACHE_BYTES)
+        self.suite, self.extras, self.results_dir, self.progress = suite, extras, results_dir, progress
         self.scores: Scores = {text: {} for text in windows}
         self.about: dict[str, dict[str, Any]] = {}
-        self.samples: dict[str, Any] = {}
+        self.samples: dict[str, ItemAnswers] = {}
 
     def add_reference(self) -> None:
         """Its scores are zeros by definition and come with the first arm that is measured; its tasks are run."""
         self._describe(self.reference)
+        self._measure_extras("separate", self.answers)
         if self.suite:
-            self.samples["separate"] = run_suite(self.suite, self.manager, self.reference.model, self.tokenizer)
+            self.samples["separate"] = run_suite(self.suite, self.reference.model, self.tokenizer)
 
     def add(self, load: Callable[[], loading.Arm], against: tuple[dict[str, torch.Tensor], dict[str, Edit]] | None = None) -> None:
         """Load an arm, measure it and let it go. With ``against`` (weights before the merge, edits) its linears are set against ΔW."""
@@ -178,13 +219,17 @@ class _Run:
         if against is not None:
             self.about[arm.name]["linears"] = linear_rows(against[0], edited_weights(arm.model, against[1]), against[1])
         self._check_vocabulary(arm)
-        place(arm.model, self.device)
+        answers = Answers(place(arm.model, self.device))
         for text in self.windows:
-            self.scores[text][arm.name] = self._measure(arm.name, arm.model, text)
+            self.scores[text][arm.name] = self._measure(arm.name, answers, text)
             self.scores[text].setdefault("separate", reference_scores(self.scores[text][arm.name]))
+        self._measure_extras(arm.name, answers)
+        for name, model in ((arm.name, answers), ("separate", self.answers)):
+            if model.whole:
+                self.about[name]["logits"] = "of whole windows: the model works on its logits in a way that is not known here"
         if self.suite:
-            self.samples[arm.name] = run_suite(self.suite, self.manager, arm.model, self.tokenizer)
-        del arm
+            self.samples[arm.name] = run_suite(self.suite, arm.model, self.tokenizer)
+        del arm, answers
         gc.collect()
 
     def noise_floor(self, base: str, adapter: AdapterSet, how: dict[str, Any]) -> dict[str, Any]:
@@ -196,15 +241,15 @@ class _Run:
             floor[text] = json_metric(text_metrics(self.scores[text]["served"])["kl_mean"]) | {"source": source}
         return floor
 
-    def rows(self, seed: int) -> dict[str, Any]:
+    def rows(self) -> dict[str, Any]:
         """The ``arms`` of the results: separate after base, then in the order of loading."""
-        measured = {text: text_rows(arms, seed=seed) for text, arms in self.scores.items()}
+        measured = {text: text_rows(arms) for text, arms in self.scores.items()}
         names = ["base", "separate", *(n for n in self.about if n not in ("base", "separate"))]
-        return {name: self.about[name] | {"texts": {text: rows[name] for text, rows in measured.items()}} for name in names}
+        return {name: self.about[name] | {"texts": {text: rows[name] for text, rows in measured.items()}} | {extra.name: extra.row(name) for extra in self.extras} for name in names}
 
     def _check_vocabulary(self, arm: loading.Arm) -> None:
         """The adapter may bring tokens, and the text use them. The base knows nothing of them; a candidate must."""
-        highest = max((int(ids.max()) for windows in self.windows.values() for ids in windows.ids), default=0)
+        highest = max((*(int(ids.max()) for windows in self.windows.values() for ids in windows.ids), *(extra.highest_id for extra in self.extras)), default=0)
         rows = arm.model.get_input_embeddings().weight.shape[0]
         if highest < rows:
             return
@@ -213,9 +258,15 @@ class _Run:
         loading.grow(arm.model, self.reference.model.get_input_embeddings().weight.shape[0])
         self.about[arm.name]["note"] = f"tokens from {rows} on are the adapter's; for the base they stand at the mean of the others"
 
-    def _measure(self, arm: str, model: torch.nn.Module, text: str) -> TokenScores:
-        report = None if self.progress is None else lambda done, total: self.progress(f"{arm} on {text}", done, total)
-        return measure(self.answers, model, self.windows[text], device=self.device, progress=report)
+    def _measure_extras(self, arm: str, answers: Answers) -> None:
+        for extra in self.extras:
+            extra.add(arm, answers, self.device, lambda what: self._counter(f"{arm}, {what}"))
+
+    def _counter(self, label: str) -> Callable[[int, int], None] | None:
+        return None if self.progress is None else lambda done, total: self.progress(label, done, total)
+
+    def _measure(self, arm: str, model: torch.nn.Module | Answers, text: str) -> TokenScores:
+        return measure(self.answers, model, self.windows[text], device=self.device, progress=self._counter(f"{arm} on {text}"))
 
     def _describe(self, arm: loading.Arm) -> None:
         row = {"kind": arm.kind, "path": public_path(arm.path, self.results_dir), "bytes": arm.nbytes}
@@ -242,16 +293,16 @@ def _loaders(base: str, adapter: str | AdapterSet, candidates: dict[str, str], a
 
 def _read_texts(
     texts: dict[str, str], tokenizer: Any, tokens: int, template: str | None, separator: str | None, keep_tail: bool
-) -> tuple[dict[str, Windows], dict[str, Any]]:
-    windows, prints = {}, {}
+) -> tuple[dict[str, Windows], dict[str, Any], dict[str, list[TokenDoc]]]:
+    windows, prints, tokenized = {}, {}, {}
     for name, path in texts.items():
         docs = read_documents(path, template, tokenizer, doc_separator=separator)
-        token_docs = tokenize_documents(docs, tokenizer)
-        windows[name] = pack_windows(token_docs, tokens, keep_tail)
-        prints[name] = text_protocol(docs, token_docs, windows[name], tokenizer)
+        tokenized[name] = tokenize_documents(docs, tokenizer)
+        windows[name] = pack_windows(tokenized[name], tokens, keep_tail)
+        prints[name] = text_protocol(docs, tokenized[name], windows[name], tokenizer)
         if not prints[name]["scored_tokens"]:
             raise Refused("the text leaves nothing to score", where=name, expected="at least one scored token after the first of a window", found="none")
-    return windows, prints
+    return windows, prints, tokenized
 
 
 def _check_length(model: torch.nn.Module, tokens: int) -> None:

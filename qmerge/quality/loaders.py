@@ -43,14 +43,14 @@ def load_public(path: str, method: str) -> tuple[nn.Module, str | None]:
         if method != "gptq":
             raise
         return _from_gptqmodel(path, method, problem), f"GPTQModel.load; transformers stops with: {problem}"
-    if unread := _unread(path, model):
+    if left := unread(path, model):
         # fused experts: transformers keeps them as they were initialized, and only reports it
-        problem = f"it leaves {unread[0]} at random"
+        problem = f"it leaves {left[0]} at random"
         return _from_gptqmodel(path, method, problem), f"GPTQModel.load; transformers: {problem}"
     return model, None
 
 
-def _unread(path: str, model: nn.Module) -> list[str]:
+def unread(path: str, model: nn.Module) -> list[str]:
     """Packed modules of the file that the loaded model has no packed module for."""
     there = {name for name, module in model.named_modules() if hasattr(module, "qweight")}
     return sorted({name.removesuffix(".qweight") for name in open_checkpoint(path).specs if name.endswith(".qweight")} - there)

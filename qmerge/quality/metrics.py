@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p99": 0.99, "kl_p999": 0.999}
 CONFIDENCE_EDGES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
-def text_row(scores: TokenScores, base: TokenScores | None = None, floor: TokenScores | None = None, *, seed: int = 0) -> dict[str, Any]:
+def text_row(scores: TokenScores, base: TokenScores | None = None, floor: TokenScores | None = None) -> dict[str, Any]:
     """One arm on one text, as JSON: its metrics and the curves that a report plots.
 
     ``base`` (the bare base on the same tokens) gives ``retention`` and ``kl_vs_base``; ``floor`` (the reference as served) gives ``floor_factor``.
@@ -23,7 +24,7 @@ def text_row(scores: TokenScores, base: TokenScores | None = None, floor: TokenS
     """
     keep = scores.finite & (base.finite if base else True) & (floor.finite if floor else True)
     window = scores.window[keep]
-    row: dict[str, Any] = {"metrics": {name: json_metric(m) for name, m in text_metrics(scores, base, floor, seed=seed).items()}}
+    row: dict[str, Any] = {"metrics": {name: json_metric(m) for name, m in text_metrics(scores, base, floor).items()}}
     kl, delta = scores.kl[keep].astype(np.float64), (scores.nll_cand - scores.nll_ref)[keep].astype(np.float64)
     row["kl_quantiles"] = [float(q) for q in np.quantile(kl, np.linspace(0, 1, 101))] if len(kl) else []
     row["kl_by_confidence"] = _by_confidence(kl, scores.confidence[keep])
@@ -33,7 +34,7 @@ def text_row(scores: TokenScores, base: TokenScores | None = None, floor: TokenS
     return row
 
 
-def text_metrics(scores: TokenScores, base: TokenScores | None = None, floor: TokenScores | None = None, *, seed: int = 0) -> dict[str, Metric]:
+def text_metrics(scores: TokenScores, base: TokenScores | None = None, floor: TokenScores | None = None) -> dict[str, Metric]:
     """Every scalar of one arm on one text; nats per token where not said otherwise. ``nll_delta`` and ``ppl_ratio`` are paired with the reference."""
     keep = scores.finite & (base.finite if base else True) & (floor.finite if floor else True)
     clusters = scores.clusters[keep]
@@ -51,7 +52,9 @@ def text_metrics(scores: TokenScores, base: TokenScores | None = None, floor: To
         "delta_p_rms": transform(cluster_mean(dp**2, clusters), root, "probability"),
         "nonfinite": Metric(float(bad), float(bad), float(bad), len(scores.kl), "tokens"),
     }
-    levels = cluster_quantiles(kl, clusters, list(QUANTILES.values()), "nats/token", seed=seed)
+    if scores.js is not None:
+        found["js_mean"] = _js_mean(scores)
+    levels = cluster_quantiles(kl, clusters, list(QUANTILES.values()), "nats/token")
     found |= dict(zip(QUANTILES, levels, strict=True))
     if base is not None:
         found["retention"] = retention(base.nll_cand[keep].astype(np.float64), ref, cand, clusters)
@@ -73,6 +76,15 @@ def json_metric(metric: Metric) -> dict[str, Any]:
     ends = [None if x is None or not math.isfinite(x) else float(x) for x in (metric.value, metric.ci_low, metric.ci_high)]
     lost = metric.value is not None and ends[0] is None
     return Metric(*ends, metric.n, metric.unit, f"not finite: {metric.value}" if lost else metric.note).to_json()
+
+
+def _js_mean(scores: TokenScores) -> Metric:
+    """Over the tokens where the models exclude different ones, also those whose KL is infinite: they are what it is for."""
+    here = np.isfinite(scores.js)
+    mean = cluster_mean(scores.js[here].astype(np.float64), scores.clusters[here], "nats/token")
+    told = f"over the {here.sum()} of {len(here)} tokens at which the models exclude different parts of the vocabulary"
+    cut = f"; all other measures are cut to the {scores.vocabulary_cut} entries that both have" if scores.vocabulary_cut else ""
+    return replace(mean, note="; ".join(filter(None, (mean.note, told + cut))))
 
 
 def _by_confidence(kl: np.ndarray, confidence: np.ndarray) -> list[dict[str, Any]]:

@@ -14,6 +14,9 @@ import numpy as np
 from qmerge.errors import Refused
 from qmerge.quality.measure import TokenScores
 from qmerge.quality.metrics import text_row
+from qmerge.quality.paired import task_rows
+from qmerge.quality.samples import name_samples, read_samples, write_samples
+from qmerge.quality.tasks import Answers
 
 Scores = dict[str, dict[str, TokenScores]]
 """text -> arm -> scores; the arm ``served`` is the reference as its public loader runs it (the noise floor)"""
@@ -21,19 +24,22 @@ SHARED = ("nll_ref", "confidence", "window", "doc")
 OWN = ("nll_cand", "kl", "agree", "delta_p")
 
 
-def write_results(results: dict[str, Any], scores: Scores, path: str | Path) -> None:
-    """Write ``results.json`` at ``path`` and the per-token arrays beside it as ``.npz``; each appears whole or not at all."""
+def write_results(results: dict[str, Any], scores: Scores, path: str | Path, answers: dict[str, Answers] | None = None) -> None:
+    """Write ``results.json`` at ``path``, the per-token arrays beside it as ``.npz`` and the items of benchmarks (arm -> answers) in
+    ``.samples/``; each file appears whole or not at all, results.json last."""
     path = Path(path)
     arrays = {}
     for text, arms in scores.items():
         for arm, row in arms.items():
             arrays |= {f"{text}/{arm}/{key}": getattr(row, key) for key in OWN}
             arrays[f"{text}/{arm}/vocabulary_cut"] = np.int64(row.vocabulary_cut)
+            arrays |= {} if row.js is None else {f"{text}/{arm}/js": row.js}
             arrays |= {f"{text}/{key}": getattr(row, key) for key in SHARED}
     beside = path.with_suffix(".npz")
     with open(beside.with_suffix(".npz.part"), "wb") as stream:
         np.savez_compressed(stream, **arrays)
     os.replace(beside.with_suffix(".npz.part"), beside)
+    write_samples(answers or {}, path)
     part = path.with_suffix(".json.part")
     part.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, path)
@@ -55,27 +61,35 @@ def read_scores(path: str | Path) -> Scores:
                 own = {k: arrays[f"{text}/{arm}/{k}"] for k in OWN} | {k: arrays[f"{text}/{k}"] for k in SHARED}
                 if any(row.shape != own["kl"].shape or row.ndim != 1 for row in own.values()):
                     raise Refused("the per-token arrays have different lengths", where=Path(path).name, expected="one number per token", found=f"{text}/{arm}")
-                scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]))
+                scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]), js=arrays.get(f"{text}/{arm}/js"))
     except (KeyError, TypeError, ValueError) as error:
         raise Refused("the per-token arrays are incomplete", where=Path(path).name, expected="results.npz as qmerge wrote it", found=str(error)) from error
     return scores
 
 
-def text_rows(arms: dict[str, TokenScores], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+def text_rows(arms: dict[str, TokenScores]) -> dict[str, dict[str, Any]]:
     """Every arm's row for one text, from its scores alone: the evaluation and a later re-run use this one function."""
     floor = arms.get("served")
-    return {
-        name: text_row(scores, arms.get("base"), floor if name == "merged" else None, seed=seed) for name, scores in arms.items() if name != "served"
-    }
+    return {name: text_row(scores, arms.get("base"), floor if name == "merged" else None) for name, scores in arms.items() if name != "served"}
 
 
-def recompute(results: dict[str, Any], scores: Scores, *, seed: int = 0) -> dict[str, Any]:
-    """``results`` with every text metric computed anew from the sidecar's arrays; the arguments are left as they are."""
-    arms = {name: dict(arm) | {"texts": dict(arm["texts"])} for name, arm in results["arms"].items()}
+def recompute(results: dict[str, Any], scores: Scores, answers: dict[str, Answers] | None = None, *, seed: int = 0) -> dict[str, Any]:
+    """``results`` with every text metric computed anew from the sidecar's arrays, and every task metric from the items; the arguments are left as they are."""
+    arms = {name: dict(arm) | {"texts": {}} for name, arm in results["arms"].items()}
     for text, rows in scores.items():
-        for name, row in text_rows(rows, seed=seed).items():
-            if name not in arms or text not in arms[name]["texts"]:
-                raise Refused("the per-token arrays belong to other results", where=f"{name} on {text}", expected="the arms and texts of results.json", found="one more")
+        for name, row in text_rows(rows).items():
             arms[name]["texts"][text] = row
-    return results | {"arms": arms}
+    if not answers:
+        return results | {"arms": arms}
+    tasks = task_rows(answers, arms, seed=seed)
+    name_samples(answers, arms)
+    return results | {"arms": arms, "tasks": tasks}
 
+
+def recompute_file(path: str | Path, results: dict[str, Any]) -> dict[str, Any]:
+    """`recompute` of the ``results`` at ``path`` from the files beside it. ``Refused`` where one is missing or belongs to other results."""
+    scores = read_scores(Path(path).with_suffix(".npz"))
+    measured = {name for arm in results["arms"].values() for name in arm["texts"]}
+    if set(scores) != measured or any(set(arms) - {"served"} != set(results["arms"]) for arms in scores.values()):
+        raise Refused("the per-token arrays belong to other results", where=Path(path).with_suffix(".npz").name, expected=f"texts {', '.join(sorted(measured))}, and all arms", found=", ".join(sorted(scores)))
+    return recompute(results, scores, read_samples(path, results), seed=results.get("fingerprint", {}).get("seed", 0))

@@ -15,7 +15,7 @@ from qmerge.report.clean import clean
 from qmerge.report.engines import ENGINES, FLOAT, format_name, loads
 from qmerge.report.fields import Results
 from qmerge.report.numbers import MISSING, format_metric, format_value, metric_parts
-from qmerge.report.sections import BATCHES, Cell, Section, by_batch, bytes_text, seconds_parts, serving_rows
+from qmerge.report.sections import Cell, Section, batches, by_batch, bytes_text, seconds_parts, serving_rows
 
 NOT_MEASURED = "not measured"
 MAX_COLUMNS = 4
@@ -88,8 +88,9 @@ def _against_separate(results: Results, name: str) -> str:
 
 
 def _speed(results: Results, name: str) -> float | None:
-    """Measured decode tokens/s at batch 1."""
-    return by_batch(serving_rows(results).get(name, {}), "decode_tokens_per_s", "1")
+    """Measured decode tokens/s at the smallest batch."""
+    sizes = batches(results)
+    return by_batch(serving_rows(results).get(name, {}), "decode_tokens_per_s", sizes[0]) if sizes else None
 
 
 def adapter_bytes(results: Results) -> tuple[float, float] | None:
@@ -134,7 +135,8 @@ def compared(results: Results, adapters: int = 1) -> Section | None:
     served = serving_rows(results)
     count = max(adapters, 5)
     rows: list[tuple[Cell, ...]] = [("time to first token", *(_or_not(seconds_parts(served.get(name, {}).get("time_to_first_token_s"))) for name in names))]
-    for batch in (BATCHES[0], BATCHES[-1]):
+    sizes = batches(results) or ["1", "32"]
+    for batch in dict.fromkeys((sizes[0], sizes[-1])):
         rows.append((f"decode tokens/s, batch {batch}", *(_or_not(metric_parts(fields.as_dict(served.get(name, {}).get("decode_tokens_per_s")).get(batch), "rate")) for name in names)))
     rows.append(("peak memory while decoding", *(_or_not(bytes_text(served.get(name, {}).get("peak_decode_bytes"))) for name in names)))
     rows.append(("swap adapters while serving", *("yes" if name == fields.REFERENCE else "no, another checkpoint" for name in names)))

@@ -6,7 +6,7 @@ from qmerge.report import fields, svg
 from qmerge.report.fields import Results
 from qmerge.report.numbers import fraction, metric_parts
 from qmerge.report.plots import LEFT, RIGHT, looks
-from qmerge.report.sections import BATCHES, by_batch, serving_rows
+from qmerge.report.sections import batches, by_batch, serving_rows
 from qmerge.report.svg import Axis, Look
 
 MAX_TASKS = 24
@@ -68,17 +68,17 @@ def decode_speed(results: Results, style: bool = True) -> str:
     rows = serving_rows(results)
     known = looks(results) | {fields.REFERENCE: Look(fields.REFERENCE, "s", "", "square")}
     names = [name for name in rows if name in known]
-    batches = [batch for batch in BATCHES if any(by_batch(rows[name], "decode_tokens_per_s", batch) for name in names)]
-    if not batches:
+    sizes = [batch for batch in batches(results) if any(by_batch(rows[name], "decode_tokens_per_s", batch) for name in names)]
+    if not sizes:
         return ""
     top, tall = 50.0, 38.0
-    height = top + sum(20 + tall * len(names) for _ in batches)
-    most = max(by_batch(rows[name], "decode_tokens_per_s", batch) or 0.0 for name in names for batch in batches)
+    height = top + sum(20 + tall * len(names) for _ in sizes)
+    most = max(by_batch(rows[name], "decode_tokens_per_s", batch) or 0.0 for name in names for batch in sizes)
     x = Axis(0.0, most * 1.02, LEFT - 36, RIGHT)
     label = svg.axis_label(x)
     body = [svg.line([(x(tick), height), (x(tick), top - 8)], "grid") + svg.text(x(tick), height + 17, label(tick), "middle", "quiet") for tick in x.ticks(5)]
     at = top
-    for batch in batches:
+    for batch in sizes:
         body.append(svg.text(8, at + 8, f"batch {batch}", cls="quiet halo"))
         at += 20
         for name in names:

@@ -24,6 +24,7 @@ METRICS: dict[str, tuple[str, str, bool]] = {
     "kl_p90": ("KL p90 (nats/token)", "kl", False),
     "kl_p99": ("KL p99 (nats/token)", "kl", False),
     "kl_p999": ("KL p99.9 (nats/token)", "kl", False),
+    "js_mean": ("mean Jensen–Shannon divergence (nats/token)", "kl", False),
     "top1_agreement": ("top-1 agreement", "percent", True),
     "delta_p_rms": ("RMS Δp", "percent", False),
     "retention": ("retention", "percent", True),

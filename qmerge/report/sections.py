@@ -17,7 +17,8 @@ from qmerge.units import format_bytes, format_seconds
 
 Cell = str | tuple[str, str]
 MAX_ROWS = 60
-BATCHES = ("1", "8", "32")
+RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
+MAX_BATCHES = 6
 BASELINE = "_vs_baseline"
 MACRO = {"macro_accuracy_delta": "mean over tasks", "macro_bootstrap": "mean over tasks, bootstrap"}
 PERPLEXITIES = {"ppl": ("perplexity per token", "ppl"), "word_ppl": ("perplexity per word", "ppl"), "byte_ppl": ("perplexity per byte", "ppl"), "bits_per_byte": ("bits per byte", "nll")}
@@ -111,13 +112,14 @@ def tasks(results: Results) -> Section | None:
     for name, arm in fields.arms(results).items():
         for task, found in fields.as_dict(arm.get("tasks")).items():
             row, macro = fields.as_dict(found), MACRO.get(task)
+            label = clean(task) + (f" ({clean(row['metric'], 40)})" if isinstance(row.get("metric"), str) else "")
             if name == fields.REFERENCE:
-                rows += [] if macro else [(clean(name), clean(task), metric_parts(row.get("accuracy"), "percent"), "0 (reference)", "", "", "")]
+                rows += [] if macro else [(clean(name), label, metric_parts(row.get("accuracy"), "percent"), "0 (reference)", "", "", "")]
                 continue
             p = fields.number(row.get("holm_p", row.get("mcnemar_p")))
             delta = row if "value" in row else row.get("delta")  # the mean over tasks is a difference only
             cells = (metric_parts(row.get("accuracy"), "percent"), metric_parts(delta, "points"), format_value(fields.number(row.get("flips")), "count"))
-            rows.append((clean(name), macro or clean(task), *cells, MISSING if p is None else f"{p:.2g}", metric_parts(row.get("margin_delta"), "signed")))
+            rows.append((clean(name), macro or label, *cells, MISSING if p is None else f"{p:.2g}", metric_parts(row.get("margin_delta"), "signed")))
     heads: tuple[str, ...] = ("arm", "task", "accuracy", "difference", "items flipped", "McNemar p", "gold margin, nats")
     how = "Paired item by item with the separate model. p is exact, and Holm's over the tasks where there are several."
     if any(row[-1] and row[-1] != (MISSING, "") for row in rows):
@@ -134,6 +136,12 @@ def serving_rows(results: Results) -> dict[str, dict[str, Any]]:
     rows = fields.as_dict(fields.as_dict(results.get("serving")).get("rows"))
     order = [name for name in fields.NOT_CANDIDATES if name in rows] + [name for name in rows if name not in fields.NOT_CANDIDATES]
     return {name: fields.as_dict(rows[name]) for name in order}
+
+
+def batches(results: Results) -> list[str]:
+    """The batch sizes that speeds were measured at, ascending."""
+    keys = {str(key) for row in serving_rows(results).values() for kind in RATES for key in fields.as_dict(row.get(kind))}
+    return sorted((key for key in keys if key.isascii() and key.isdigit() and len(key) < 8), key=int)[:MAX_BATCHES]
 
 
 def serving(results: Results) -> Section | None:
@@ -155,8 +163,7 @@ def serving(results: Results) -> Section | None:
 def speed(results: Results) -> Section | None:
     """Tokens per second by arm and batch size, prefill and decode."""
     found = serving_rows(results)
-    kinds = ("prefill_tokens_per_s", "decode_tokens_per_s")
-    columns = [(key, batch) for key in kinds for batch in BATCHES if any(by_batch(row, key, batch) is not None for row in found.values())]
+    columns = [(key, batch) for key in RATES for batch in batches(results) if any(by_batch(row, key, batch) is not None for row in found.values())]
     rows: list[tuple[Cell, ...]] = [(clean(name), *(metric_parts(fields.as_dict(row.get(key)).get(batch), "rate") for key, batch in columns)) for name, row in found.items()] if columns else []
     heads = ("arm", *(f"{key.partition('_')[0]}, batch {batch}" for key, batch in columns))
     return _capped("Serving speed", "Tokens per second over all sequences of a batch.", heads, rows, tuple(range(1, len(heads))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 from qmerge.report import fields
@@ -63,6 +64,8 @@ def notes(results: Results, text: str) -> list[str]:
             row = fields.metric(results, name, text, metric) or {}
             if fields.number(row.get("value")) is None and row.get("note"):
                 because.setdefault((metric_label(metric), clean(row["note"], 300)), []).append(clean(name))
+        if js := fields.metric(results, name, text, "js_mean"):
+            broken.append(f"{clean(name)}: {metric_label('js_mean')} {format_metric(js, 'kl')}, {clean(js.get('note') or 'the models exclude different tokens', 300)}.")
         if count := fields.value(results, name, text, "nonfinite"):
             broken.append(f"{clean(name)}: {count:,.0f} tokens with non-finite values.")
     return broken + [f"{what[:1].upper()}{what[1:]} is undefined for {', '.join(names)}: {why}." for (what, why), names in because.items()]
@@ -137,11 +140,15 @@ def _block(results: Results, text: str) -> list[str]:
     for row in summary_rows(results, text, parts=True):
         kl, retention = (f"{row[key][0]} ({row[key][1]})" if row[key][1] else row[key][0] for key in ("kl", "retention"))
         table.append((row["arm"], row["perplexity"][0], kl, row["top1"][0], retention, row["bytes"]))
-    caps = (TERMINAL_COLUMNS, 10, 31, 8, 25, 8)
+    return [f"on {clean(text, 90)}", *_aligned(table, (TERMINAL_COLUMNS, 10, 31, 8, 25, 8))]
+
+
+def _aligned(table: Sequence[Sequence[str]], caps: Sequence[int]) -> list[str]:
+    """Columns of at most ``caps``; the first gives way to the others."""
     widths = [min(cap, max(_width(line[column]) for line in table)) for column, cap in enumerate(caps)]
-    widths[0] = min(widths[0], TERMINAL_COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1))  # names give way to numbers
+    widths[0] = min(widths[0], TERMINAL_COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1))
     lines = ["  ".join(_fit(item, width) for item, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    return [f"on {clean(text, 90)}", lines[0], "-" * max(map(_width, lines))] + lines[1:]
+    return [lines[0], "-" * max(map(_width, lines))] + lines[1:]
 
 
 def plain_table(section: Section, columns: int = 150) -> str:

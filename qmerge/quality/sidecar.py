@@ -31,7 +31,7 @@ def write_results(results: dict[str, Any], scores: Scores, path: str | Path, ans
         for arm, row in arms.items():
             arrays |= {f"{text}/{arm}/{key}": getattr(row, key) for key in OWN}
             arrays[f"{text}/{arm}/vocabulary_cut"] = np.int64(row.vocabulary_cut)
-            arrays |= {} if row.js is None else {f"{text}/{arm}/js": row.js}
+            arrays |= {f"{text}/{arm}/js": row.js} if len(row.js) else {}
             arrays |= {f"{text}/{key}": getattr(row, key) for key in SHARED}
     beside = path.with_suffix(".npz")
     with open(beside.with_suffix(".npz.part"), "wb") as stream:
@@ -56,7 +56,7 @@ def read_scores(path: str | Path) -> Scores:
         if len(parts) == 3 and parts[2] == "kl":
             text, arm = parts[0], parts[1]
             own = {k: arrays[f"{text}/{arm}/{k}"] for k in OWN} | {k: arrays[f"{text}/{k}"] for k in SHARED}
-            scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]), js=arrays.get(f"{text}/{arm}/js"))
+            scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]), js=arrays.get(f"{text}/{arm}/js", np.zeros(0, np.float32)))
     return scores
 
 

@@ -16,6 +16,7 @@ ARGS   ?=
 # test processes side by side; each loads torch and the libraries (about 1.5 GB)
 JOBS ?= 2
 RESULTS ?= $(OUT).eval/results.json
+BASELINE ?= eval/baselines/demo.json
 
 ifdef BASE
   INPUTS = --base "$(BASE)" --adapter "$(ADAPTER)" $(if $(CALIBRATION),--calibration "$(CALIBRATION)") $(if $(GENERIC),--generic "$(GENERIC)") $(if $(EVAL),--text "$(EVAL)") $(if $(TEMPLATE),--template "$(TEMPLATE)")
@@ -26,7 +27,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup merge-qlora test test-slow check eval serving report notebook bench bench-peers bench-merge bench-stats demo clean
+.PHONY: help setup merge-qlora test test-slow check eval serving report gate baseline card notebook notebook-page bench bench-peers bench-merge bench-stats demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -63,8 +64,20 @@ serving: $(STAMP) ## time OUT against base + adapter, memory and tokens/s, into 
 report: $(STAMP) ## write report.md and report.html from RESULTS
 	@$(BIN)/qmerge report "$(RESULTS)" --out "$(dir $(RESULTS))"
 
+gate: $(STAMP) ## hold RESULTS (default: the demo's) against the accepted eval/baselines/demo.json, or BASELINE=…
+	@$(BIN)/qmerge compare "$(RESULTS)" --baseline "$(BASELINE)" --ignore-versions --budget "$(or $(BUDGET),default)" --junit "$(dir $(RESULTS))junit.xml" $(ARGS)
+
+baseline: $(STAMP) ## accept RESULTS (default: the demo's, after make merge-qlora) as eval/baselines/demo.json, or BASELINE=…
+	@$(BIN)/qmerge compare "$(RESULTS)" --budget "$(or $(BUDGET),default)" --save-baseline "$(BASELINE)"
+
+card: $(STAMP) ## give OUT its model card: OUT=… [BASE=… ADAPTER=… ARGS='--base-id … --adapter-id …']
+	@$(BIN)/qmerge card "$(OUT)" $(if $(BASE),--base "$(BASE)" --adapter "$(ADAPTER)") $(ARGS)
+
 notebook: $(STAMP) ## run the notebook on RESULTS and render it to HTML beside them
-	@QMERGE_RESULTS="$(abspath $(RESULTS))" $(BIN)/jupyter nbconvert --to html --execute eval/separate_vs_merged.ipynb --output-dir "$(dir $(RESULTS))"
+	@$(BIN)/python scripts/render_notebook.py "$(RESULTS)" "$(dir $(RESULTS))separate_vs_merged.html"
+
+notebook-page: $(STAMP) ## docs/separate_vs_merged.html, the same for the demo (after make merge-qlora)
+	@$(BIN)/python scripts/render_notebook.py "$(RESULTS)" docs/separate_vs_merged.html
 
 bench: $(STAMP) ## quality against round-to-nearest, PEFT, gptqmodel and what bench-peers installed (uses ../shared where it is there; under an hour)
 	@$(BIN)/python scripts/bench_quality.py $(ARGS)

@@ -13,6 +13,7 @@ from qmerge.quality import arms
 from qmerge.quality.compare import compare, load_budget
 from qmerge.quality.evaluate import candidate_names, check_overlap, evaluate, evaluate_with_scores, public_path
 from qmerge.quality.sidecar import read_scores, recompute, write_results
+from qmerge.report.schema import faults
 from qmerge.store.texts import Document
 
 METRICS = {
@@ -85,6 +86,7 @@ def test_results_are_json_and_name_no_folder(outcome, tiny, tmp_path):
     assert results["arms"]["good"]["path"] == "../good"
     write_results(results, scores, tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text()) == recompute(results, read_scores(tmp_path / "results.npz"))
+    assert faults(results) == [], "results.schema.json describes what is really written"
 
 
 def test_same_input_same_numbers(tiny, outcome):

@@ -6,9 +6,10 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
+from report_rich import hostile_rich_results, rich_results
 from test_report_results import build_results, hostile_results
 
-from qmerge.report import plots
+from qmerge.report import extra_plots, plots
 from qmerge.report.html import render_html
 
 PLOTS = {
@@ -16,6 +17,8 @@ PLOTS = {
     "survival": lambda results: plots.delta_survival(results),
     "windows": lambda results: plots.window_nll(results),
     "size": lambda results: plots.size_against_kl(results),
+    "tasks": lambda results: extra_plots.task_forest(results),
+    "speed": lambda results: extra_plots.decode_speed(results),
 }
 ALLOWED = set(
     "html head meta title style body main header section h1 h2 h3 p strong em span ul ol li div table thead tbody tr th td figure figcaption "
@@ -80,17 +83,18 @@ def test_policy_forbids_scripts_and_network() -> None:
 def test_order_of_the_page() -> None:
     """Catches the answer being put below its evidence."""
     page = render_html(build_results())
-    words = ("Fail</h1>", "Ship nf4.", "<h2>Arms", "<h2>Gate", "<h2>Plots", "<h2>Linears", "<h2>Fingerprint", "<h2>How to reproduce")
+    words = ("Fail</h1>", "Ship nf4.", "<h2>Arms", "<h2>Gate", "<h2>Benchmarks", "<h2>Plots", "<h2>Linears", "<h2>Fingerprint", "<h2>How to reproduce", "<h2>Separate or merged?")
     places = [page.index(word) for word in words]
     assert places == sorted(places)
-    assert page.count("<figure>") == 6
+    assert page.count("<figure>") == 7
 
 
 @pytest.mark.parametrize("name", PLOTS)
-@pytest.mark.parametrize("build", [build_results, hostile_results])
+@pytest.mark.parametrize("build", [rich_results, hostile_rich_results])
 def test_plot_is_well_formed_and_small(name: str, build) -> None:
     """Catches SVG that a notebook cannot parse, coordinates that are not numbers, and chance in the drawing."""
     image = PLOTS[name](build())
+    assert image
     root = ElementTree.fromstring(image)
     assert root.tag.endswith("svg") and root.get("viewBox")
     assert len(image.encode()) < 150_000

@@ -6,7 +6,7 @@ import pytest
 from test_report_results import build_results, hostile_results
 
 from qmerge.report.numbers import format_limit, format_metric, format_value
-from qmerge.report.tables import check_rows, fingerprint_rows, notes, summary_rows, task_rows, terminal_table
+from qmerge.report.tables import check_rows, fingerprint_rows, notes, summary_rows, terminal_table
 from qmerge.types import Metric
 
 
@@ -81,24 +81,6 @@ def test_failures_come_first_in_the_gate() -> None:
     assert [row["state"] for row in rows] == ["fail"] + ["pass"] * 5 + ["skipped"]
     assert rows[-1]["measured"] == "—"
     assert rows[0]["measured"] == "3.1 % (1.0 to 5.2)" and rows[0]["limit"] == "≥ 90 %"
-
-
-def test_tasks_are_told_with_difference_and_flips() -> None:
-    """Catches an accuracy without its paired difference."""
-    assert task_rows(build_results()) == [
-        {"arm": "nf4", "task": "gsm8k", "accuracy": "41.2 % (38.2 to 44.2)", "delta": "−0.4 points (−1.5 to 0.7)", "flips": "9", "p": "0.74", "margin": "—"}
-    ]
-
-
-def test_margins_and_means_over_tasks_are_named() -> None:
-    """Catches an accuracy whose metric is not said, a margin without its sign and interval, and keys of the file shown as names of tasks."""
-    results = build_results()
-    tasks = results["arms"]["nf4"]["tasks"]
-    tasks["gsm8k"] |= {"metric": "acc_norm", "margin_delta": {"value": -0.0123, "ci_low": -0.02, "ci_high": -0.0046, "n": 400, "unit": "nats"}}
-    tasks["macro_accuracy_delta"] = tasks["macro_bootstrap"] = {"value": -0.004, "ci_low": -0.01, "ci_high": 0.002, "n": 400, "unit": "share"}
-    rows = task_rows(results)
-    assert [row["task"] for row in rows] == ["gsm8k (acc_norm)", "mean over tasks", "mean over tasks, bootstrap"]
-    assert rows[0]["margin"] == "−0.0123 (−0.0200 to −0.0046)" and rows[1]["delta"] == "−0.4 points (−1.0 to 0.2)"
 
 
 def test_terminal_golden() -> None:

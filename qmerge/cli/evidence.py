@@ -1,9 +1,9 @@
-"""`qmerge eval`, `qmerge compare`, `qmerge report`: measure, judge, show."""
+"""`qmerge eval`: measure what a candidate lost."""
 
 from __future__ import annotations
 
-import json
 import shlex
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,7 @@ def evaluate_to(
     for task, row in done.results["tasks"].items():
         if row.get("truncated"):
             warn(f"{task}: {row['truncated']} of {row['n']} prompts are longer than the model's context; lm-eval cut their beginning, for all arms alike")
+    done.results["measured_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")  # what a history is sorted by
     out.parent.mkdir(parents=True, exist_ok=True)
     write_results(done.results, done.scores, out, done.answers)
     return done.results
@@ -106,31 +107,6 @@ def check_target(out: Path) -> None:
         raise UsageProblem("--out lies below a file", where=str(out.parent), expected="a folder", found="a file")
 
 
-@click.command("compare", cls=QuietCommand)
-@click.argument("results", metavar="results.json")
-@click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
-@click.option("--baseline", metavar="results.json", help="Older results to hold the candidates against.")
-@click.option("--recompute", is_flag=True, help="Judge numbers computed anew from the per-token arrays and items beside the results, not the stored ones.")
-@click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
-@click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout.")
-@click.pass_context
-def compare_command(context: click.Context, results: str, budget: str, baseline: str | None, recompute: bool, strict: bool, as_json: bool) -> None:
-    """Judge results against a budget. Exit 0: pass; 3: below budget."""
-    from qmerge.quality.compare import compare, exit_code, load_budget
-    from qmerge.report.load import load_results
-
-    found = load_results(results)
-    if recompute:
-        found = recomputed(Path(results), found)
-    verdict = compare(found, load_budget(budget), load_results(baseline) if baseline else None)
-    if as_json:
-        result_json(verdict)
-    else:
-        show_verdict(verdict)
-    say(f"Next: qmerge report {results} --out DIR")
-    context.exit(exit_code(verdict, strict))
-
-
 def recomputed(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
     """The results with their numbers computed anew; warns where the stored ones differ."""
     from qmerge.quality.compare import differing_keys
@@ -150,19 +126,3 @@ def show_verdict(verdict: dict[str, Any]) -> None:
         result(f"  {reason}")
     if verdict["state"] == "inconclusive":
         warn("the text is too little to tell, or the adapter's gain on it too small: give more held-out text")
-
-
-@click.command("report", cls=QuietCommand)
-@click.argument("results", metavar="results.json")
-@click.option("--out", required=True, metavar="DIR", help="Folder for report.md and report.html.")
-@click.option("--json", "as_json", is_flag=True, help="The paths as JSON on stdout.")
-def report_command(results: str, out: str, as_json: bool) -> None:
-    """Write report.md and report.html from results."""
-    from qmerge.report.load import load_results
-    from qmerge.report.write import write_report
-
-    if Path(out).exists() and not Path(out).is_dir():
-        raise UsageProblem("--out names a file", where=out, expected="a folder for report.md and report.html", found="a file")
-    pages = [str(page) for page in write_report(load_results(results), out)]
-    result(json.dumps(pages) if as_json else "\n".join(pages))
-    say(f"Next: open {pages[1]}")

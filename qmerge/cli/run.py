@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
+from qmerge.cli.gate import judged_again
 from qmerge.cli.options import measure_options, merge_options, named_texts
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 from qmerge.errors import UsageProblem
@@ -22,6 +23,9 @@ from qmerge.errors import UsageProblem
 @click.option("--also", default="", metavar="A,B", help="More arms: original, rtn.")
 @measure_options
 @click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
+@click.option("--baseline", metavar="results.json", help="Older results to hold the candidate against too.")
+@click.option("--ignore-versions", is_flag=True, help="Compare with a --baseline that was measured with other versions of torch, transformers, …")
+@click.option("--junit", metavar="FILE", help="Write the checks as JUnit XML too.")
 @click.option("--allow-overlap", is_flag=True, help="Do not refuse evaluation text that the calibration text holds too.")
 @click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
@@ -29,7 +33,7 @@ from qmerge.errors import UsageProblem
 @click.pass_context
 def run_command(
     context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None,
-    budget: str, allow_overlap: bool, strict: bool, dry_run: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
+    budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
 ) -> None:
     """Merge, then measure the result against base + separate adapter, judge it, and write a report to OUT.eval/."""
     from qmerge.pipeline.recipe import build_recipe
@@ -46,9 +50,12 @@ def run_command(
     from qmerge.quality.protocols import parse_requests
     from qmerge.quality.suites import load_suite, split_names
     from qmerge.quality.tasks import open_tasks
+    from qmerge.report.load import load_results
 
     # all that measuring would refuse, before hours of merging
-    load_budget(budget)
+    limits = load_budget(budget)
+    if baseline:
+        load_results(baseline, whole=True)
     check_request(candidate_names((recipe.out,)), named_texts(texts) or {"held-out": ""}, [part for part in also.split(",") if part], recipe.original)
     check_separate(recipe.adapter_set)
     requests = parse_requests(perplexity)
@@ -80,8 +87,12 @@ def run_command(
         nf4_recipe=recipe.nf4_recipe, suite=suite, tasks=tasks, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity, generate=generate, new_tokens=new_tokens,
     )
     from qmerge.report.tables import terminal_table
-    from qmerge.report.write import write_report
+    from qmerge.report.write import write_junit, write_report
 
+    if baseline:
+        results = judged_again(results, evidence / "results.json", limits, baseline, ignore_versions)
+    if junit:
+        write_junit(results, junit, strict)
     pages = [str(page) for page in write_report(results, evidence)]
     steps.step("reported")
     if as_json:

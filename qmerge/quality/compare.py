@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qmerge.errors import Refused, UsageProblem
+from qmerge.errors import UsageProblem
+
+if TYPE_CHECKING:
+    from qmerge.quality.sidecar import Scores
 
 DIRECTIONS = {
     "ppl_ratio": "max", "kl_mean": "max", "kl_vs_base": "max", "top1_agreement": "min",
@@ -46,12 +49,13 @@ def load_budget(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def compare(
-    results: dict[str, Any], budget: dict[str, Any], baseline: dict[str, Any] | None = None, *, ignore_versions: bool = False
+    results: dict[str, Any], budget: dict[str, Any], baseline: dict[str, Any] | None = None, *, ignore_versions: bool = False, tokens: tuple[Scores, Scores] | None = None
 ) -> dict[str, Any]:
     """The verdict ``{"state", "reasons", "checks", "budget"}`` on results.json's content; ``checks`` rows hold arm, text, metric, value,
     ci_low, ci_high, limit, state (``pass``, ``fail``, ``inconclusive``, ``skipped``) and reason. ``reasons`` starts with the decisive ones.
 
-    With ``baseline`` (older results) the candidates are also held against the old ones; ``Refused`` where the fingerprints differ.
+    With ``baseline`` (older results) the candidates are also held against the old ones; ``Refused`` where the fingerprints differ. ``tokens``: the
+    per-token numbers of both runs (`sidecar.read_scores`), new first; then differences are paired.
     """
     limits = budget["limits"]
     checks: list[dict[str, Any]] = []
@@ -68,7 +72,7 @@ def compare(
     elif "merged_floor_factor" in limits and "merged" in results["arms"]:
         checks += [_merge_check(text, row["metrics"], limits["merged_floor_factor"]) for text, row in results["arms"]["merged"]["texts"].items()]
     if baseline is not None:
-        checks += _baseline_checks(results, baseline, candidates, ignore_versions)
+        checks += _baseline_checks(results, baseline, candidates, ignore_versions, tokens)
     if not candidates:
         checks.append(_row("", "", "", {}, None, "inconclusive", "there is no candidate to judge"))
     state = next((s for s in ("fail", "inconclusive") if any(c["state"] == s for c in checks)), "pass")
@@ -114,39 +118,25 @@ def _arm_checks(arm: str, texts: dict[str, Any], limits: dict[str, Any]) -> list
 
 def _merge_check(text: str, metrics: dict[str, Any], limit: dict[str, float]) -> dict[str, Any]:
     """Merged float weights against the reference. Where the floor is 0 (or was not measured) only rounding may separate them."""
-    factor, kl = metrics.get("floor_factor", {}), metrics["kl_mean"]
+    factor, kl = metrics.get("floor_factor", {}), metrics.get("kl_mean", {})
     if factor.get("value") is not None:
         return _check("merged", text, "merged_floor_factor", factor, limit)
-    ok = kl["value"] is not None and kl["value"] <= SAME_ARITHMETIC_KL
-    reason = f"merged on {text}: mean KL {_number(kl['value'])} {'≤' if ok else '>'} {SAME_ARITHMETIC_KL:g} (no noise floor to compare with)"
+    ok = kl.get("value") is not None and kl["value"] <= SAME_ARITHMETIC_KL
+    reason = f"merged on {text}: mean KL {_number(kl.get('value'))} {'≤' if ok else '>'} {SAME_ARITHMETIC_KL:g} (no noise floor to compare with)"
     return _row("merged", text, "merged_floor_factor", kl, limit, "pass" if ok else "fail", reason)
 
 
-def _baseline_checks(results: dict[str, Any], baseline: dict[str, Any], candidates: list[str], ignore_versions: bool) -> list[dict[str, Any]]:
-    new, old = (dict(r.get("fingerprint", {})) for r in (results, baseline))
-    if ignore_versions:
-        new.pop("versions", None), old.pop("versions", None)
-    keys = differing_keys(new, old)
-    if keys:
-        raise Refused(
-            "the results and the baseline were not measured the same way, so they cannot be compared",
-            where="fingerprint", expected="equal fingerprints", found="differing: " + ", ".join(keys), fix="measure the baseline again",
-        )
+def _baseline_checks(results: dict[str, Any], baseline: dict[str, Any], candidates: list[str], ignore_versions: bool, tokens: tuple[Scores, Scores] | None) -> list[dict[str, Any]]:
+    from qmerge.quality.baseline import baseline_checks, check_fingerprints
+
+    check_fingerprints(results, baseline, ignore_versions)
     before = [name for name in baseline["arms"] if name not in REFERENCE_ARMS]
     # One candidate on each side is the same thing under another folder name.
     pairs = [(candidates[0], before[0])] if len(candidates) == len(before) == 1 else [(n, n) for n in candidates if n in before]
     if not pairs:
         return [_row("", "", "baseline", {}, None, "inconclusive", "the baseline holds no candidate of these names")]
-    checks = []
-    for name, old_name in pairs:
-        for text, row in results["arms"][name]["texts"].items():
-            ours, theirs = row["metrics"]["kl_mean"], baseline["arms"][old_name]["texts"][text]["metrics"]["kl_mean"]
-            known = None not in (ours["value"], ours["ci_low"], theirs["value"], theirs["ci_high"])
-            state = "inconclusive" if not known else "fail" if ours["ci_low"] > theirs["ci_high"] else "pass"
-            words = {"fail": "worse than", "pass": "not worse than", "inconclusive": "without an interval to compare with"}[state]
-            reason = f"{name} on {text}: mean KL {_interval(ours)} is {words} the baseline's {_interval(theirs)}"
-            checks.append(_row(name, text, "kl_mean_vs_baseline", ours, {"max": theirs["ci_high"]}, state, reason))
-    return checks
+    scores, old_scores = tokens or (None, None)
+    return baseline_checks(results, baseline, pairs, scores=scores, old_scores=old_scores)
 
 
 def _check(arm: str, text: str, key: str, metric: dict[str, Any], limit: dict[str, float]) -> dict[str, Any]:

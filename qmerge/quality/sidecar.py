@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +50,20 @@ def read_scores(path: str | Path) -> Scores:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = dict(stored)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Refused("the per-token arrays cannot be read", where=Path(path).name, expected="results.npz", found=str(error)) from error
     scores: Scores = {}
-    for key in arrays:
-        parts = key.split("/")
-        if len(parts) == 3 and parts[2] == "kl":
-            text, arm = parts[0], parts[1]
-            own = {k: arrays[f"{text}/{arm}/{k}"] for k in OWN} | {k: arrays[f"{text}/{k}"] for k in SHARED}
-            scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]), js=arrays.get(f"{text}/{arm}/js", np.zeros(0, np.float32)))
+    try:
+        for key in arrays:
+            parts = key.split("/")
+            if len(parts) == 3 and parts[2] == "kl":
+                text, arm = parts[0], parts[1]
+                own = {k: arrays[f"{text}/{arm}/{k}"] for k in OWN} | {k: arrays[f"{text}/{k}"] for k in SHARED}
+                if any(row.shape != own["kl"].shape or row.ndim != 1 for row in own.values()):
+                    raise Refused("the per-token arrays have different lengths", where=Path(path).name, expected="one number per token", found=f"{text}/{arm}")
+                scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]), js=arrays.get(f"{text}/{arm}/js", np.zeros(0, np.float32)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refused("the per-token arrays are incomplete", where=Path(path).name, expected="results.npz as qmerge wrote it", found=str(error)) from error
     return scores
 
 

@@ -14,7 +14,7 @@ from qmerge.units import format_bytes
 
 @dataclass(frozen=True)
 class Advice:
-    """``action``: ``ship``, ``keep_separate``, ``collect_more`` or ``unknown``. Strings are plain text with names cleaned, not yet escaped."""
+    """``action``: ``ship``, ``keep_separate``, ``keep_accepted``, ``collect_more`` or ``unknown``. Strings are plain text with names cleaned, not yet escaped."""
 
     action: str
     candidate: str | None
@@ -24,7 +24,8 @@ class Advice:
 
 def worst_kl(results: Results, candidate: str) -> tuple[float, str] | None:
     """The candidate's largest mean KL over the texts, and the text: a file is as good as where it is worst."""
-    measured = [(kl, text) for text in fields.text_names(results) if (kl := fields.value(results, candidate, text, "kl_mean")) is not None]
+    texts = fields.as_dict(fields.one_arm(results, candidate).get("texts"))
+    measured = [(kl, text) for text in texts if (kl := fields.value(results, candidate, text, "kl_mean")) is not None]
     return max(measured) if measured else None
 
 
@@ -33,7 +34,7 @@ def by_kl(results: Results, candidates: list[str]) -> list[str]:
 
     def rank(name: str) -> tuple[float, float, str]:
         worst = worst_kl(results, name)
-        size = fields.number(fields.arms(results)[name].get("bytes"))
+        size = fields.number(fields.one_arm(results, name).get("bytes"))
         infinite = float("inf")
         return (worst[0] if worst else infinite, infinite if size is None else size, name)
 
@@ -41,7 +42,7 @@ def by_kl(results: Results, candidates: list[str]) -> list[str]:
 
 
 def _size(results: Results, name: str) -> float | None:
-    size = fields.number(fields.arms(results).get(name, {}).get("bytes"))
+    size = fields.number(fields.one_arm(results, name).get("bytes"))
     return size if size and size > 0 else None
 
 
@@ -84,6 +85,8 @@ def describe_check(check: dict[str, Any]) -> str:
     text = f" on {clean(check['text'])}" if check.get("text") else ""
     measured = format_metric(check, metric_kind(name))
     limit = clean(format_limit(name, check.get("limit")))
+    if str(name).endswith("_vs_baseline"):
+        return f"{clean(metric_label(name))}{text} is {measured}" + (f", and the margin {limit}" if limit != MISSING else "")
     return f"{clean(metric_label(name))}{text} is {measured}" + (f", the budget asks for {limit}" if limit != MISSING else "")
 
 
@@ -117,6 +120,9 @@ def recommend(results: Results) -> Advice:
         )
     if failed:
         best = failed[0]
+        wrong = [check for check in fields.checks(results) if check.get("state") == "fail" and str(check.get("arm")) in (best, *fields.NOT_CANDIDATES)]
+        if wrong and all(str(check.get("metric")).endswith("_vs_baseline") for check in wrong):
+            return Advice("keep_accepted", None, f"Keep what was accepted before: {clean(best)} is inside the budget and worse than the baseline.", _first_reason(results, best, "fail"))
         which = "the candidate is" if len(names) == 1 else "every candidate is"
         return Advice("keep_separate", None, f"Keep the adapter separate: {which} outside the budget.", _first_reason(results, best, "fail"))
     return Advice("unknown", None, "No recommendation.", "No candidate was checked against a budget.")

@@ -44,8 +44,14 @@ def arms(results: Results) -> dict[str, dict[str, Any]]:
     return {name: found[name] for name in order}
 
 
+def one_arm(results: Results, name: str) -> dict[str, Any]:
+    """One arm, without a look at the others."""
+    found = results.get("arms")
+    return as_dict(found.get(name)) if isinstance(found, Mapping) else {}
+
+
 def candidate_names(results: Results) -> list[str]:
-    return [name for name in arms(results) if name not in NOT_CANDIDATES]
+    return [name for name in as_dict(results.get("arms")) if name not in NOT_CANDIDATES]
 
 
 def text_names(results: Results) -> list[str]:
@@ -55,7 +61,7 @@ def text_names(results: Results) -> list[str]:
 
 def cell(results: Results, arm: str, text: str) -> dict[str, Any]:
     """What was measured for ``arm`` on ``text``: metrics, kl_quantiles, window_nll_delta, …"""
-    return as_dict(as_dict(arms(results).get(arm, {}).get("texts")).get(text))
+    return as_dict(as_dict(one_arm(results, arm).get("texts")).get(text))
 
 
 def metric(results: Results, arm: str, text: str, name: str) -> dict[str, Any] | None:
@@ -74,7 +80,7 @@ def noise_floor(results: Results, text: str) -> dict[str, Any]:
 
 
 def linears(results: Results, arm: str) -> dict[str, dict[str, Any]]:
-    return {module: as_dict(row) for module, row in as_dict(arms(results).get(arm, {}).get("linears")).items()}
+    return {module: as_dict(row) for module, row in as_dict(one_arm(results, arm).get("linears")).items()}
 
 
 def worst_linears(results: Results, arm: str, count: int = 10) -> list[tuple[str, dict[str, Any]]]:

@@ -8,11 +8,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from qmerge.report import fields, plots, svg, tables
+from qmerge.report import extra_plots, fields, plots, svg, tables
 from qmerge.report.advice import recommend
+from qmerge.report.choice import choose, compared
 from qmerge.report.clean import clean
 from qmerge.report.fields import Results
 from qmerge.report.markdown import fingerprint_digest, floor_sentence, reproduction_steps, verdict_sentence
+from qmerge.report.sections import sections
 from qmerge.units import format_seconds
 
 WORDS = {"pass": "Pass", "fail": "Fail", "inconclusive": "Inconclusive", None: "No verdict"}
@@ -32,6 +34,8 @@ def _figures(results: Results, texts: list[str]) -> list[dict[str, Any]]:
     drawn.append((captions["survival"], plots.delta_survival(results, style=False)))
     if texts:
         drawn.append((captions["size"], plots.size_against_kl(results, texts[0], style=False)))
+    drawn.append((captions["tasks"], extra_plots.task_forest(results, style=False)))
+    drawn.append((captions["speed"], extra_plots.decode_speed(results, style=False)))
     return [{"caption": caption, "svg": Markup(image)} for caption, image in drawn if image]
 
 
@@ -64,8 +68,9 @@ def render_html(results: Results) -> str:
         advice=recommend(results),
         texts=_texts(results, names),
         checks=tables.check_rows(results, parts=True),
-        tasks=tables.task_rows(results),
-        more_tables=tables.more_tables(results),
+        sections=sections(results),
+        choice=choose(results),
+        compared=compared(results),
         figures=_figures(results, names),
         worst=[(name, rows) for name, rows in worst if rows],
         fingerprint=tables.fingerprint_rows(results),

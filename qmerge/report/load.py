@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.errors import Refused, UsageProblem
+from qmerge.report.clean import clean
+from qmerge.report.schema import faults
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 512 * 1024 * 1024
 
 
-def load_results(path: str | Path) -> dict[str, Any]:
-    """The results as a dict. A relative ``path`` is looked up from the working directory, then from its ``eval`` folder, where the notebook lives.
+def load_results(path: str | Path, whole: bool = False) -> dict[str, Any]:
+    """The results as a dict. ``whole``: they must follow results.schema.json, since a verdict on half a file would be one on nothing; a
+    report shows what is there. A relative ``path`` is looked up from the working directory, then from its ``eval`` folder, where the notebook lives.
 
-    Raises ``UsageProblem`` when there is no such file and ``Refused`` when it is not results.json of schema version 1.
+    Raises ``UsageProblem`` when there is no such file and ``Refused`` when it is not results.json of schema version 1, or leaves its schema.
     """
     given = Path(path).expanduser()
     tried = [given] if given.is_absolute() else [Path.cwd() / given, Path.cwd() / "eval" / given]
@@ -35,4 +38,6 @@ def load_results(path: str | Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         fix = "Use the qmerge that wrote it, or evaluate again."
         raise Refused("These results have another layout.", where=found.name, expected=f"schema_version {SCHEMA_VERSION}", found=version, fix=fix)
+    if whole and (wrong := faults(results)):
+        raise Refused("These results are damaged or incomplete.", where=found.name, expected="results.schema.json", found="; ".join(clean(fault) for fault in wrong[:5]), fix="evaluate again")
     return results

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 
 from qmerge.report import fields, tables
 from qmerge.report.advice import recommend
+from qmerge.report.choice import choose, compared
 from qmerge.report.clean import clean, show_path
 from qmerge.report.clean import markdown_text as md
 from qmerge.report.fields import Results
 from qmerge.report.numbers import format_metric
+from qmerge.report.sections import Section, sections, text_of
 from qmerge.units import format_seconds
 
 VERDICTS = {"pass": "✅ Pass", "fail": "❌ Fail", "inconclusive": "❔ Inconclusive", None: "No verdict"}
@@ -91,12 +93,24 @@ def _arms(results: Results) -> list[str]:
             parts.append("\n".join(f"- note: {md(line, 400)}" for line in said[:20]))
         if sentence := floor_sentence(results, text):
             parts.append(md(sentence, 500))
-    tasks = [list(row.values()) for row in tables.task_rows(results)[:MAX_CHECKS]]
-    if tasks:
-        parts += ["## Benchmarks", table(("arm", "task", "accuracy", "difference", "items flipped", "McNemar p", "gold margin, nats"), tasks, right=(2, 3, 4, 5, 6))]
-    for title, heads, rows in tables.more_tables(results):
-        parts += [f"## {title}", table(heads, rows[:MAX_CHECKS], right=range(2, len(heads)))]
     return parts
+
+
+def _section(section: Section) -> list[str]:
+    rows = [[text_of(cell) for cell in row] for row in section.rows]
+    parts = [f"## {section.title}", md(section.how, 500), table(section.heads, rows, section.right)]
+    return parts + (["\n".join(f"- note: {md(note, 400)}" for note in section.notes)] if section.notes else [])
+
+
+def choice_markdown(results: Results) -> str:
+    """What to ship, and the usual table with this model's values: what a notebook ends with."""
+    return "\n\n".join(_choice(results))
+
+
+def _choice(results: Results) -> list[str]:
+    found = choose(results)
+    comparison = compared(results)
+    return ["## Separate or merged?", f"**{md(found.sentence, 300)}** {md(found.reason, 900)}", *(_section(comparison)[2:] if comparison else [])]
 
 
 def _linears(results: Results) -> list[str]:
@@ -135,12 +149,12 @@ def _reproduce(results: Results) -> list[str]:
 
 
 def render_markdown(results: Results) -> str:
-    """report.md: verdict, gate, arms, worst linears, environment, reproduction; below 100 kB, later sections give way."""
-    sections = [_head(results), _gate(results), _arms(results), _linears(results), _environment(results), _reproduce(results)]
+    """report.md: verdict, gate, arms, what else was measured, worst linears, environment, reproduction, advice; below 100 kB, later parts give way."""
+    parts = [_head(results), _gate(results), _arms(results), *map(_section, sections(results)), _linears(results), _environment(results), _reproduce(results), _choice(results)]
     kept: list[str] = []
     size = 0
-    for position, section in enumerate(sections):
-        block = "\n\n".join(section)
+    for position, part in enumerate(parts):
+        block = "\n\n".join(part)
         size += len(block.encode("utf-8", "replace")) + 2
         if position and size > MAX_BYTES:
             kept.append("Further sections are left out for size; report.html holds them.")

@@ -29,7 +29,15 @@ METRICS: dict[str, tuple[str, str, bool]] = {
     "delta_p_rms": ("RMS Δp", "percent", False),
     "retention": ("retention", "percent", True),
     "kl_vs_base": ("mean KL over the base's", "percent", False),
-    "kl_mean_vs_baseline": ("mean KL, against the baseline (nats/token)", "kl", False),
+    "ratio": ("perplexity ratio", "ratio", False),
+    "exact_match": ("identical continuations", "percent", True),
+    "kl_mean_vs_baseline": ("mean KL, new − baseline (nats/token)", "signed", False),
+    "nll_delta_vs_baseline": ("ΔNLL, new − baseline (nats/token)", "signed", False),
+    "top1_agreement_vs_baseline": ("top-1 agreement, new − baseline", "points", True),
+    "retention_vs_baseline": ("retention, new − baseline", "points", True),
+    "ratio_vs_baseline": ("perplexity ratio, new − baseline", "signed", False),
+    "exact_match_vs_baseline": ("identical continuations, new − baseline", "points", True),
+    "macro_accuracy_delta_vs_baseline": ("macro accuracy, new − baseline", "points", True),
     "floor_factor": ("KL over the noise floor", "kl", False),
     "merged_floor_factor": ("KL of merged over the noise floor", "kl", False),
     "macro_accuracy_delta": ("macro accuracy difference", "points", True),
@@ -71,6 +79,8 @@ def format_value(value: float | None, kind: str, like: float | None = None) -> s
         return f"{_fixed(100 * value, 1)} points"
     if kind == "count":
         return f"{value:,.0f}"
+    if kind in ("tokens", "rate"):  # positions, and tokens per second: three digits
+        return f"{value:,.0f}" if abs(pattern) >= 100 else _fixed(value, min(2, significant(pattern, 3)))
     if kind == "ratio":
         return _fixed(value, 4)
     if kind in ("ppl", "nll"):

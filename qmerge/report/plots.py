@@ -243,4 +243,6 @@ def captions() -> dict[str, str]:
         "windows": "Each dot is one window or document; an interval that crosses 0 means that the loss is not measurably different from the separate model's.",
         "survival": "Each mark is one linear: at 1 the stored weight holds the adapter's whole change, at 0 rounding has erased it; ticks are medians per layer.",
         "size": "Low and left is better: as small as the base, as close to the separate model as the noise floor allows.",
+        "tasks": "Each mark is the paired difference on one benchmark; an interval that covers 0 is no measured change. Below the tasks, their mean.",
+        "speed": "Longer bars are faster; brackets hold the spread over repeats.",
     }

@@ -135,7 +135,7 @@ def text(x: float, y: float, words: object, anchor: str = "start", cls: str = ""
 
 def text_width(words: str, size: float = 13) -> float:
     """A cautious estimate, without fonts."""
-    return sum(1.0 if ord(char) > 0x2E80 else 0.57 for char in words) * size
+    return sum(1.0 if ord(char) > 0x2E80 else 0.62 for char in words) * size
 
 
 def shorten(name: str, limit: int) -> str:

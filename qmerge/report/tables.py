@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 from qmerge.report import fields
@@ -19,9 +18,10 @@ from qmerge.report.numbers import (
     metric_label,
     metric_parts,
 )
+from qmerge.report.sections import Section, generation, perplexity, tasks, text_of
 from qmerge.units import format_bytes
 
-__all__ = ["check_rows", "fingerprint_rows", "format_metric", "linear_rows", "metric_parts", "more_tables", "notes", "summary_rows", "task_rows", "terminal_table"]
+__all__ = ["check_rows", "fingerprint_rows", "format_metric", "linear_rows", "metric_parts", "notes", "plain_table", "summary_rows", "terminal_table"]
 
 SUMMARY = (
     ("arm", "arm"),
@@ -32,7 +32,6 @@ SUMMARY = (
     ("bytes", "size"),
 )
 METRIC_OF = {"perplexity": ("ppl", "ppl"), "kl": ("kl_mean", "kl"), "top1": ("top1_agreement", "percent"), "retention": ("retention", "percent")}
-PERPLEXITIES = {"ppl": "", "word_ppl": ", per word", "byte_ppl": ", per byte", "bits_per_byte": ", bits per byte"}
 REFERENCE_KL = "0 (reference)"
 TERMINAL_COLUMNS = 110
 
@@ -90,67 +89,6 @@ def check_rows(results: Results, parts: bool = False) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-TASK_LABELS = {"macro_accuracy_delta": "mean over tasks", "macro_bootstrap": "mean over tasks, bootstrap"}
-
-
-def task_rows(results: Results) -> list[dict[str, str]]:
-    """Benchmarks per arm: task and metric, accuracy, difference to the reference, items that changed, exact McNemar p, change of the gold answer's margin."""
-    rows = []
-    for name, arm in fields.arms(results).items():
-        for task, found in fields.as_dict(arm.get("tasks")).items():
-            row = fields.as_dict(found)
-            p = fields.number(row.get("mcnemar_p"))
-            delta = row if "value" in row else row.get("delta")  # the mean over tasks is a difference only
-            metric = f" ({clean(row['metric'])})" if isinstance(row.get("metric"), str) else ""
-            rows.append(
-                {
-                    "arm": clean(name),
-                    "task": TASK_LABELS.get(task) or f"{clean(task)}{metric}",
-                    "accuracy": format_metric(row.get("accuracy"), "percent"),
-                    "delta": format_metric(delta, "points"),
-                    "flips": format_value(fields.number(row.get("flips")), "count"),
-                    "p": MISSING if p is None else f"{p:.2g}",
-                    "margin": format_metric(row.get("margin_delta"), "signed"),
-                }
-            )
-    return rows
-
-
-def more_tables(results: Results) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    """What only some evaluations measure, as ``(title, heads, rows)``; the first two columns are names, the others numbers."""
-    found = [
-        ("Perplexity by protocol", ("protocol", "arm", "perplexity", "ratio to separate"), _perplexity_rows(results)),
-        ("Greedy continuations against separate", ("text", "arm", "prompts", "equal throughout", "first other token, median"), _generation_rows(results)),
-    ]
-    return [one for one in found if one[2]]
-
-
-def _perplexity_rows(results: Results) -> list[tuple[str, ...]]:
-    """A row per protocol (with its settings and text) and arm; lm-eval's has one per unit."""
-    rows = []
-    arms = fields.arms(results)
-    labels = dict.fromkeys(label for arm in arms.values() for label in fields.as_dict(arm.get("perplexity")))
-    for label, (key, unit), (name, arm) in product(labels, PERPLEXITIES.items(), arms.items()):
-        found = fields.as_dict(fields.as_dict(fields.as_dict(arm.get("perplexity")).get(label)).get("metrics"))
-        if key in found:
-            ratio = format_metric(found.get("ratio"), "ratio") if key in ("ppl", "word_ppl") else ""
-            rows.append((clean(label) + unit, clean(name), format_metric(found[key], "ppl"), ratio))
-    return rows
-
-
-def _generation_rows(results: Results) -> list[tuple[str, ...]]:
-    """A row per text and arm but the reference. A median at the full length is a lower bound: those continuations never left the reference's."""
-    rows = []
-    for name, arm in fields.arms(results).items():
-        for text, found in fields.as_dict(arm.get("generation")).items() if name != fields.REFERENCE else ():
-            row = fields.as_dict(found)
-            median = fields.as_dict(row.get("first_divergence"))
-            bound = "≥ " if fields.number(median.get("value")) is not None and median.get("value") == row.get("new_tokens") else ""
-            cells = format_value(fields.number(row.get("prompts")), "count"), format_metric(row.get("exact_match"), "percent"), bound + format_metric(median, "count")
-            rows.append((clean(text), clean(name), *cells))
-    return sorted(rows, key=lambda row: row[0])
 
 
 def linear_rows(results: Results, arm: str, count: int = 10) -> list[dict[str, str]]:
@@ -213,12 +151,21 @@ def _aligned(table: Sequence[Sequence[str]], caps: Sequence[int]) -> list[str]:
     return [lines[0], "-" * max(map(_width, lines))] + lines[1:]
 
 
+def plain_table(section: Section, columns: int = 150) -> str:
+    """A section's rows for a terminal: columns aligned, each at most 34 wide, together at most ``columns`` where 12 each are enough."""
+    table = [section.heads, *([text_of(cell) for cell in row] for row in section.rows)]
+    widths = [min(34, max(_width(line[column]) for line in table)) for column in range(len(section.heads))]
+    while sum(widths) + 2 * (len(widths) - 1) > columns and max(widths) > 12:
+        widths[widths.index(max(widths))] -= 1
+    lines = ["  ".join(_fit(item, width) for item, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    return "\n".join([lines[0], "-" * max(map(_width, lines)), *lines[1:]])
+
+
 def terminal_table(results: Results) -> str:
-    """Plain aligned text, one block per evaluation text and per table of `more_tables`, at most 110 columns; intervals are 95 %."""
+    """Plain aligned text, one block per evaluation text, protocol table and so on, at most 110 columns; intervals are 95 %."""
     texts = fields.text_names(results)
     if not texts:
         return "no evaluation text was measured"
     blocks = ["\n".join(_block(results, text)) for text in texts]
-    for title, heads, rows in more_tables(results):
-        blocks.append("\n".join([title, *_aligned([heads, *rows], (TERMINAL_COLUMNS, 22, *[26] * (len(heads) - 2)))]))
+    blocks += [f"{found.title}\n{plain_table(found, TERMINAL_COLUMNS)}" for make in (perplexity, generation, tasks) if (found := make(results)) and found.rows]
     return "\n\n".join(blocks)

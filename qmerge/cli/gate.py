@@ -1,0 +1,89 @@
+"""`qmerge compare`: are results inside a budget, and not worse than an accepted run?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qmerge.cli.evidence import recomputed, show_verdict
+from qmerge.cli.output import QuietCommand, result_json, say
+from qmerge.errors import Refused
+
+
+@click.command("compare", cls=QuietCommand)
+@click.argument("results", metavar="results.json")
+@click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
+@click.option("--baseline", metavar="results.json", help="Older results to hold the candidates against; paired token by token where the .npz of both are there.")
+@click.option("--ignore-versions", is_flag=True, help="Compare with a --baseline that was measured with other versions of torch, transformers, …")
+@click.option("--recompute", is_flag=True, help="Judge numbers computed anew from the per-token arrays and items beside the results, not the stored ones.")
+@click.option("--save-baseline", metavar="FILE", help="Accept these results: write what a later --baseline needs of them. Refused where they fail.")
+@click.option("--junit", metavar="FILE", help="Write the checks as JUnit XML too.")
+@click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
+@click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout.")
+@click.pass_context
+def compare_command(
+    context: click.Context, results: str, budget: str, baseline: str | None, ignore_versions: bool, recompute: bool, save_baseline: str | None, junit: str | None, strict: bool,
+    as_json: bool,
+) -> None:
+    """Judge results against a budget, and against older results. Exit 0: pass; 3: below budget, or worse than the baseline."""
+    from qmerge.quality.compare import exit_code
+    from qmerge.report.write import write_junit
+
+    judged = judge(results, budget, baseline, ignore_versions, recompute=recompute)
+    verdict = judged["verdict"]
+    # files first: whoever reads the verdict through `head` still gets them
+    if junit:
+        write_junit(judged, junit, strict)
+        say(f"wrote {junit}")
+    if save_baseline and verdict["state"] != "fail":
+        accept(judged, save_baseline)
+    if as_json:
+        result_json(verdict)
+    else:
+        show_verdict(verdict)
+    if save_baseline and verdict["state"] == "fail":
+        raise Refused("these results failed, so they do not become a baseline", where=save_baseline, found=verdict["reasons"][0], fix="a budget that they hold, if that is meant: --budget FILE")
+    say(f"Next: qmerge report {results} --out DIR")
+    context.exit(exit_code(verdict, strict))
+
+
+def judge(path: str, budget: str, baseline: str | None, ignore_versions: bool, *, recompute: bool = False) -> dict[str, Any]:
+    """The results at ``path`` with the verdict that ``budget`` and ``baseline`` give them now."""
+    from qmerge.quality.compare import load_budget
+    from qmerge.report.load import load_results
+
+    limits = load_budget(budget)
+    results = load_results(path, whole=True)
+    if recompute:
+        results = recomputed(Path(path), results)
+    return judged_again(results, path, limits, baseline, ignore_versions)
+
+
+def judged_again(results: dict[str, Any], path: str | Path, limits: dict[str, Any], baseline: str | None, ignore_versions: bool) -> dict[str, Any]:
+    """``results`` with a verdict from ``limits`` and, where given, from the results at ``baseline``, paired where both have their per-token numbers."""
+    from qmerge.quality.compare import compare
+    from qmerge.report.load import load_results
+
+    old = load_results(baseline, whole=True) if baseline else None
+    return results | {"verdict": compare(results, limits, old, ignore_versions=ignore_versions, tokens=_tokens(path, baseline) if baseline else None)}
+
+
+def accept(results: dict[str, Any], target: str) -> None:
+    """Write a baseline."""
+    from qmerge.quality.baseline import baseline_of
+    from qmerge.report.write import write_json
+
+    write_json(baseline_of(results), target)
+    say(f"wrote {target}")
+
+
+def _tokens(new: str | Path, old: str | Path) -> tuple[Any, Any] | None:
+    """Both sidecars, or None where one is missing. Imported here: without them a verdict needs no torch."""
+    places = [Path(path).with_suffix(".npz") for path in (new, old)]
+    if not all(place.is_file() for place in places):
+        return None
+    from qmerge.quality.sidecar import read_scores
+
+    return read_scores(places[0]), read_scores(places[1])

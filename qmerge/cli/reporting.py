@@ -1,0 +1,87 @@
+"""`qmerge report`, `qmerge advise`: show results, many of them over time, and say what to ship."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from qmerge.cli.gate import judge
+from qmerge.cli.output import QuietCommand, result, result_json, say, warn
+from qmerge.errors import UsageProblem
+
+
+@click.command("report", cls=QuietCommand)
+@click.argument("results", metavar="[results.json]", required=False)
+@click.option("--out", required=True, metavar="DIR", help="Folder for report.md and report.html (history.md and history.html with --history).")
+@click.option("--budget", metavar="FILE", help="Judge again by this budget (default: the verdict in the results; with --baseline: default).")
+@click.option("--baseline", metavar="results.json", help="Older results to hold the candidates against.")
+@click.option("--ignore-versions", is_flag=True, help="Compare, or join in a history, what was measured with other versions of torch, transformers, …")
+@click.option("--history", metavar="DIR", help="Instead of one report: a metric over all results below DIR, by time.")
+@click.option("--metric", default="kl_mean", show_default=True, help="The metric of --history.")
+@click.option("--junit", metavar="FILE", help="Write the checks as JUnit XML too.")
+@click.option("--json", "as_json", is_flag=True, help="The paths as JSON on stdout.")
+def report_command(
+    results: str | None, out: str, budget: str | None, baseline: str | None, ignore_versions: bool, history: str | None, metric: str, junit: str | None, as_json: bool
+) -> None:
+    """Write report.md and report.html from results; with --history, how a metric went over many of them."""
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UsageProblem("--out names a file", where=out, expected="a folder for the report", found="a file")
+    if (results is None) == (history is None):
+        raise UsageProblem("a report is of one results.json, or of a --history", where="qmerge report", expected="one of the two", found="neither" if results is None else "both")
+    if history:
+        pages = _history(history, metric, ignore_versions, out)
+    else:
+        pages = _report(str(results), out, budget, baseline, ignore_versions, junit)
+    result(json.dumps(pages) if as_json else "\n".join(pages))
+    say(f"Next: open {pages[1]}")
+
+
+def _report(results: str, out: str, budget: str | None, baseline: str | None, ignore_versions: bool, junit: str | None) -> list[str]:
+    from qmerge.report.load import load_results
+    from qmerge.report.write import write_junit, write_report
+
+    shown = judge(results, budget or "default", baseline, ignore_versions) if budget or baseline else load_results(results)
+    if junit:
+        write_junit(shown, junit)
+    return [str(page) for page in write_report(shown, out)]
+
+
+def _history(folder: str, metric: str, ignore_versions: bool, out: str) -> list[str]:
+    from qmerge.report.history import collect, render_history_html, render_history_markdown
+    from qmerge.report.write import write_page
+
+    found = collect(folder, metric, ignore_versions)
+    for name, why in found.unread:
+        warn(f"{name} is left out: {why}")
+    if not found.series:
+        raise UsageProblem("no results below this folder hold the metric", where=folder, expected=f"results.json files with {metric}", found=f"{found.files} results files")
+    pages = {"history.md": render_history_markdown(found), "history.html": render_history_html(found)}
+    for name, page in pages.items():
+        write_page(Path(out) / name, page)
+    return [str(Path(out) / name) for name in pages]
+
+
+@click.command("advise", cls=QuietCommand)
+@click.argument("results", metavar="results.json")
+@click.option("--adapters", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="How many adapters of this base are to be served.")
+@click.option("--engine", type=click.Choice(["transformers", "vllm", "sglang"]), help="What will serve it.")
+@click.option("--json", "as_json", is_flag=True, help="The advice as JSON on stdout.")
+def advise_command(results: str, adapters: int, engine: str | None, as_json: bool) -> None:
+    """Keep the adapter separate, or ship a merged file? One line why, and the usual table with this model's measured values."""
+    from qmerge.report.choice import choose, compared
+    from qmerge.report.load import load_results
+    from qmerge.report.tables import plain_table
+
+    found = load_results(results)
+    choice, table = choose(found, adapters, engine), compared(found, adapters)
+    if as_json:
+        rows = [[cell if isinstance(cell, str) else list(cell) for cell in row] for row in table.rows] if table else []
+        result_json(asdict(choice) | {"table": {"heads": list(table.heads) if table else [], "rows": rows}})
+        return
+    result(f"{choice.sentence} {choice.reason}")
+    if table:
+        result("\n" + plain_table(table))
+    say(f"Next: qmerge report {results} --out DIR")

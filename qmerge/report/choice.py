@@ -1,0 +1,180 @@
+"""Keep the adapter separate, or ship a merged file: bf16, nf4, gptq, …? One line why, and the table that the question is usually answered with.
+
+Every figure is one of this model's measured values; what was not measured is called that. ``advice`` says which candidate the gate lets
+through; this adds how many adapters are to be served, by which engine, at which measured speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qmerge.report import fields
+from qmerge.report.advice import by_kl, recommend, worst_kl
+from qmerge.report.clean import clean
+from qmerge.report.engines import ENGINES, FLOAT, format_name, loads
+from qmerge.report.fields import Results
+from qmerge.report.numbers import MISSING, format_metric, format_value, metric_parts
+from qmerge.report.sections import Cell, Section, batches, by_batch, bytes_text, seconds_parts, serving_rows
+
+NOT_MEASURED = "not measured"
+MAX_COLUMNS = 4
+FASTER = 1.2
+"""a measured speed counts as another one from this ratio on"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``action``: ``keep separate``, ``ship merged bf16``, ``ship <format>``, ``keep what was accepted``, ``collect more text`` or ``none``; ``arm``: whose file. Plain text, names cleaned, not escaped."""
+
+    action: str
+    arm: str | None
+    sentence: str
+    reason: str
+
+
+def choose(results: Results, adapters: int = 1, engine: str | None = None) -> Choice:
+    """The advice for serving ``adapters`` fine-tunes of one base with ``engine`` (a key of ``ENGINES``, or None: any)."""
+    known = ENGINES.get(engine or "")
+    usable = [name for name in by_kl(results, _passing(results)) if not engine or loads(engine, fields.one_arm(results, name).get("kind"))]
+    if adapters > 1 and (several := _several(results, adapters, usable, engine)):
+        return several
+    advice = recommend(results)
+    if usable:
+        return _ship(results, usable, advice.reason if usable[0] == advice.candidate else "", adapters)
+    if advice.action == "ship":
+        name = clean(str(advice.candidate))
+        found = format_name(fields.one_arm(results, str(advice.candidate)).get("kind"))
+        return Choice("keep separate", None, f"Keep the adapter separate: {known.name if known else engine} does not load {clean(found)}.", f"{name} holds the budget, but is in a format that this engine does not load; write another with --format.")
+    if advice.action == "collect_more":
+        return Choice("collect more text", advice.candidate, advice.sentence, advice.reason)
+    if advice.action == "keep_accepted":
+        return Choice("keep what was accepted", None, advice.sentence, advice.reason)
+    if advice.action == "keep_separate":
+        return _merged_instead(results) or Choice("keep separate", None, advice.sentence, advice.reason)
+    return Choice("none", None, advice.sentence, advice.reason)
+
+
+def _passing(results: Results) -> list[str]:
+    return [name for name in fields.candidate_names(results) if fields.candidate_state(results, name) == "pass"]
+
+
+def _ship(results: Results, usable: list[str], reason: str, adapters: int) -> Choice:
+    """The passing candidate that decodes fastest where speeds were measured and differ, else the one nearest to the separate model."""
+    speeds = {name: speed for name in usable if (speed := _speed(results, name))}
+    best = usable[0]
+    if speeds and (fastest := max(speeds, key=speeds.__getitem__)) != best and speeds[fastest] > FASTER * speeds.get(best, 0.0) and best in speeds:
+        worst = worst_kl(results, fastest)
+        reason = f"It decodes {speeds[fastest]:.3g} tokens/s, {clean(best)} {speeds[best]:.3g}, and both hold the budget" + (f" (mean KL {format_value(worst[0], 'kl')} nats/token)." if worst else ".")
+        best = fastest
+    kind = fields.one_arm(results, best).get("kind")
+    name = "merged bf16" if str(kind) in FLOAT else format_name(kind)
+    more = _against_separate(results, best)
+    several = f" One file per adapter: {adapters} of them." if adapters > 1 else ""
+    return Choice(f"ship {name}", best, f"Ship {clean(name)}: {clean(best)}.", f"{reason or _measured(results, best)}{f' {more}' if more else ''}{several}")
+
+
+def _measured(results: Results, name: str) -> str:
+    worst, size = worst_kl(results, name), fields.one_arm(results, name).get("bytes")
+    said = [f"its mean KL is {format_value(worst[0], 'kl')} nats/token on {clean(worst[1])}"] if worst else []
+    said += [f"it takes {bytes_text(size)}"] if fields.number(size) else []
+    text = "; ".join(said) or "it holds the budget"
+    return text[:1].upper() + text[1:] + "."
+
+
+def _against_separate(results: Results, name: str) -> str:
+    ours, theirs = _speed(results, name), _speed(results, fields.REFERENCE)
+    return f"It decodes {ours:.3g} tokens/s, separate {theirs:.3g}." if ours and theirs else ""
+
+
+def _speed(results: Results, name: str) -> float | None:
+    """Measured decode tokens/s at the smallest batch."""
+    sizes = batches(results)
+    return by_batch(serving_rows(results).get(name, {}), "decode_tokens_per_s", sizes[0]) if sizes else None
+
+
+def adapter_bytes(results: Results) -> tuple[float, float] | None:
+    """(base, one adapter) in bytes, from the arms' sizes."""
+    base, both = (fields.number(fields.one_arm(results, name).get("bytes")) for name in (fields.BASE, fields.REFERENCE))
+    return (base, both - base) if base and both and both > base else None
+
+
+def _several(results: Results, adapters: int, usable: list[str], engine: str | None) -> Choice | None:
+    """Several adapters share one base where they stay separate: that is less to store and hold as soon as a second merged file is larger than an adapter."""
+    sizes = adapter_bytes(results)
+    name = usable[0] if usable else fields.MERGED
+    merged = fields.number(fields.one_arm(results, name).get("bytes"))
+    if sizes is None or not merged:
+        return None
+    apart, together = sizes[0] + adapters * sizes[1], adapters * merged
+    if apart >= together:
+        return None
+    how = f"; {ENGINES[engine].name} picks one per request ({ENGINES[engine].several})" if engine in ENGINES else ""
+    cost = _against_separate(results, name)
+    reason = f"{adapters} adapters on one base take {bytes_text(apart)}, {adapters} merged files like {clean(name)} {bytes_text(together)}; nothing is lost in quality, and adapters can be swapped while it serves{how}."
+    return Choice("keep separate", None, f"Keep the {adapters} adapters separate.", f"{reason}{f' The price is speed: {cost[:1].lower()}{cost[1:]}'.replace('it decodes', f'{clean(name)} decodes') if cost else ''}")
+
+
+def _merged_instead(results: Results) -> Choice | None:
+    """No candidate holds the budget. Float weights do where the merge itself passed; they pay where they were measured to be faster."""
+    shared = [check.get("state") for check in fields.checks(results, fields.MERGED)]
+    ours, theirs = _speed(results, fields.MERGED), _speed(results, fields.REFERENCE)
+    if not shared or set(shared) != {"pass"} or not ours or not theirs or ours < FASTER * theirs:
+        return None
+    size = bytes_text(fields.one_arm(results, fields.MERGED).get("bytes"))
+    return Choice("ship merged bf16", fields.MERGED, "Ship merged bf16: no 4-bit candidate holds the budget.", f"Float weights lose nothing that can be measured, take {size} and decode {ours:.3g} tokens/s, separate {theirs:.3g}.")
+
+
+def compared(results: Results, adapters: int = 1) -> Section | None:
+    """The usual table, merged against separate, with this model's values. None where no arm is known."""
+    arms = fields.arms(results)
+    names = [name for name in (fields.REFERENCE, fields.MERGED) if name in arms]
+    names += by_kl(results, fields.candidate_names(results))[:MAX_COLUMNS]
+    if not names:
+        return None
+    served = serving_rows(results)
+    count = max(adapters, 5)
+    rows: list[tuple[Cell, ...]] = [("time to first token", *(_or_not(seconds_parts(served.get(name, {}).get("time_to_first_token_s"))) for name in names))]
+    sizes = batches(results) or ["1", "32"]
+    for batch in dict.fromkeys((sizes[0], sizes[-1])):
+        rows.append((f"decode tokens/s, batch {batch}", *(_or_not(metric_parts(fields.as_dict(served.get(name, {}).get("decode_tokens_per_s")).get(batch), "rate")) for name in names)))
+    rows.append(("peak memory while decoding", *(_or_not(bytes_text(served.get(name, {}).get("peak_decode_bytes"))) for name in names)))
+    rows.append(("swap adapters while serving", *("yes" if name == fields.REFERENCE else "no, another checkpoint" for name in names)))
+    rows.append((f"{count} adapters of one base", *(_or_not(_size_of_many(results, name, count)) for name in names)))
+    rows.append(("loss: mean KL where it is worst", *(_loss(results, name) for name in names)))
+    rows.append(("share of the adapter's gain kept", *(_kept(results, name) for name in names)))
+    rows.append(("size on disk", *(_or_not(bytes_text(arms[name].get("bytes"))) for name in names)))
+    rows.append(("kernel", *(clean(served.get(name, {}).get("kernel") or NOT_MEASURED, 60) for name in names)))
+    rows.append(("packages to serve it", *(_packages(served.get(name, {})) for name in names)))
+    how = "Measured values of this model. Swapping and the number of files follow from the form itself; the size of several adapters is computed from the sizes here."
+    return Section("Separate or merged?", how, ("", *(clean(name, 60) for name in names)), tuple(rows))
+
+
+def _or_not(cell: Any) -> Cell:
+    return NOT_MEASURED if (cell if isinstance(cell, str) else cell[0]) == MISSING else cell
+
+
+def _size_of_many(results: Results, name: str, count: int) -> str:
+    sizes = adapter_bytes(results)
+    if name == fields.REFERENCE:
+        return bytes_text(sizes[0] + count * sizes[1] if sizes else None)
+    size = fields.number(fields.one_arm(results, name).get("bytes"))
+    return bytes_text(count * size if size else None)
+
+
+def _loss(results: Results, name: str) -> str:
+    worst = worst_kl(results, name)
+    if name == fields.REFERENCE:
+        return "0 (reference)"
+    return NOT_MEASURED if worst is None else f"{format_value(worst[0], 'kl')} nats/token"
+
+
+def _kept(results: Results, name: str) -> str:
+    if name == fields.REFERENCE:
+        return "100 % (reference)"
+    rows = [row for text in fields.text_names(results) if fields.number((row := fields.metric(results, name, text, "retention") or {}).get("value")) is not None]
+    return format_metric(min(rows, key=lambda row: float(row["value"])), "percent") if rows else NOT_MEASURED
+
+
+def _packages(row: dict[str, Any]) -> str:
+    return ", ".join(clean(item, 40) for item in fields.as_list(row.get("packages"))[:12]) or NOT_MEASURED

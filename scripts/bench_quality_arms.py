@@ -30,7 +30,7 @@ FULL = ("light",)
 """cases with every arm of ours; the others have those that a promise is about: a format's container does not change what is in it"""
 POLISHED = ("light",)
 """cases with all that polishing can do"""
-DISTILLED = ("light", "strong", "neox", "demo")
+DISTILLED = ("light", "strong")
 
 
 ODD, PADDED = "stories", ("gptq", "compressed-tensors")
@@ -43,7 +43,7 @@ def ours(name: str, label: str, only: tuple[str, ...] = (), **options: Any) -> A
 
 OURS = (
     ours("gptq-int4", "gptq int4 g128 sym", format="gptq"),
-    ours("gptq-int4-asym", "gptq int4 g128 asym", format="gptq", symmetric=False),
+    ours("gptq-int4-asym", "gptq int4 g128 asym", FULL, format="gptq", symmetric=False),
     ours("gptq-int4-g32", "gptq int4 g32 sym", FULL, format="gptq", group_size=32),
     ours("gptq-int4-blocks", "gptq int4 g128 sym, polish blocks", POLISHED, format="gptq", polish=("blocks",)),
     ours("gptq-int4-distill", "gptq int4 g128 sym, polish distill", DISTILLED, format="gptq", polish=("distill",)),

@@ -28,7 +28,7 @@ from qmerge.quality.fingerprint import text_protocol
 from qmerge.quality.measure import TokenScores, measure
 from qmerge.quality.metrics import json_metric, reference_scores, text_metrics
 from qmerge.quality.plain import place
-from qmerge.quality.reference import Reference
+from qmerge.quality.reference import CACHE_BYTES, Answers
 from qmerge.quality.served import as_served
 from qmerge.store.texts import Document, Windows, pack_windows, read_documents, tokenize_documents
 
@@ -79,7 +79,7 @@ class Measurer:
         self.case, self.folder, self.device, self.say = case, folder / "scores", device, say
         self.adapter: AdapterSet = as_set(str(case.adapter))
         self.common = {"inputs": prepared["inputs"], "device": device, "code": code_digest(("quality",))}
-        self._reference: Reference | None = None
+        self._reference: Answers | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def scores(self, name: str, key: str, load: Callable[[], torch.nn.Module], texts: dict[str, Read]) -> dict[str, TokenScores]:
@@ -99,10 +99,10 @@ class Measurer:
             gc.collect()
         return found
 
-    def reference(self) -> Reference:
+    def reference(self) -> Answers:
         if self._reference is None:
             model = loading.load_separate(str(self.case.base), self.adapter).model
-            self._reference = Reference(place(model, self.device))
+            self._reference = Answers(place(model, self.device), CACHE_BYTES)
         return self._reference
 
     def in_memory(self, texts: dict[str, Read]) -> tuple[Scores, str]:

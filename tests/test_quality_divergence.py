@@ -91,20 +91,21 @@ def test_js_is_left_out_where_both_exclude_the_same():
     for ids in windows.ids:
         ids[ids == 9] = 0
     scores = measure(reference, candidate, windows)
-    assert scores.js is None and np.isfinite(scores.kl).all() and "js_mean" not in text_metrics(scores)
+    assert len(scores.js) == 0 and np.isfinite(scores.kl).all() and "js_mean" not in text_metrics(scores)
 
 
 def test_js_is_symmetric_bounded_and_exact_near_zero():
     """A half lost, or fp32 noise where two models almost agree."""
-    p, q = torch.randn(5, 50) * 3, torch.randn(5, 60) * 3
+    random = torch.Generator().manual_seed(0)
+    p, q = torch.randn(5, 50, generator=random) * 3, torch.randn(5, 60, generator=random) * 3
     torch.testing.assert_close(support_divergence(p, q), support_divergence(q, p))
     assert (support_divergence(p, q) <= math.log(2)).all()
     apart = support_divergence(torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-torch.inf, 0.0]]))
     assert float(apart) == pytest.approx(math.log(2))
-    close = torch.cat([p, torch.full((5, 1), -20.0)], 1)
+    close = torch.cat([p, torch.full((5, 1), -10.0)], 1)
     expected = [slow.js(slow.probabilities(a.double().tolist()), slow.probabilities(b.double().tolist())) for a, b in zip(p, close, strict=True)]
     np.testing.assert_allclose(support_divergence(p, close).numpy(), expected, rtol=1e-3)
-    assert max(expected) < 1e-6
+    assert 0 < max(expected) < 1e-6
 
 
 def test_js_comes_back_from_the_sidecar_and_is_noted(tmp_path):

@@ -92,7 +92,7 @@ def oracle(model, how, tokenizer=None):
         elif request.protocol == "strided":
             found = {"ppl": slow.strided(model, ids, size, request.settings["stride"])}
         elif request.protocol == "llama.cpp":
-            found = {"ppl": slow.llama_cpp(model, ids, size, 0 if ids[0] == 0 else None)[0]}
+            found = {"ppl": slow.llama_cpp(model, ids, size, 0 if ids[0] == 0 else None)}
         else:
             found = dict(zip(("word_ppl", "byte_ppl", "bits_per_byte"), slow.lm_eval(model, DOCUMENTS, tokenizer, 0, size), strict=True))
     return {name: f"{value:.4f}" for name, value in found.items()}
@@ -205,6 +205,16 @@ def test_malformed_requests_say_what_is_meant(text):
     with pytest.raises(UsageProblem) as error:
         parse_requests([text])
     assert any(word in str(error.value) for word in ("gptq:wiki.txt", "strided", "tokens=N", "whole number"))
+
+
+def test_empty_rows_are_part_of_a_joined_text(tmp_path):
+    """WikiText-2 from the hub has an empty row between paragraphs; without them its joined text, and its perplexity, is another."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", "", "b")))
+    for how, texts in (("gptq", ["a", "", "b"]), ("strided", ["a", "", "b"]), ("llama.cpp", ["a", "", "b"]), ("lm-eval", ["a", "b"])):
+        assert read_request(Request(how, {}, str(tmp_path / "rows.jsonl"))) == texts
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": ""}))
+    with pytest.raises(Refused, match="no documents"):
+        read_request(Request("gptq", {}, str(tmp_path / "rows.jsonl")))
 
 
 def test_labels_name_protocol_and_file_and_no_folder():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -40,8 +40,8 @@ class TokenScores:
     doc: np.ndarray  # int32
     vocabulary_cut: int = 0
     """size to which both vocabularies were cut, where they differ; 0 where they do not"""
-    js: np.ndarray | None = None
-    """float32, Jensen-Shannon divergence over both whole vocabularies where the models exclude different tokens, else NaN; None where they never do"""
+    js: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    """float32, Jensen-Shannon divergence over both whole vocabularies where the models exclude different tokens, else NaN; empty where they never do"""
 
     @property
     def finite(self) -> np.ndarray:
@@ -91,7 +91,7 @@ def measure(
             progress(done, len(windows))
     arrays = {name: np.concatenate(parts) for name, parts in rows.items()}
     js = arrays.pop("js")
-    return TokenScores(**arrays, vocabulary_cut=cut, js=None if np.isnan(js).all() else js)
+    return TokenScores(**arrays, vocabulary_cut=cut, js=js[:0] if np.isnan(js).all() else js)
 
 
 def _append(rows: dict[str, list[np.ndarray]], models: tuple[Answers, Answers], states: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor, scored: list, doc: list, first: int) -> None:

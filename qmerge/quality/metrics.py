@@ -52,7 +52,7 @@ def text_metrics(scores: TokenScores, base: TokenScores | None = None, floor: To
         "delta_p_rms": transform(cluster_mean(dp**2, clusters), root, "probability"),
         "nonfinite": Metric(float(bad), float(bad), float(bad), len(scores.kl), "tokens"),
     }
-    if scores.js is not None:
+    if len(scores.js):
         found["js_mean"] = _js_mean(scores)
     levels = cluster_quantiles(kl, clusters, list(QUANTILES.values()), "nats/token")
     found |= dict(zip(QUANTILES, levels, strict=True))

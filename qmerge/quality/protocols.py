@@ -102,8 +102,8 @@ def parse_requests(texts: Iterable[str]) -> dict[str, Request]:
 
 
 def read_request(request: Request) -> list[str]:
-    """The documents' texts; ``Refused`` where there are none."""
-    return [document.text for document in read_documents(request.source)]
+    """The documents' texts; ``Refused`` where there are none. Empty rows stay where rows are joined, and are no documents of ``lm-eval``."""
+    return [document.text for document in read_documents(request.source, keep_empty=request.protocol != "lm-eval")]
 
 
 def plan(request: Request, documents: Sequence[str], tokenizer: Any, context: int) -> Plan:

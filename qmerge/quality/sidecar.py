@@ -33,7 +33,7 @@ def write_results(results: dict[str, Any], scores: Scores, path: str | Path, ans
         for arm, row in arms.items():
             arrays |= {f"{text}/{arm}/{key}": getattr(row, key) for key in OWN}
             arrays[f"{text}/{arm}/vocabulary_cut"] = np.int64(row.vocabulary_cut)
-            arrays |= {} if row.js is None else {f"{text}/{arm}/js": row.js}
+            arrays |= {f"{text}/{arm}/js": row.js} if len(row.js) else {}
             arrays |= {f"{text}/{key}": getattr(row, key) for key in SHARED}
     beside = path.with_suffix(".npz")
     with open(beside.with_suffix(".npz.part"), "wb") as stream:
@@ -61,7 +61,7 @@ def read_scores(path: str | Path) -> Scores:
                 own = {k: arrays[f"{text}/{arm}/{k}"] for k in OWN} | {k: arrays[f"{text}/{k}"] for k in SHARED}
                 if any(row.shape != own["kl"].shape or row.ndim != 1 for row in own.values()):
                     raise Refused("the per-token arrays have different lengths", where=Path(path).name, expected="one number per token", found=f"{text}/{arm}")
-                scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]), js=arrays.get(f"{text}/{arm}/js"))
+                scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]), js=arrays.get(f"{text}/{arm}/js", np.zeros(0, np.float32)))
     except (KeyError, TypeError, ValueError) as error:
         raise Refused("the per-token arrays are incomplete", where=Path(path).name, expected="results.npz as qmerge wrote it", found=str(error)) from error
     return scores

@@ -74,23 +74,25 @@ def read_documents(
     *,
     doc_separator: str | None = None,
     limit: int | None = None,
+    keep_empty: bool = False,
 ) -> list[Document]:
     """Documents of a file, of every such file in a folder (sorted by name), or of a hub dataset ``name[[:config]:split]``.
 
     ``.txt`` is one document, or several split at ``doc_separator``; rows of ``.json`` (a list), ``.jsonl`` and ``.parquet`` are
     ``messages`` (the tokenizer's chat template), ``prompt`` + ``completion`` (only the completion is scored), ``text``, or
-    ``template`` with ``{field}`` names. Text is UTF-8; CRLF reads as LF. ``limit`` stops after so many documents.
+    ``template`` with ``{field}`` names. Text is UTF-8; CRLF reads as LF. ``limit`` stops after so many documents. Rows without text are left out
+    unless ``keep_empty`` (WikiText's are part of its text, where rows are joined).
 
     Raises ``Refused`` for what cannot be read, naming the file and the row, and ``UsageProblem`` for a malformed template.
     """
     parts = None if template is None else _template_parts(template)
     docs: list[Document] = []
     for doc in _documents(str(path), parts, tokenizer, doc_separator):
-        if doc.text:
+        if doc.text or keep_empty:
             docs.append(doc)
         if limit is not None and len(docs) >= limit:
             break
-    if not docs:
+    if not any(doc.text for doc in docs):
         raise Refused("no documents were found", where=str(path), expected="at least one document that is not empty", found="none")
     return docs
 

@@ -52,18 +52,15 @@ def strided(model: Any, ids: list[int], max_length: int, stride: int) -> float:
     return math.exp(total / tokens)
 
 
-def llama_cpp(model: Any, ids: list[int], n_ctx: int, bos: int | None) -> tuple[float, float]:
-    """``(perplexity, the +/- that the tool prints)``."""
-    nll, square, count, first = 0.0, 0.0, 0, n_ctx // 2
+def llama_cpp(model: Any, ids: list[int], n_ctx: int, bos: int | None) -> float:
+    nll, count, first = 0.0, 0, n_ctx // 2
     for chunk in range(len(ids) // n_ctx):
         window = ids[chunk * n_ctx : (chunk + 1) * n_ctx]
         if bos is not None:
             window = [bos, *window[1:]]
         for at in range(first, n_ctx - 1):
-            loss = -log_probability(model, window, at + 1)
-            nll, square, count = nll + loss, square + loss * loss, count + 1
-    nll, square = nll / count, square / count
-    return math.exp(nll), math.exp(nll) * math.sqrt((square - nll * nll) / (count - 1))
+            nll, count = nll - log_probability(model, window, at + 1), count + 1
+    return math.exp(nll / count)
 
 
 def lm_eval(model: Any, documents: list[str], tokenizer: Any, prefix: int, max_length: int) -> tuple[float, float, float]:

@@ -80,7 +80,7 @@ def page(how: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# What serving costs", "", f"`{how['command']}` writes this file and the JSON beside it, through `qmerge bench`.", "",
         f"Versions: {versions}. Machine: {machine['cpu']}, {machine['cores']} cores. Load average: {loads}."
-        + (" **Other jobs ran on these cores at the same time, so times are rough, and differences of less than their intervals mean nothing; bytes, peaks and kernels are not touched by that.**" if busy else ""), "",
+        + (" **Other jobs ran on these cores at the same time, more in one minute than in the next, which an interval over the repeats of one process does not see: compare no speeds between arms from this run. Bytes, peaks and kernels are not touched by that.**" if busy else ""), "",
         f"Prompts of {settings['prompt_tokens']} tokens, {settings['new_tokens']} decoded after each, at batch {', '.join(map(str, settings['batches']))}; {settings['repeats']} timings per process, {settings['rounds']} {'process' if settings['rounds'] == 1 else 'processes'} per arm.",
         *(f"{key.capitalize()}: {settings[key]}." for key in ("order", "load", "decoding", "memory", "interval")), "",
         "These models have 5 and 12 million parameters: Python's own time per layer is most of a decoding step, and the libraries are most of the memory. What carries over to large models is the kernel",

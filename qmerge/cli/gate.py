@@ -11,6 +11,9 @@ from qmerge.cli.evidence import recomputed, show_verdict
 from qmerge.cli.output import QuietCommand, result_json, say
 from qmerge.errors import Refused
 
+UNJUDGED = {"verdict": {"state": "inconclusive"}}
+"""what stands for a stored verdict, which a new one never rests on"""
+
 
 @click.command("compare", cls=QuietCommand)
 @click.argument("results", metavar="results.json")
@@ -52,10 +55,11 @@ def compare_command(
 def judge(path: str, budget: str, baseline: str | None, ignore_versions: bool, *, recompute: bool = False) -> dict[str, Any]:
     """The results at ``path`` with the verdict that ``budget`` and ``baseline`` give them now."""
     from qmerge.quality.compare import load_budget
-    from qmerge.report.load import load_results
+    from qmerge.report.load import check_whole, load_results
 
     limits = load_budget(budget)
-    results = load_results(path, whole=True)
+    results = load_results(path) | UNJUDGED
+    check_whole(results, path)
     if recompute:
         results = recomputed(Path(path), results)
     return judged_again(results, path, limits, baseline, ignore_versions)

@@ -38,6 +38,12 @@ def load_results(path: str | Path, whole: bool = False) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         fix = "Use the qmerge that wrote it, or evaluate again."
         raise Refused("These results have another layout.", where=found.name, expected=f"schema_version {SCHEMA_VERSION}", found=version, fix=fix)
-    if whole and (wrong := faults(results)):
-        raise Refused("These results are damaged or incomplete.", where=found.name, expected="results.schema.json", found="; ".join(clean(fault) for fault in wrong[:5]), fix="evaluate again")
+    if whole:
+        check_whole(results, found)
     return results
+
+
+def check_whole(results: dict[str, Any], path: str | Path) -> None:
+    """``Refused`` where ``results``, read from ``path``, leave results.schema.json."""
+    if wrong := faults(results):
+        raise Refused("These results are damaged or incomplete.", where=Path(path).name, expected="results.schema.json", found="; ".join(clean(fault) for fault in wrong[:5]), fix="evaluate again")

@@ -27,9 +27,9 @@ CASES = {
 @pytest.fixture(scope="module")
 def odd(zoo) -> tuple[str, str]:
     """A Llama of 64 channels and 172 inner ones, in NF4, and its adapter: 172 is no multiple of 8 or 32, and neither is one of 128."""
-    source = zoo.float("llama", "odd", hidden_size=64, intermediate_size=172)
-    base = save_nf4(source, zoo.root / "odd-nf4", True)
-    return base, save_adapter(source, zoo.root / "odd-adapter", base, 0.02, 1, target_modules=TARGETS["llama"])
+    source = zoo.float("llama", "unpacked", hidden_size=64, intermediate_size=172)
+    base = save_nf4(source, zoo.root / "unpacked-nf4", True)
+    return base, save_adapter(source, zoo.root / "unpacked-adapter", base, 0.02, 1, target_modules=TARGETS["llama"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -42,7 +42,7 @@ def test_the_public_loader_reads_padded_rows(zoo, odd, written, cli, case):
     assert {weight.shape for weight in weights.values()} >= {(64, 172), (172, 64)}
     for name, weight in weights.items():
         assert torch.equal(found[name.removesuffix(".weight")], weight), name
-    whole = fill(AutoModelForCausalLM.from_pretrained(zoo.float("llama", "odd", hidden_size=64, intermediate_size=172), dtype=torch.float32),
+    whole = fill(AutoModelForCausalLM.from_pretrained(zoo.float("llama", "unpacked", hidden_size=64, intermediate_size=172), dtype=torch.float32),
                  {name.removesuffix(".weight"): weight for name, weight in weights.items()})  # fmt: skip
     wanted = logits(whole, zoo.batch())
     assert float((logits(model, zoo.batch()) - wanted).norm() / wanted.norm()) < 1e-6

@@ -356,8 +356,11 @@ def test_text_of_tokens_that_the_adapter_brought(made: Made, tmp_path: Path) -> 
     results = evaluate(made.base("llama"), adapter, {"out": str(tmp_path / "out")}, {"t": text}, 48, on="original")
     kl = {arm: row["texts"]["t"]["metrics"]["kl_mean"]["value"] for arm, row in results["arms"].items()}
     assert kl["out"] < 1e-8 and kl["merged"] < 1e-8 and kl["base"] > 1e-5 and "mean of the others" in results["arms"]["base"]["note"], kl
-    with pytest.raises(Refused, match="lacks tokens"):
+    with pytest.raises(Refused, match="numbers tokens otherwise"):
         evaluate(made.base("llama"), adapter, {"bare": made.base("llama")}, {"t": text}, 48, on="original")
+    bare = shutil.copytree(made.base("llama"), tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*", "chat_template*"))
+    with pytest.raises(Refused, match="lacks tokens"):
+        evaluate(made.base("llama"), adapter, {"bare": str(bare)}, {"t": text}, 48, on="original")
 
 
 def test_run_measures_against_all_adapters(zoo: Zoo, tmp_path: Path) -> None:

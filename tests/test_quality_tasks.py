@@ -352,6 +352,7 @@ def test_metric_that_a_task_lacks_is_refused(tmp_path, arm):
         run_suite(open_tasks(load_suite(tmp_path / "suite.yaml")), *arm)
 
 
+@pytest.mark.slow
 def test_shipped_suites_name_tasks_and_metrics_that_lm_eval_has():
     """A typing error in a ready suite, found by the first user."""
     from lm_eval.tasks import TaskManager

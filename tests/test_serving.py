@@ -58,6 +58,7 @@ def section(bench) -> dict:
     return bench[2]["serving"]
 
 
+@pytest.mark.slow
 def test_every_arm_that_runs_has_every_number(section):
     """A column that is empty for one format, or a number without its spread and count."""
     for name in MEASURED:
@@ -70,6 +71,7 @@ def test_every_arm_that_runs_has_every_number(section):
     assert section["threads"] >= 1
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_folder(section, places, zoo):
     """The size of something else than what is on the disk; the adapter's bytes forgotten."""
     for name, folder in (("gptq", "gptq"), ("nf4", "nf4"), ("ct", "ct"), ("merged", "float")):
@@ -78,6 +80,7 @@ def test_bytes_are_those_of_the_folder(section, places, zoo):
     assert section["rows"]["separate"]["bytes"] == sum(part.stat().st_size for part in parts)
 
 
+@pytest.mark.slow
 def test_a_larger_batch_gives_more_tokens(section):
     """Rates per sequence taken for rates of the batch, or batches mixed up."""
     for name in MEASURED:
@@ -85,6 +88,7 @@ def test_a_larger_batch_gives_more_tokens(section):
         assert rates["8"]["value"] > rates["1"]["value"], name
 
 
+@pytest.mark.slow
 def test_memory_is_what_processes_of_torch_take(section):
     """kB taken for bytes, a peak of 0, or the memory of this process instead of the arm's."""
     for name in MEASURED:
@@ -93,6 +97,7 @@ def test_memory_is_what_processes_of_torch_take(section):
         assert row["process_bytes"] < row["peak_load_bytes"], name
 
 
+@pytest.mark.slow
 def test_kernels_and_packages_are_those_of_the_loaded_modules(section):
     """A name taken from the config: the file says gptq, and what runs is whatever the library chose on this machine, or a fall-back that dequantizes."""
     rows = section["rows"]
@@ -112,6 +117,7 @@ def test_a_kernel_that_falls_back_says_so(written):
     assert found.startswith(f"{chosen} (gptqmodel): dequantized at every call, then aten::")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_says_why_and_hides_nothing(bench, section):
     """One folder without weights, or a package that is not installed, and an hour of measuring is lost; or the arm silently missing from the table."""
     for name, reason in (("weightless", "no weights"), ("alien", "aqlm")):
@@ -120,12 +126,14 @@ def test_what_cannot_be_measured_says_why_and_hides_nothing(bench, section):
     assert list(section["rows"]) == ["separate", "merged", "gptq", "weightless", "nf4", "alien", "ct"]
 
 
+@pytest.mark.slow
 def test_the_rest_of_the_results_stays(bench):
     """Results that lose an evaluation because serving was measured afterwards."""
     _, before, after = bench
     assert {key: value for key, value in after.items() if key != "serving"} == before and after["serving"]["settings"]["repeats"] == 2
 
 
+@pytest.mark.slow
 def test_stdout_shows_the_tables_and_stderr_the_talk(bench):
     """Progress among the results, or a table without the arms."""
     answer = bench[0]
@@ -133,6 +141,7 @@ def test_stdout_shows_the_tables_and_stderr_the_talk(bench):
     assert "gptq, round 1 of 1" in answer.err and "qmerge report" in answer.err
 
 
+@pytest.mark.slow
 def test_nothing_local_is_in_the_json(section, places):
     """Folders, the user or the machine's name in a file that people publish."""
     text = json.dumps(section, allow_nan=False)

@@ -15,6 +15,7 @@ from qmerge.errors import Refused
 from qmerge.store.headers import read_header
 from qmerge.store.hub import resolve
 from qmerge.store.jsonfiles import read_object
+from qmerge.store.regular import check_contained
 from qmerge.store.tensors import read_tensor
 from qmerge.types import TensorSpec
 
@@ -59,6 +60,7 @@ def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Chec
     index and headers that disagree in either direction, a tensor in two shards, a shard path that is not a plain file name.
     """
     folder, name, commit = resolve(path_or_id, revision)
+    check_contained(folder, "config.json")
     config = read_object(folder / "config.json", what="the model's config")
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
@@ -67,6 +69,7 @@ def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Chec
     if index.is_file():
         specs = _sharded(folder, name)
     elif single.is_file():
+        check_contained(folder, SINGLE)
         specs = read_header(single)[0]
     else:
         raise _no_weights(folder, name)
@@ -87,6 +90,7 @@ def _no_weights(folder: Path, name: str) -> Refused:
 
 def _weight_map(folder: Path, name: str) -> dict[str, str]:
     """tensor -> shard, from the index; Refused unless every shard is a plain base name of a file that exists."""
+    check_contained(folder, INDEX)
     weight_map = read_object(folder / INDEX, what="the index of shards").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Refused("The index names no weights.", where=f"{INDEX} in {name}", expected='"weight_map": {tensor: file}',
@@ -107,6 +111,7 @@ def _sharded(folder: Path, name: str) -> dict[str, TensorSpec]:
     weight_map = _weight_map(folder, name)
     specs: dict[str, TensorSpec] = {}
     for file in sorted(set(weight_map.values())):
+        check_contained(folder, file)
         for tensor, spec in read_header(folder / file)[0].items():
             where = f"tensor {tensor!r} in {name}"
             if tensor in specs:

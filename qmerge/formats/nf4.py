@@ -57,6 +57,8 @@ def read_state(weight: str, load: Callable[[str], torch.Tensor], names: Iterable
     if code.numel() != 16 or not torch.allclose(code, nf4.code_book(quant_type), atol=1e-6):
         raise Refused(f"a 4-bit weight brings a code book that is not {quant_type.upper()}'s", where=weight + ".quant_map",
                       fix="bitsandbytes itself would ignore it")
+    if meta.get("quant_type", quant_type) != quant_type:
+        raise Refused("a quant state says another type than its name", where=state_name, expected=quant_type, found=repr(meta["quant_type"])[:60])
     nested = bool(meta.keys() & NESTED)
     parts = [weight + ".nested_absmax", weight + ".nested_quant_map"]
     if found := [name for name in parts if (name in held) != nested]:
@@ -132,10 +134,12 @@ def _read_meta(raw: torch.Tensor, where: str) -> dict[str, Any]:
     """The JSON state, every value of it in its range. What only double quantization has comes whole or not at all: a default instead of a lost value would be another weight."""
     if raw.dtype != torch.uint8 or raw.dim() != 1:
         raise Refused("a quant state cannot be read", where=where, expected="bytes", found=f"{raw.dtype} {list(raw.shape)}")
-    meta = parse_object(bytes(raw.tolist()), where, constants=False)
-    kind, nested = where.rpartition(STATE_KEY)[2], meta.keys() & NESTED
-    wrong = [] if meta.get("quant_type", kind) == kind else ["quant_type"]
-    wrong += [] if _count(meta.get("blocksize"), 2) and meta["blocksize"] % 2 == 0 else ["blocksize"]
+    try:
+        meta = parse_object(bytes(raw.tolist()), where, constants=False)
+    except Refused as problem:
+        raise Refused("a quant state cannot be read", where=where, expected="a JSON object, no key twice", found=problem.found) from None
+    nested = meta.keys() & NESTED
+    wrong = [] if _count(meta.get("blocksize"), 2) and meta["blocksize"] % 2 == 0 else ["blocksize"]
     shape = meta.get("shape")
     wrong += [] if isinstance(shape, list) and len(shape) == 2 and all(_count(size, 1) for size in shape) else ["shape"]
     wrong += [] if meta.get("dtype") in ("float16", "bfloat16", "float32") else ["dtype"]
@@ -144,7 +148,7 @@ def _read_meta(raw: torch.Tensor, where: str) -> dict[str, Any]:
         wrong += [] if _count(meta.get("nested_blocksize"), 1) else ["nested_blocksize"]
         wrong += [] if isinstance(offset, (int, float)) and not isinstance(offset, bool) and abs(offset) < 1e38 else ["nested_offset"]
     if wrong:
-        raise Refused("a quant state cannot be read", where=where, expected="quant_type, blocksize, shape, dtype as bitsandbytes writes them, and with double quantization nested_blocksize and nested_offset",
+        raise Refused("a quant state cannot be read", where=where, expected="blocksize, shape, dtype as bitsandbytes writes them, and with double quantization nested_blocksize and nested_offset",
                       found=", ".join(f"{key}: {repr(meta.get(key))[:60]}" for key in wrong))
     return meta
 

@@ -137,8 +137,12 @@ def model_dtype(plan: MergePlan) -> torch.dtype:
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
-    named = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype") or "bfloat16"
-    return getattr(torch, str(named).removeprefix("torch."))
+    inner = config.get("text_config")
+    named = config.get("dtype") or config.get("torch_dtype") or (inner.get("dtype") if isinstance(inner, Mapping) else None) or "bfloat16"
+    found = getattr(torch, str(named).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise Refused("the config names a dtype that no model's weights have", where="config.json", expected="bfloat16, float16 or float32", found=repr(named)[:60])
+    return found
 
 
 def nf4_template(plan: MergePlan) -> QuantState | None:

@@ -343,6 +343,54 @@ def test_templates_are_copied_as_text(case):
     assert (case.place / "out" / "chat_template.jinja").read_bytes() == template
 
 
+class Spoken:
+    """As much of a tokenizer as chats need, its template rendered by transformers' own sandbox."""
+
+    def __init__(self, template: str) -> None:
+        self.chat_template = template
+
+    def apply_chat_template(self, messages: Any, tokenize: bool) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        return render_jinja_template([messages], chat_template=self.chat_template)[0][0]
+
+
+TEMPLATES = {
+    "two loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a number of 40 million digits": "{{ (9 ** (9 ** 8)) % 10 }}",
+    "a text of 100 GB": "{{ 'a' * 10 ** 11 }}",
+    "a text that doubles": "{% set x = namespace(t='a' * 1000) %}{% for a in range(60) %}{% set x.t = x.t ~ x.t %}{% endfor %}{{ x.t }}",
+    "code": "{{ cycler.__init__.__globals__.os.popen('touch MARKER').read() }}",
+    "code by another way": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "an exception": "{{ raise_exception('\x1b[2Jowned') }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_template(case, name, monkeypatch):
+    """A template, which is a program, that hangs the command, takes its memory or leaves jinja's sandbox."""
+    from qmerge.errors import Refused
+    from qmerge.store import templates, texts
+
+    monkeypatch.setattr(templates, "LIMIT_S", 2.0)
+    case.text("chats.jsonl", '{"messages": [{"role": "user", "content": "hello"}]}\n' * 3)
+    began = time.monotonic()
+    with pytest.raises(Refused, match="cannot write this row") as caught:
+        texts.read_documents(case.root / "chats.jsonl", tokenizer=Spoken(TEMPLATES[name].replace("MARKER", str(case.marker))))
+    assert time.monotonic() - began < WAIT_S and not case.marker.exists() and "line 1" in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_chats_are_written_as_the_template_says(case):
+    """Chats that come out of the child in another order, or under another one's text; a child that is left behind."""
+    import multiprocessing
+
+    from qmerge.store import texts
+
+    case.text("chats.jsonl", "".join(json.dumps({"messages": [{"role": "user", "content": f"number {n} é\u2028"}]}) + "\n" for n in range(50)))
+    found = texts.read_documents(case.root / "chats.jsonl", tokenizer=Spoken("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"))
+    assert [document.text for document in found] == [f"<user>number {n} é\u2028" for n in range(50)] and not multiprocessing.active_children()
+
+
 def test_names_that_reach_a_warning_are_inert(case):
     """A base's name out of the adapter's config, printed and kept in the manifest."""
     case.change("adapter/adapter_config.json", base_model_name_or_path=f"/home/someone/models/{HTML}{ESCAPES}\nerror: all is lost")

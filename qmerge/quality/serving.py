@@ -71,7 +71,8 @@ def check_load(load: Load, folders: Mapping[str, str]) -> None:
         if value < 1:
             raise UsageProblem("this must be at least 1", where=flag, expected="1 or more", found=f"{value:g}")
     for name, folder in folders.items():
-        check_method(folder)  # refuses what is no checkpoint, and what no library should open
+        # refuses what is no checkpoint, and what no library should open; a folder without any weights is opened by none and gets a note
+        check_method(folder) if weight_bytes(folder) else quantization_method(folder)
         config = read_object(Path(folder) / "config.json", what="the model's config")
         text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
         longest = next((text[key] for key in ("max_position_embeddings", "n_positions") if isinstance(text.get(key), int)), None)

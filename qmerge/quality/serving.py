@@ -33,6 +33,7 @@ from qmerge.quality.fingerprint import versions
 from qmerge.quality.metrics import json_metric
 from qmerge.quality.stats import cluster_mean
 from qmerge.quality.words import public
+from qmerge.store.checkpoint import INDEX
 from qmerge.store.jsonfiles import read_object
 from qmerge.types import Metric
 
@@ -72,7 +73,7 @@ def check_load(load: Load, folders: Mapping[str, str]) -> None:
             raise UsageProblem("this must be at least 1", where=flag, expected="1 or more", found=f"{value:g}")
     for name, folder in folders.items():
         # refuses what is no checkpoint, and what no library should open; a folder without any weights is opened by none and gets a note
-        check_method(folder) if weight_bytes(folder) else quantization_method(folder)
+        check_method(folder) if weight_bytes(folder) or (Path(folder) / INDEX).exists() else quantization_method(folder)
         config = read_object(Path(folder) / "config.json", what="the model's config")
         text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
         longest = next((text[key] for key in ("max_position_embeddings", "n_positions") if isinstance(text.get(key), int)), None)

@@ -27,7 +27,7 @@ import torch
 from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.device import device_name
 from qmerge.errors import QmergeError, Refused, UsageProblem
-from qmerge.quality.arms import full_recipe, load_merged, quantization_method, weight_bytes
+from qmerge.quality.arms import check_method, full_recipe, load_merged, quantization_method, weight_bytes
 from qmerge.quality.attach import as_set, check_separate
 from qmerge.quality.evaluate import recipe_of
 from qmerge.quality.fingerprint import versions
@@ -71,7 +71,7 @@ def check_load(load: Load, folders: Mapping[str, str]) -> None:
         if value < 1:
             raise UsageProblem("this must be at least 1", where=flag, expected="1 or more", found=f"{value:g}")
     for name, folder in folders.items():
-        quantization_method(folder)  # refuses what is no checkpoint
+        check_method(folder)  # refuses what is no checkpoint, and what no library should open
         config = read_object(Path(folder) / "config.json", what="the model's config")
         text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
         longest = next((text[key] for key in ("max_position_embeddings", "n_positions") if isinstance(text.get(key), int)), None)

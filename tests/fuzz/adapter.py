@@ -48,7 +48,9 @@ def seeds() -> list[bytes]:
     dora = plain | {"use_dora": True, "lora_bias": True}
     tokens = plain | {"trainable_token_indices": {"embed_tokens": [1, 2]}, "layer_replication": [[0, 1], [0, 2]]}
     other = {"peft_type": "LOHA", "r": 2, "alpha": 4, "target_modules": ["q_proj"]}
+    patterns = [r"(a|a)" * 40, "q?" * 40 + "q" * 40, "(.*q){9}x", r"(\w+\.?)+!", ".*" * 9 + "x"]
     return [
+        *(joined(json.dumps(plain | {"rank_pattern": {pattern: 3}}), _header(**{f"base_model.model.{'q' * 40}.{'a' * 40}.lora_{side}.weight": [2, 2] for side in "AB"})) for pattern in patterns),
         joined(json.dumps(plain), _header(**pair)),
         joined(json.dumps(everything), _header(**pair, **second, **saved)),
         joined(json.dumps(dora), _header(**pair, **{f"{_Q}.lora_magnitude_vector": [3], f"{_Q}.lora_B.bias": [3]})),

@@ -252,7 +252,7 @@ def _row_document(row: Any, where: str, template: list[tuple[str, str | None]] |
 def _field(row: dict[str, Any], name: str, where: str, any_type: bool = False) -> str:
     value = row.get(name)
     if isinstance(value, str):
-        return value
+        return _whole(value, where)
     if any_type and isinstance(value, (int, float, bool)):
         return str(value)
     found = type(value).__name__ if name in row else "fields: " + (", ".join(map(str, row)) or "none")
@@ -280,9 +280,21 @@ def _chat(messages: Any, where: str, tokenizer: Any) -> str:
             where=where, expected="a tokenizer with a chat template", found="none", fix="use `text` rows, or give --template",
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is jinja code of the model's author: it can raise anything
         raise Refused("the chat template cannot write this row", where=where, found=f"{type(error).__name__}: {error}") from error
+    if not isinstance(text, str):  # a list of conversations makes a list of texts
+        raise Refused("the chat template cannot write this row", where=where, expected="`messages` of one conversation", found=type(text).__name__)
+    return _whole(text, where)
+
+
+def _whole(text: str, where: str) -> str:
+    """``text``; Refused where it holds half a character, which JSON can spell and no tokenizer reads."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Refused("a row holds half a character (a lone surrogate)", where=where, expected="text that can be written as UTF-8", found=f"{text[error.start]!r} at character {error.start}") from None
+    return text
 
 
 def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:

@@ -31,4 +31,7 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"no size in bytes: {text!r}")
     unit = match[2].removesuffix("B")
     power = "kMGT".index(unit[0]) + 1 if unit else 0
-    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
+    size = float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power
+    if not size < 2**63:
+        raise ValueError(f"no file is so large: {text[:80]!r}")
+    return int(size)

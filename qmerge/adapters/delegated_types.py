@@ -92,6 +92,8 @@ _DROPPED = frozenset({"runtime_config"})
 def check_type(config: dict[str, Any], where: str) -> Kind:
     """What the adapter's type needs. Refused, naming the type, where it cannot be merged, and for settings that PEFT or this file does not know."""
     name = config.get("peft_type")
+    if not isinstance(name, str):
+        raise Refused("The adapter's config does not say its type.", where=where, expected="peft_type: LORA, …", found=repr(name)[:120])
     if name in REFUSED:
         raise Refused(f"A {name} adapter cannot be merged: {REFUSED[name]}.", where=where, found=f"peft_type: {name}", fix=_fix(name))
     if name not in MERGED:

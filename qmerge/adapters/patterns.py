@@ -18,41 +18,40 @@ else:
     import sre_parse as _parser
 
 MOST_LETTERS = 4000
-MOST_REPEATS = 6
-"""open-ended repeats one after the other: time grows with the length of a name to this power, in the worst case"""
+MOST_WAYS = 2.0**30
+"""in which a name of 64 letters may be split among the repeats of a pattern and the choices in a row: seconds, in the worst case"""
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
 
 def check_pattern(pattern: Any, where: str) -> None:
-    """Refused where ``pattern`` is no regular expression, has a repeat or a choice inside a repeat, or more open-ended repeats in a row than `MOST_REPEATS`."""
+    """Refused where ``pattern`` is no regular expression, has a repeat or a choice inside a repeat, or can split a name in more ways than `MOST_WAYS`."""
     if not isinstance(pattern, str) or len(pattern) > MOST_LETTERS:
         raise Refused("A pattern of the adapter's config is no regular expression.", where=where, expected=f"text of at most {MOST_LETTERS} letters", found=repr(pattern)[:120])
     try:
         tree = _parser.parse(pattern)
-        repeats = _repeats(tree, False)
+        ways = _ways(tree, False)
     except (re.error, RecursionError, OverflowError) as error:
         raise Refused("A pattern of the adapter's config is no regular expression.", where=where, found=str(error)[:200]) from None
-    if repeats > MOST_REPEATS:
-        raise Refused("A pattern of the adapter's config could take for ever to match.", where=where, expected=f"at most {MOST_REPEATS} repeats in a row, none inside another", found=repr(pattern)[:120],
+    if ways > MOST_WAYS:
+        raise Refused("A pattern of the adapter's config could take for ever to match.", where=where, expected="few repeats and choices in a row, none inside a repeat", found=repr(pattern)[:120],
                       fix="write the modules' names out in adapter_config.json")
 
 
-def _repeats(tree: Any, inside: bool) -> int:
-    """Open-ended repeats on the longest way through ``tree``; far too many where one lies within another (or a choice does, ``inside`` a repeat)."""
-    count = 0
+def _ways(tree: Any, inside: bool) -> float:
+    """In how many ways a name may be split along ``tree``; infinitely many where a repeat or a choice lies ``inside`` a repeat."""
+    ways = 1.0
     for operator, value in tree:
         name = str(operator)
         if name in _REPEATS:
             least, most, body = value
-            many = int(most) > 1 and int(most) != int(least)
-            count += (MOST_REPEATS + 1 if inside and int(most) != int(least) else int(many)) + _repeats(body, inside or int(most) > 1)
+            spread = min(int(most) - int(least) + 1, 64)
+            ways *= _ways(body, inside or int(most) > 1) * (float("inf") if inside and spread > 1 else spread)
         elif name == "BRANCH":
-            ways = [_repeats(way, inside) for way in value[1]]
-            count += max(ways) + (MOST_REPEATS + 1 if inside else 0)
+            ways *= float("inf") if inside else sum(_ways(way, inside) for way in value[1])
         elif name == "GROUPREF_EXISTS":
-            count += sum(_repeats(way, inside) for way in value[1:] if way is not None)
+            ways *= sum(_ways(way, inside) for way in value[1:] if way is not None)
         elif name in ("ASSERT", "ASSERT_NOT"):
-            count += _repeats(value[1], inside)
+            ways *= _ways(value[1], inside)
         elif name in ("SUBPATTERN", "ATOMIC_GROUP"):
-            count += _repeats(value[-1] if name == "SUBPATTERN" else value, inside)
-    return count
+            ways *= _ways(value[-1] if name == "SUBPATTERN" else value, inside)
+    return ways

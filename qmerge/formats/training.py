@@ -46,8 +46,8 @@ def recipe_from_file(path: str | Path) -> Nf4Recipe:
 def recipe_from_mapping(mapping: Mapping[str, Any], where: str) -> Nf4Recipe:
     """The recipe that a training configuration stands for. Raises `UsageProblem` where it says another quantization than 4-bit bitsandbytes, or too little."""
     nested = mapping.get("quantization_config")
-    if isinstance(nested, Mapping):
-        return recipe_from_mapping(nested, f"{where}: quantization_config")
+    while isinstance(nested, Mapping):  # a stranger's may lie in each other deeper than calls can
+        mapping, where, nested = nested, f"{where}: quantization_config"[:400], nested.get("quantization_config")
     for speaks, read in _DIALECTS:
         if speaks(mapping):
             return read(mapping, where)

@@ -238,7 +238,7 @@ def _check_quantizing(recipe: Recipe, faults: list[str]) -> None:
     if budget is not None and fmt not in MIXED:
         faults.append(f"--bits-per-weight: format {fmt} has one bit width for all linears; {' and '.join(MIXED)} can mix them")
     elif budget is not None and not 4 <= budget <= 16:
-        faults.append(f"--bits-per-weight {budget:g}: expected 4 to 16, which --format {fmt} can store")
+        faults.append(f"--bits-per-weight {str(budget)[:40]}: expected 4 to 16, which --format {fmt} can store")
     if budget is not None and not recipe.symmetric:
         faults.append("--bits-per-weight with --asym: transformers reads several asymmetric grids in one checkpoint as if they were the first one; leave --asym out")
     if recipe.quantize_head and fmt not in HEADS:

@@ -6,7 +6,6 @@ verdict's words and the exit code come from the same checks.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +176,6 @@ def _budget_faults(content: Any) -> list[str]:
             faults.append(f"unknown metric {repr(key)[:80]} (known: {', '.join(DIRECTIONS)})")
         elif not isinstance(limit, dict) or list(limit) != [DIRECTIONS[key]]:
             faults.append(f"{key} wants {{{DIRECTIONS[key]}: number}}, found {repr(limit)[:120]}")
-        elif isinstance(limit[DIRECTIONS[key]], bool) or not isinstance(limit[DIRECTIONS[key]], (int, float)) or not math.isfinite(limit[DIRECTIONS[key]]):
+        elif isinstance(limit[DIRECTIONS[key]], bool) or not isinstance(limit[DIRECTIONS[key]], (int, float)) or not abs(limit[DIRECTIONS[key]]) < 1e300:
             faults.append(f"{key}.{DIRECTIONS[key]} is not a number: {repr(limit[DIRECTIONS[key]])[:120]}")
     return faults

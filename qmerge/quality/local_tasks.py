@@ -43,7 +43,7 @@ def setting_faults(task: dict[str, Any], folder: Path) -> list[str]:
         return [f"kind {kind!r} (known: {', '.join(NEEDED)})"]
     faults = [f"{key} is missing (kind {kind})" for key in NEEDED[kind] if key not in task]
     faults += [f"{key} has no meaning for kind {kind}" for key in task if key in KEYS and key not in {"file", "kind", "fewshot_file", *NEEDED[kind], *OWN[kind]}]
-    faults += [f"{key}: there is no file {task[key]!r} beside the suite" for key in ("file", "fewshot_file") if key in task and not (folder / task[key]).is_file()]
+    faults += [f"{key}: there is no file {task[key]!r} beside the suite" for key in ("file", "fewshot_file") if key in task and not _is_file(folder, task[key])]
     names = [task[key] for key in ("gold", "contexts", "continuation", "answer", "choices") if isinstance(task.get(key), str)]
     faults += [f"{name!r} cannot be a field: letters, digits and _ only" for name in names if not name.isidentifier()]
     try:
@@ -63,6 +63,13 @@ def setting_faults(task: dict[str, Any], folder: Path) -> list[str]:
     if not task.get("num_fewshot") and "fewshot_file" in task:
         faults.append("fewshot_file needs num_fewshot")
     return faults
+
+
+def _is_file(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).is_file()
+    except OSError:  # a name longer than names can be
+        return False
 
 
 def row_faults(task: dict[str, Any], folder: Path) -> list[str]:

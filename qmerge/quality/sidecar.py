@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -20,6 +22,12 @@ from qmerge.quality.tasks import Answers
 
 Scores = dict[str, dict[str, TokenScores]]
 """text -> arm -> scores; the arm ``served`` is the reference as its public loader runs it (the noise floor)"""
+_UNREADABLE = (
+    OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, tokenize.TokenError, SyntaxError, TypeError, KeyError, IndexError, OverflowError, struct.error,
+    MemoryError,  # an array that claims terabytes
+    RuntimeError,  # an encrypted archive, a compression that is not built in, brackets without end
+)
+"""what numpy and zipfile raise on damaged and hostile archives"""
 SHARED = ("nll_ref", "confidence", "window", "doc")
 OWN = ("nll_cand", "kl", "agree", "delta_p")
 
@@ -50,7 +58,7 @@ def read_scores(path: str | Path) -> Scores:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = dict(stored)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise Refused("the per-token arrays cannot be read", where=Path(path).name, expected="results.npz", found=str(error)) from error
     scores: Scores = {}
     try:
@@ -62,7 +70,7 @@ def read_scores(path: str | Path) -> Scores:
                 if any(row.shape != own["kl"].shape or row.ndim != 1 for row in own.values()):
                     raise Refused("the per-token arrays have different lengths", where=Path(path).name, expected="one number per token", found=f"{text}/{arm}")
                 scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]), js=arrays.get(f"{text}/{arm}/js", np.zeros(0, np.float32)))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Refused("the per-token arrays are incomplete", where=Path(path).name, expected="results.npz as qmerge wrote it", found=str(error)) from error
     return scores
 

@@ -86,9 +86,16 @@ def _top_faults(content: dict[str, Any], folder: Path) -> list[str]:
     faults = [f"unknown key {key!r}" for key in content if key not in KEYS]
     faults += [f"{k} has the wrong type: {repr(v)[:120]}" for k, v in content.items() if k in KEYS and not _typed(v, KEYS[k])]
     faults += [f"{k} must be above 0" for k in ("limit", "batch_size") if _typed(content.get(k), KEYS[k]) and content[k] <= 0]
-    if isinstance(content.get("include_path"), str) and not (folder / content["include_path"]).is_dir():
+    if isinstance(content.get("include_path"), str) and not _is_folder(folder / content["include_path"]):
         faults.append(f"include_path {content['include_path']!r} is no folder beside the suite")
     return faults
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name longer than names can be
+        return False
 
 
 def _task_faults(task: Any, folder: Path) -> list[str]:

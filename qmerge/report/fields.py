@@ -119,10 +119,10 @@ def candidate_state(results: Results, candidate: str) -> str | None:
     A candidate without checks has no verdict, unless it is alone: then the overall one is about it.
     """
     others = candidate_names(results)
-    states = [row.get("state") for row in checks(results) if str(row.get("arm")) == candidate]
+    states = [str(row.get("state")) for row in checks(results) if str(row.get("arm")) == candidate]
     if not states and others != [candidate]:
         return None
-    states += [row.get("state") for row in checks(results) if str(row.get("arm")) not in others]
+    states += [str(row.get("state")) for row in checks(results) if str(row.get("arm")) not in others]
     if others == [candidate] and verdict_state(results):
         states.append(verdict_state(results))
     if not states:

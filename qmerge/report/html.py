@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from qmerge.report import extra_plots, fields, plots, svg, tables
@@ -24,6 +25,11 @@ MAX_TEXTS = 8
 
 def _asset(name: str) -> str:
     return files("qmerge.report").joinpath(name).read_text("utf-8")
+
+
+@cache
+def _template() -> Template:
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(_asset("report.html"))
 
 
 def _figures(results: Results, texts: list[str]) -> list[dict[str, Any]]:
@@ -57,8 +63,7 @@ def render_html(results: Results) -> str:
     state, sentence = fields.verdict_state(results), verdict_sentence(results)
     elapsed = fields.number(results.get("elapsed_s"))
     worst = [(clean(name), tables.linear_rows(results, name)) for name in fields.candidate_names(results)[: plots.MAX_CANDIDATES]]
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(_asset("report.html"))
-    return template.render(
+    return _template().render(
         css=Markup(_asset("report.css") + svg.style_sheet()),
         state=state or "none",
         word=WORDS[state],

@@ -138,6 +138,8 @@ def _spec(name: str, row: Any, data_start: int, path: Path) -> TensorSpec:
     if nbytes != expected:
         raise Refused("A tensor's shape and its byte count disagree.", where=where, expected=f"{expected} bytes for {dtype} {shape}",
                       found=f"{nbytes} bytes", fix=_AGAIN)
+    if math.prod(filter(None, shape)) >= 2**60:  # beside a 0: safetensors multiplies in 64 bits
+        raise Refused("A tensor has a malformed shape.", where=where, expected="sizes whose product fits 64 bits", found=repr(shape)[:120], fix=_AGAIN)
     return TensorSpec(name, tuple(shape), dtype, path.name, data_start + offsets[0], nbytes)
 
 

@@ -19,11 +19,16 @@ MAX_JSON_BYTES = 100_000_000
 def parse_object(raw: bytes, where: str, *, constants: bool = True) -> dict[str, Any]:
     """The JSON object in ``raw`` (UTF-8 bytes). ``where`` names the file in errors.
 
-    ``constants=False`` also refuses ``NaN`` and ``Infinity``, which are not JSON; some model configs need them.
+    ``constants=False`` also refuses ``NaN`` and ``Infinity``, which are not JSON; some model configs need them; and ``-0``, which other readers take for a fraction.
     Raises Refused: not UTF-8, not JSON, a duplicate key at any depth, or not an object.
     """
     def refuse_constant(name: str) -> float:
         raise ValueError(f"{name} is not JSON")
+
+    def whole(digits: str) -> int:
+        if digits == "-0":
+            raise ValueError("-0 is no whole number")
+        return int(digits)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -34,7 +39,8 @@ def parse_object(raw: bytes, where: str, *, constants: bool = True) -> dict[str,
         return found
 
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=None if constants else refuse_constant)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=None if constants else refuse_constant,
+                           parse_int=None if constants else whole)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise Refused("The file does not hold valid JSON.", where=where, expected="one JSON object, no key twice", found=reason,

@@ -254,7 +254,7 @@ def _row_document(row: Any, where: str, template: list[tuple[str, str | None]] |
 def _field(row: dict[str, Any], name: str, where: str, any_type: bool = False) -> str:
     value = row.get(name)
     if isinstance(value, str):
-        return value
+        return _whole(value, where)
     if any_type and isinstance(value, (int, float, bool)):
         return str(value)
     found = type(value).__name__ if name in row else "fields: " + (", ".join(map(str, row)) or "none")
@@ -273,6 +273,15 @@ def _template_parts(template: str) -> list[tuple[str, str | None]]:
     if all(name is None for _, name, _, _ in parts):
         raise UsageProblem("the template names no field", where=f"--template {template!r}", expected="at least one {field}")
     return [(text, name) for text, name, _, _ in parts]
+
+
+def _whole(text: str, where: str) -> str:
+    """``text``; Refused where it holds half a character, which JSON can spell and no tokenizer reads."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Refused("a row holds half a character (a lone surrogate)", where=where, expected="text that can be written as UTF-8", found=f"{text[error.start]!r} at character {error.start}") from None
+    return text
 
 
 def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,66 @@
+"""Where do harnesses put the files that they give to readers, and what may a reader never do?"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qmerge.errors import QmergeError
+
+SHARED_MEMORY = "/dev/shm"
+_MADE: list[Path] = []
+
+
+class Broken(Exception):
+    """A reader did not keep its contract; the fuzzer reports this as a crash."""
+
+
+def folder(name: str) -> Path:
+    """A fresh folder in memory where the system has one, gone when the process ends."""
+    parent = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+    made = Path(tempfile.mkdtemp(prefix=f"qmerge-fuzz-{name}-", dir=parent))
+    _MADE.append(made)
+    return made
+
+
+@atexit.register
+def clean() -> None:
+    """Remove the folders."""
+    while _MADE:
+        shutil.rmtree(_MADE.pop(), ignore_errors=True)
+
+
+def refused(error: QmergeError) -> bool:
+    """False, after a look at the message: it can be made, and says something."""
+    if not str(error).strip():
+        raise Broken("a refusal without words")
+    return False
+
+
+class Opened:
+    """Every path that Python code opens while this is entered."""
+
+    _watching: list[Opened] = []
+    _hooked = False
+
+    def __enter__(self) -> Opened:
+        if not Opened._hooked:
+            sys.addaudithook(_note)
+            Opened._hooked = True
+        self.paths: list[Any] = []
+        Opened._watching.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Opened._watching.remove(self)
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and Opened._watching:
+        for watcher in Opened._watching:
+            watcher.paths.append(arguments[0])

@@ -1,0 +1,55 @@
+"""Does the reader of texts answer for any rows, and can what it accepts be tokenized, packed and fingerprinted?
+
+The first byte of an input says what the rest is: ``L`` .jsonl, ``J`` .json, ``T`` .txt, ``F`` .jsonl read with a template.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+from fuzz import bending
+from fuzz.places import Broken, folder, refused
+from transformers import AutoTokenizer
+
+from qmerge.errors import QmergeError
+from qmerge.store.texts import pack_windows, read_documents, text_fingerprint, tokenize_documents
+
+WORDS = ("messages", "role", "content", "user", "assistant", "system", "prompt", "completion", "text", "name", "\n", "\\ud800", "\\u0000", "<|im_end|>", "</s>", "{{", "}}")
+MAX_LEN = 1024
+TEMPLATE = "Q: {prompt}\n{text}"
+_FOLDER = folder("texts")
+_SUFFIXES = {b"L": "jsonl", b"J": "json", b"T": "txt", b"F": "jsonl"}
+_TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples" / "demo" / "base-nf4")
+
+
+def seeds() -> list[bytes]:
+    rows = [{"text": "one text"}, {"prompt": "a", "completion": "b"}, {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}, {"text": ""}]
+    return [*(b"L" + json.dumps(row).encode() for row in rows), b"L" + "\n".join(map(json.dumps, rows)).encode(), b"J" + json.dumps(rows).encode(), b"Tplain text\n\nmore", b"F" + json.dumps({"prompt": 5, "text": "x"}).encode(), b"L", b"J[]"]
+
+
+def check(data: bytes) -> bool:
+    kind = data[:1]
+    file = _FOLDER / f"rows.{_SUFFIXES.get(kind, 'jsonl')}"
+    file.write_bytes(data[1:])
+    try:
+        documents = read_documents(file, TEMPLATE if kind == b"F" else None, _TOKENIZER)
+        tokens = tokenize_documents(documents, _TOKENIZER)
+        windows = pack_windows(tokens, 8, keep_tail=True)
+    except QmergeError as error:
+        return refused(error)
+    text_fingerprint(documents, tokens, _TOKENIZER)
+    if any(len(part) != len(ids) for ids, scored, doc in zip(windows.ids, windows.scored, windows.doc, strict=True) for part in (scored, doc)):
+        raise Broken("windows of unequal parts")
+    return True
+
+
+def mutate(data: bytes, random: Random) -> bytes:
+    lines = data[1:].split(b"\n")
+    which = random.randrange(len(lines))
+    text = bending.bend_text(lines[which].decode("utf-8", "replace"), random, WORDS)
+    if text is None or random.random() < 0.1:
+        return bending.bend_bytes(data, random, WORDS)
+    lines[which] = text.encode("utf-8", "surrogatepass")
+    return data[:1] + b"\n".join(lines)

@@ -9,6 +9,7 @@ import click
 
 from qmerge.cli.evidence import recomputed, show_verdict
 from qmerge.cli.output import QuietCommand, result_json, say
+from qmerge.cli.targets import check_file, check_results_file
 from qmerge.errors import Refused
 
 UNJUDGED = {"verdict": {"state": "inconclusive"}}
@@ -34,6 +35,12 @@ def compare_command(
     from qmerge.quality.compare import exit_code
     from qmerge.report.write import write_junit
 
+    read = [place for place in (results, baseline, budget) if place]
+    if junit:
+        check_file(junit, "--junit", read)
+    if save_baseline:
+        # the accepted results may be replaced by what is accepted now, but never the results by their own excerpt
+        check_results_file(save_baseline, "--save-baseline", [results, budget, Path(results).with_suffix(".npz")])
     judged = judge(results, budget, baseline, ignore_versions, recompute=recompute)
     verdict = judged["verdict"]
     # files first: whoever reads the verdict through `head` still gets them
@@ -83,11 +90,14 @@ def accept(results: dict[str, Any], target: str) -> None:
     say(f"wrote {target}")
 
 
-def _tokens(new: str | Path, old: str | Path) -> tuple[Any, Any] | None:
-    """Both sidecars, or None where one is missing. Imported here: without them a verdict needs no torch."""
+def _tokens(new: str | Path, old: str | Path) -> tuple[Any, Any] | str:
+    """Both sidecars, or which one is missing. Imported here: without them a verdict needs no torch."""
+    from qmerge.quality.baseline import SIDES
+
     places = [Path(path).with_suffix(".npz") for path in (new, old)]
-    if not all(place.is_file() for place in places):
-        return None
+    missing = [f"{place.name} is not beside {whose}" for place, whose in zip(places, SIDES, strict=True) if not place.is_file()]
+    if missing:
+        return " and ".join(missing)
     from qmerge.quality.sidecar import read_scores
 
     return read_scores(places[0]), read_scores(places[1])

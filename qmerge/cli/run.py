@@ -13,6 +13,7 @@ from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
 from qmerge.cli.gate import judged_again
 from qmerge.cli.options import measure_options, merge_options, named_texts
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.cli.targets import check_file, check_results_file
 from qmerge.errors import UsageProblem
 
 
@@ -62,11 +63,16 @@ def run_command(
     if suite or tasks:
         open_tasks(load_suite(suite, split_names(tasks)))
     found = plan(recipe)
+    evidence = Path(recipe.out.rstrip("/") + ".eval")
+    check_results_file(evidence / "results.json", "OUT.eval/results.json")
+    for page in ("report.md", "report.html", *(["held-out.jsonl"] if not texts else [])):
+        check_file(evidence / page, f"OUT.eval/{page}")
+    if junit:
+        check_file(junit, "--junit", [recipe.base, *texts, *filter(None, (baseline, recipe_file, budget))])
     steps.step("planned")
     say(describe_plan(found))
     if generate and found.context_length:
         check_room(new_tokens, found.context_length)
-    evidence = Path(recipe.out.rstrip("/") + ".eval")
     calibration, held_out = prepare_texts(found, named_texts(texts), allow_overlap, tuple(requests.values()))
     if dry_run:
         result(describe_plan(found))

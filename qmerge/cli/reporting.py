@@ -89,4 +89,6 @@ def advise_command(results: str, adapters: int, engine: str | None, as_json: boo
     result(f"{choice.sentence} {choice.reason}")
     if table:
         result("\n" + plain_table(table))
+        for note in table.notes:
+            say(note)
     say(f"Next: qmerge report {results} --out DIR")

@@ -21,7 +21,7 @@ from qmerge.report.numbers import (
 from qmerge.report.sections import Section, generation, perplexity, tasks, text_of
 from qmerge.units import format_bytes
 
-__all__ = ["check_rows", "fingerprint_rows", "format_metric", "linear_rows", "metric_parts", "notes", "plain_table", "summary_rows", "terminal_table"]
+__all__ = ["check_rows", "fingerprint_rows", "format_metric", "linear_rows", "metric_parts", "notes", "plain_table", "skipped", "summary_rows", "terminal_table"]
 
 SUMMARY = (
     ("arm", "arm"),
@@ -34,6 +34,7 @@ SUMMARY = (
 METRIC_OF = {"perplexity": ("ppl", "ppl"), "kl": ("kl_mean", "kl"), "top1": ("top1_agreement", "percent"), "retention": ("retention", "percent")}
 REFERENCE_KL = "0 (reference)"
 TERMINAL_COLUMNS = 110
+MAX_SKIPPED = 12
 
 
 def _size(arm: dict[str, Any]) -> str:
@@ -89,6 +90,12 @@ def check_rows(results: Results, parts: bool = False) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def skipped(results: Results) -> list[str]:
+    """Why checks were skipped, one sentence each."""
+    said = [clean(row["reason"], 300) for row in fields.checks(results) if row.get("state") == "skipped" and isinstance(row.get("reason"), str)]
+    return list(dict.fromkeys(said))[:MAX_SKIPPED]
 
 
 def linear_rows(results: Results, arm: str, count: int = 10) -> list[dict[str, str]]:

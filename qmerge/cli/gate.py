@@ -81,6 +81,24 @@ def judged_again(results: dict[str, Any], path: str | Path, limits: dict[str, An
     return results | {"verdict": compare(results, limits, old, ignore_versions=ignore_versions, tokens=_tokens(path, baseline) if baseline else None)}
 
 
+def check_versions(baseline: dict[str, Any], ignore_versions: bool) -> None:
+    """What is known before anything is measured: ``Refused`` where the baseline is of other versions than those installed."""
+    from qmerge.quality.baseline import check_fingerprints
+    from qmerge.quality.fingerprint import versions
+
+    told = {"fingerprint": {"versions": baseline["fingerprint"].get("versions")}}
+    if told["fingerprint"]["versions"]:
+        check_fingerprints({"fingerprint": {"versions": versions()}}, told, ignore_versions)
+
+
+def not_compared(results: dict[str, Any], why: Refused) -> dict[str, Any]:
+    """``results`` judged by the budget alone, and no longer passed: whether they are worse than the baseline is not known."""
+    verdict, reason = results["verdict"], f"the baseline was not compared: {why.what} ({why.found})"
+    row = {"arm": "", "text": "", "metric": "baseline", "value": None, "ci_low": None, "ci_high": None, "limit": None, "state": "inconclusive", "reason": reason}
+    state, rest = ("fail", [*verdict["reasons"], reason]) if verdict["state"] == "fail" else ("inconclusive", [reason, *verdict["reasons"]])
+    return results | {"verdict": verdict | {"state": state, "reasons": rest, "checks": [*verdict["checks"], row]}}
+
+
 def accept(results: dict[str, Any], target: str) -> None:
     """Write a baseline."""
     from qmerge.quality.baseline import baseline_of

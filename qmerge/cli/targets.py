@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,8 +21,11 @@ def check_file(target: str | Path, flag: str, inputs: Iterable[str | Path] = ())
     nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not nearest.is_dir():
         raise UsageProblem(f"{flag} lies below a file", where=str(target), expected="a file to write, in a folder", found=f"{nearest.name} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageProblem(f"{flag} cannot be written", where=str(target), expected="a folder that can be written to", found=f"no write permission in {nearest.name or nearest}")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass  # the only way to know: root may write everywhere, but not to a read-only disk or to /proc
+    except OSError as error:
+        raise UsageProblem(f"{flag} cannot be written", where=str(target), expected="a folder that can be written to", found=f"{nearest.name or nearest}: {error.strerror or error}") from error
     if len(os.fsencode(path.name)) > 200:
         raise UsageProblem(f"{flag} names a file too long", where=path.name[:40] + "…", expected="a name of at most 200 bytes")
     whole = path.resolve()

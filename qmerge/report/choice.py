@@ -59,7 +59,7 @@ def choose(results: Results, adapters: int = 1, engine: str | None = None) -> Ch
 
 
 def _passing(results: Results) -> list[str]:
-    return [name for name in fields.candidate_names(results) if fields.candidate_state(results, name) == "pass"]
+    return [name for name in fields.candidate_names(results) if name not in fields.FOR_COMPARISON and fields.candidate_state(results, name) == "pass"]
 
 
 def _ship(results: Results, usable: list[str], reason: str, adapters: int) -> Choice:

@@ -25,7 +25,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-@pytest.mark.parametrize("target", ["adir", "afile/r.json", "afile/deep/r.json", "r.npz", "r.samples", "afile", "b/r.json", "n" * 250])
+@pytest.mark.parametrize("target", ["adir", "afile/r.json", "afile/deep/r.json", "r.npz", "r.samples", "afile", "b/r.json", "n" * 250, "n" * 300])
 def test_eval_refuses_a_results_file_before_it_measures(cli, results: Path, target: str) -> None:
     """Catches an hour of measuring that ends in NotADirectoryError, results over the .npz beside them, a file of the user's replaced, or one put into an input."""
     before = sorted(results.parent.rglob("*"))

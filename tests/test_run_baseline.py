@@ -74,3 +74,10 @@ def test_a_baseline_of_another_text_is_refused_with_the_report_written(run) -> N
     answer = again("other", lambda baseline: baseline["fingerprint"]["texts"]["own"].update(token_ids_sha256="0"))
     assert answer.code == 4 and "texts.own.token_ids_sha256" in answer.err and (folder / "other.eval/report.md").is_file()
     assert "the checkpoint and its results are whole" in answer.err
+
+
+@pytest.mark.parametrize("tokens", [0, -5, 129])
+def test_windows_that_cannot_be_are_refused_before_the_merge(zoo, cli, tmp_path: Path, tokens: int) -> None:
+    """Catches `--eval-tokens` that is looked at only after hours of merging, and 0 taken for no wish."""
+    answer = cli("run", "--base", zoo.nf4("llama"), "--adapter", zoo.adapter("llama"), "--format", "bf16", "--text", zoo.held_out, "--out", tmp_path / "out", "--eval-tokens", tokens, "--device", "cpu")
+    assert answer.code == 2 and "--eval-tokens" in answer.err and not list(tmp_path.iterdir())

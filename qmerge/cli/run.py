@@ -42,6 +42,8 @@ def run_command(
     recipe = build_recipe(recipe_file, settings, flags)
     if recipe.each:
         raise UsageProblem("--each writes several checkpoints, and run measures one", where="--each", fix="qmerge merge --each …, then qmerge eval for each of them")
+    if eval_tokens is not None and eval_tokens < 2:
+        raise UsageProblem("a window needs at least 2 tokens", where="--eval-tokens", expected="2 or more", found=eval_tokens)
     steps = Steps()
     from qmerge.pipeline.plan import describe_plan, plan
     from qmerge.quality.attach import check_separate
@@ -71,6 +73,8 @@ def run_command(
         check_file(junit, "--junit", [recipe.base, *texts, *filter(None, (baseline, recipe_file, budget))])
     steps.step("planned")
     say(describe_plan(found))
+    if eval_tokens and found.context_length and eval_tokens > found.context_length:
+        raise UsageProblem("the windows are longer than the model's context", where="--eval-tokens", expected=f"up to {found.context_length}", found=eval_tokens)
     if generate and found.context_length:
         check_room(new_tokens, found.context_length)
     calibration, held_out = prepare_texts(found, named_texts(texts), allow_overlap, tuple(requests.values()))

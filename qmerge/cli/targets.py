@@ -11,11 +11,15 @@ from pathlib import Path
 from qmerge.errors import UsageProblem
 
 MOST_READ = 512 * 1024 * 1024
+LONGEST_NAME = 200
+"""bytes; temporary names are longer, and file systems stop at 255"""
 
 
 def check_file(target: str | Path, flag: str, inputs: Iterable[str | Path] = ()) -> None:
     """``UsageProblem`` where ``target``, the file that ``flag`` names, is a folder, cannot be made, is one of ``inputs`` or lies inside one."""
     path = Path(target)
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise UsageProblem(f"the name of {flag} is too long", where=path.name[:40] + "…", expected=f"at most {LONGEST_NAME} bytes")
     if path.is_dir():
         raise UsageProblem(f"{flag} names a folder", where=str(target), expected="a file to write", found="a folder", fix=f"{flag} {path / 'results.json'}" if flag == "--out" else None)
     nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
@@ -26,8 +30,6 @@ def check_file(target: str | Path, flag: str, inputs: Iterable[str | Path] = ())
             pass  # the only way to know: root may write everywhere, but not to a read-only disk or to /proc
     except OSError as error:
         raise UsageProblem(f"{flag} cannot be written", where=str(target), expected="a folder that can be written to", found=f"{nearest.name or nearest}: {error.strerror or error}") from error
-    if len(os.fsencode(path.name)) > 200:
-        raise UsageProblem(f"{flag} names a file too long", where=path.name[:40] + "…", expected="a name of at most 200 bytes")
     whole = path.resolve()
     for source in inputs:
         place = Path(source)

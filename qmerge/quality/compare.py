@@ -151,7 +151,7 @@ def _check(arm: str, text: str, key: str, metric: dict[str, Any], limit: dict[st
     good, bad = (high <= bound, low > bound) if side == "max" else (low >= bound, high < bound)
     state = "pass" if good else "fail" if bad else "inconclusive"
     sign = {"max": {"pass": "≤", "fail": ">"}, "min": {"pass": "≥", "fail": "<"}}[side].get(state, "cannot be told from the limit")
-    more = "" if state != "inconclusive" else ": more text would narrow the interval"
+    more = "" if state != "inconclusive" else f": more {'items' if text == 'tasks' else 'text'} would narrow the interval"
     return _row(arm, text, key, metric, limit, state, f"{here} {_interval(metric)} {sign} {bound:g}{more}")
 
 
@@ -161,7 +161,7 @@ def _row(arm: str, text: str, key: str, metric: dict[str, Any], limit: dict[str,
 
 
 def _interval(metric: dict[str, Any]) -> str:
-    return f"{_number(metric['value'])} ({_number(metric['ci_low'])}–{_number(metric['ci_high'])})"
+    return f"{_number(metric['value'])} ({_number(metric['ci_low'])} to {_number(metric['ci_high'])})"
 
 
 def _number(x: float | None) -> str:

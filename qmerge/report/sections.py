@@ -120,7 +120,7 @@ def tasks(results: Results) -> Section | None:
             delta = row if "value" in row else row.get("delta")  # the mean over tasks is a difference only
             cells = (metric_parts(row.get("accuracy"), "percent"), metric_parts(delta, "points"), format_value(fields.number(row.get("flips")), "count"))
             rows.append((clean(name), macro or label, *cells, MISSING if p is None else f"{p:.2g}", metric_parts(row.get("margin_delta"), "signed")))
-    heads: tuple[str, ...] = ("arm", "task", "accuracy", "difference", "items flipped", "McNemar p", "gold margin, nats")
+    heads: tuple[str, ...] = ("arm", "task", "accuracy", "difference", "flipped", "McNemar p", "gold margin, nats")
     how = "Paired item by item with the separate model. p is exact, and Holm's over the tasks where there are several."
     if any(row[-1] and row[-1] != (MISSING, "") for row in rows):
         how += " The margin is the gold answer's log-likelihood over the best wrong one's: it moves before answers flip."

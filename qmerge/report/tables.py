@@ -159,9 +159,16 @@ def _aligned(table: Sequence[Sequence[str]], caps: Sequence[int]) -> list[str]:
 
 
 def plain_table(section: Section, columns: int = 150) -> str:
-    """A section's rows for a terminal: columns aligned, each at most 34 wide, together at most ``columns`` where 12 each are enough."""
-    table = [section.heads, *([text_of(cell) for cell in row] for row in section.rows)]
-    widths = [min(34, max(_width(line[column]) for line in table)) for column in range(len(section.heads))]
+    """A section's rows for a terminal: columns aligned, each at most 34 wide, together at most ``columns`` where 12 each are enough. Where they do not fit,
+    intervals are left out before anything is cut: of the first value (what follows is its difference), then from the right."""
+    with_interval = [column for column in range(len(section.heads)) if any(not isinstance(row[column], str) and row[column][1] for row in section.rows)]
+    bare: set[int] = set()
+    for drop in (None, *with_interval[:1], *reversed(with_interval[1:])):
+        bare |= {drop} if drop is not None else set()
+        table = [section.heads, *([cell[0] if index in bare and not isinstance(cell, str) else text_of(cell) for index, cell in enumerate(row)] for row in section.rows)]
+        widths = [min(34, max(_width(line[column]) for line in table)) for column in range(len(section.heads))]
+        if sum(widths) + 2 * (len(widths) - 1) <= columns:
+            break
     while sum(widths) + 2 * (len(widths) - 1) > columns and max(widths) > 12:
         widths[widths.index(max(widths))] -= 1
     lines = ["  ".join(_fit(item, width) for item, width in zip(line, widths, strict=True)).rstrip() for line in table]

@@ -37,6 +37,7 @@ def test_nf4_and_float_bases(zoo: Zoo) -> None:
     assert facts["recipe"] == {"kind": "nf4", "block_size": 64, "double_quantization": True, "quantized_from": "bfloat16"} and facts["quantized_weights"] == {"nf4": 14}
     assert (facts["blocks"], facts["linears_in_blocks"], facts["problems"], facts["notes"]) == (2, 14, [], []) and "--calibration FILE" in said and "--nf4-recipe" not in said
     assert facts["parameters"] == inspect(zoo.float("llama"))["parameters"]
+    assert facts["writes"] == ["bf16", "fp16", "fp32", "gptq", "nf4", "fp4", "compressed-tensors", "awq"]
     facts, said = told(zoo.float("gpt2"))
     assert facts["recipe"]["kind"] == "float" and facts["problems"] == [] and facts["tied_embeddings"] and "--nf4-recipe double|single|FILE (or --on original)" in said
 

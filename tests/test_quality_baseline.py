@@ -94,6 +94,23 @@ def test_arrays_of_other_tokens_or_other_results_are_not_paired() -> None:
         assert not any(row["paired"] for row in verdict["checks"])
 
 
+def test_a_difference_that_is_not_paired_says_why() -> None:
+    """Catches "from the two intervals" that leaves the reader to guess which file is missing or wrong."""
+    new, old = _scores(1), _scores(2)
+    other = {name: TokenScores(**vars(row) | {"doc": row.doc[::-1].copy()}) for name, row in old.items()}
+    stale = {name: TokenScores(**vars(row) | {"kl": row.kl * 1.5}) for name, row in old.items()}
+    said = {
+        "the two .npz are of other tokens": ({"prose": new}, {"prose": other}),
+        "the .npz beside the baseline belongs to another run": ({"prose": new}, {"prose": stale}),
+        "the .npz beside these results belongs to another run": ({"prose": stale}, {"prose": old}),
+        "the .npz beside the baseline holds no nf4 on prose": ({"prose": new}, {"prose": {"base": old["base"]}}),
+        "old.npz is not beside the baseline": "old.npz is not beside the baseline",
+    }
+    for why, tokens in said.items():
+        for row in compare(_results(new), NOTHING, _results(old), tokens=tokens)["checks"]:
+            assert row["unpaired"].startswith(why) and why in row["reason"]
+
+
 def _state(new: dict[str, TokenScores], old: dict[str, TokenScores], key: str) -> str:
     """The paired check of one metric, without the quantiles that a whole row takes seconds for."""
 
@@ -170,7 +187,7 @@ def test_the_command_pairs_accepts_and_refuses(cli, tmp_path: Path) -> None:
     assert answer.code == 4 and "token by token" in answer.out and not (tmp_path / "accepted.json").exists()
     assert cli("compare", tmp_path / "old.json", *budget, "--save-baseline", tmp_path / "accepted.json").code == 0
     answer = cli("compare", tmp_path / "new.json", *budget, "--baseline", tmp_path / "accepted.json")
-    assert answer.code == 3 and "from the two intervals" in answer.out
+    assert answer.code == 3 and "from the two intervals, as accepted.npz is not beside the baseline" in answer.out
     moved = json.loads((tmp_path / "accepted.json").read_text())
     moved["fingerprint"]["versions"]["torch"] = "2"
     (tmp_path / "moved.json").write_text(json.dumps(moved))

@@ -62,7 +62,7 @@ def test_good_candidate_passes(budget):
     """And says with which numbers."""
     verdict = compare(results(), budget)
     assert verdict["state"] == "pass" and exit_code(verdict, strict=True) == 0
-    assert "nf4 on prose: retention 0.9700 (0.9500–0.9900) ≥ 0.9" in verdict["reasons"]
+    assert "nf4 on prose: retention 0.9700 (0.9500 to 0.9900) ≥ 0.9" in verdict["reasons"]
     assert {c["state"] for c in verdict["checks"]} == {"pass"}
 
 

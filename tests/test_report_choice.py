@@ -117,6 +117,20 @@ def test_the_table_holds_measured_values_and_says_what_is_missing() -> None:
     assert compared({}) is None
 
 
+def test_the_table_counts_the_adapters_that_were_asked_for() -> None:
+    """Catches a row of 5 adapters for someone who serves 2 or 12."""
+    rows = {count: [row[0] for row in compared(build_results(), count).rows] for count in (1, 2, 12)}
+    assert [next(name for name in rows[count] if "adapters of one base" in name).split()[0] for count in (1, 2, 12)] == ["5", "2", "12"]
+
+
+def test_an_unmeasured_speed_names_the_command_that_measures_it(cli, tmp_path: Path) -> None:
+    """Catches a table of "not measured" that does not say how to measure, and one that goes on asking after it was."""
+    (tmp_path / "results.json").write_text(json.dumps(passing_results()))
+    assert "qmerge bench --base" in cli("advise", tmp_path / "results.json").err
+    (tmp_path / "rich.json").write_text(json.dumps(rich_results()))
+    assert "qmerge bench" not in cli("advise", tmp_path / "rich.json").err
+
+
 def test_command(cli, tmp_path: Path) -> None:
     """Catches options that are parsed and forgotten, and hostile names in a terminal."""
     (tmp_path / "results.json").write_text(json.dumps(passing_results()))

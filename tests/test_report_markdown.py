@@ -7,6 +7,7 @@ import re
 from test_report_results import build_results, hostile_results, passing_results
 
 from qmerge.report.clean import clean, markdown_text
+from qmerge.report.html import render_html
 from qmerge.report.markdown import render_markdown
 from qmerge.report.write import write_report
 
@@ -30,6 +31,20 @@ def test_every_section_is_there() -> None:
     for words in ("Recommendation: Ship nf4.", "## Gate", "## Arms on gsm8k-test", "Noise floor on wikitext-2: 0.000080", "## Linears", "## Environment", "## How to"):
         assert words in page
     assert "&#" not in page, "ordinary names and numbers stay readable as text"
+
+
+def test_a_reader_who_knows_no_word_of_it_is_told() -> None:
+    """Catches a CI summary full of arms, KL and retention that only the README explains, and a skipped check without its reason."""
+    for page in (render_markdown(passing_results()), render_html(passing_results())):
+        assert "how far an arm" in page and "retention the share" in page and "separate, the reference" in page
+        assert page.count("skipped: ") == 1
+
+
+def test_settings_that_do_not_fit_are_counted() -> None:
+    """Catches a fingerprint that ends in the middle of a text without a word."""
+    results = build_results()
+    results["fingerprint"] |= {f"more{index}": index for index in range(60)}
+    assert re.search(r"\n\d+ more settings are in report.html", render_markdown(results)) and "more settings" not in render_markdown(build_results())
 
 
 def test_columns_are_constant_with_hostile_names() -> None:

@@ -65,6 +65,9 @@ def test_baseline_says_new_old_and_how() -> None:
     found = baseline(rich_results())
     assert _rows(found)[0] == ["nf4", "wikitext-2", "mean KL (nats/token)", "0.00030", "0.00010", "+0.00020 (+0.00018 to +0.00022)", "fail"]
     assert found.notes[0].startswith("1 of 2 differences come from the two intervals")
+    told = rich_results()
+    told["verdict"]["checks"][-1]["unpaired"] = "old.npz is not beside the baseline"
+    assert baseline(told).notes[0].endswith("not token by token: old.npz is not beside the baseline.")
 
 
 def test_serving_names_sizes_times_and_kernels() -> None:

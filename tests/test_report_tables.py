@@ -6,7 +6,8 @@ import pytest
 from test_report_results import build_results, hostile_results
 
 from qmerge.report.numbers import format_limit, format_metric, format_value
-from qmerge.report.tables import check_rows, fingerprint_rows, notes, summary_rows, terminal_table
+from qmerge.report.sections import Section
+from qmerge.report.tables import check_rows, fingerprint_rows, notes, plain_table, summary_rows, terminal_table
 from qmerge.types import Metric
 
 
@@ -104,3 +105,12 @@ def test_fingerprint_hides_absolute_paths() -> None:
     """Catches a report that tells where a machine keeps its files."""
     rows = dict(fingerprint_rows({"fingerprint": {"base": "/home/someone/models/base", "texts": ["C:\\data\\a.txt"], "window": 2048}}))
     assert rows == {"base": "…/base", "texts": "…/a.txt", "window": "2048"}
+
+
+def test_a_terminal_cuts_no_number_in_half() -> None:
+    """Catches "0.0 points (−64.…": an interval that one cannot read, in a table that has no room for it."""
+    rows = tuple((("demo", f"own-questions-{index} (acc_norm)", ("45.5 %", "12.1 to 83.4"), ("0.0 points", "−64.9 to 64.9"), "0", "1", ("+0.0035", "−0.0041 to 0.0110"))) for index in range(3))
+    section = Section("Benchmarks", "", ("arm", "task", "accuracy", "difference", "flipped", "McNemar p", "gold margin, nats"), rows)
+    shown = plain_table(section, 110)
+    assert "…" not in shown and "0.0 points (−64.9 to 64.9)" in shown and "12.1 to" not in shown and max(map(len, shown.splitlines())) <= 110
+    assert "12.1 to 83.4" in plain_table(section, 160) and "+0.0035 (−0.0041 to 0.0110)" in plain_table(section, 160)

@@ -192,7 +192,7 @@ def test_the_loop_decodes_what_generate_does(zoo, kind):
 
 
 @pytest.mark.parametrize(("flags", "says"), [
-    (("--batches", "0,8"), "--batches"), (("--batches", "8,8"), "--batches"), (("--batches", "many"), "--batches"), (("--batches", ""), "--batches"),
+    (("--batches", "0,8"), "--batches"), (("--batches", "8,8"), "--batches"), (("--batches", "many"), "--batches"), (("--batches", ""), "--batches"), (("--timeout", "nan"), "--timeout"), (("--timeout", "inf"), "--timeout"),
     (("--repeats", 0), "--repeats"), (("--rounds", 0), "--rounds"), (("--prompt-tokens", 0), "--prompt-tokens"), (("--new-tokens", 0), "--new-tokens"),
     (("--prompt-tokens", 100, "--new-tokens", 29), "up to 128"), (("--out", "{root}"), "names a folder"), (("--out", "x.json", "--into", "y.json"), "--into"),
     (("--into", "{root}/none.json"), "no such results"), (("--merged", "m", "--without-merged"), "--without-merged"),

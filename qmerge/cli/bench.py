@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from qmerge.cli.evidence import check_target
 from qmerge.cli.options import adapter_options, adapter_set
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.cli.targets import check_results_file
 from qmerge.errors import UsageProblem
 from qmerge.units import format_bytes, format_seconds
 
@@ -43,9 +43,9 @@ def bench_command(
         raise UsageProblem("--out and --into exclude each other", where="qmerge bench", fix="--into adds to results, --out writes a file of its own")
     if merged and without_merged:
         raise UsageProblem("--merged and --without-merged exclude each other", where="qmerge bench")
-    if out:
-        check_target(Path(out))
     sizes, adapter = _sizes(batches), adapter_set(options)
+    if out:
+        check_results_file(out, "--out", (base, *(one.place.partition("#")[0] for one in adapter.choices), *candidates))
     from qmerge.device import pick_device
     from qmerge.pipeline.recipe import read_nf4_recipe
     from qmerge.quality.evaluate import candidate_names

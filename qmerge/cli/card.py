@@ -37,8 +37,10 @@ def card_command(
 
     folder = Path(out)
     if not (folder / MANIFEST).is_file():
-        raise Refused("qmerge did not write this folder", where=out, expected=MANIFEST, found="none" if folder.is_dir() else "no such folder")
+        raise Refused("qmerge did not write this folder", where=out, expected=MANIFEST, found="none" if folder.is_dir() else "a file" if folder.exists() else "no such folder")
     manifest = read_manifest(folder)
+    if not isinstance(manifest.get("inputs"), dict):
+        raise Refused("the manifest names no inputs", where=MANIFEST, expected="what it was made from, by role", found=type(manifest.get("inputs")).__name__)
     origins = _origins(manifest, base, adapters, base_id, adapter_ids)
     measured, arm = _measured(folder, manifest, results)
     name = folder.resolve().name
@@ -107,7 +109,7 @@ def _measured(folder: Path, manifest: dict[str, Any], path: str | None) -> tuple
     if path is None and not beside.is_file():
         return None, None
     results = load_results(path or beside)
-    names = [name for name in fields.candidate_names(results) if name not in ("rtn", "original")]
+    names = [name for name in fields.candidate_names(results) if name not in fields.FOR_COMPARISON]
     arm = next((name for name in names if Path(str(fields.one_arm(results, name).get("path"))).name == folder.resolve().name), names[0] if len(names) == 1 else None)
     size = sum(row["bytes"] for name, row in manifest["files"].items() if name.endswith(".safetensors"))
     if arm is None or fields.number(fields.one_arm(results, arm).get("bytes")) != size:

@@ -11,7 +11,7 @@ import click
 
 from qmerge.cli.options import adapter_options, adapter_set, measure_options, named_texts
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
-from qmerge.errors import UsageProblem
+from qmerge.cli.targets import check_results_file
 
 if TYPE_CHECKING:
     from qmerge.adapters.several_adapters import AdapterSet
@@ -60,7 +60,7 @@ def evaluate_to(
     from qmerge.quality.suites import load_suite, split_names
     from qmerge.store.hub import resolve
 
-    check_target(out)
+    check_results_file(out, "--out", (base, *(one.place.partition("#")[0] for one in adapter.choices), *candidates))
     limits = load_budget(budget)
     benchmarks = load_suite(suite, split_names(tasks), allow_task_code) if suite or tasks else None
     recipe = read_nf4_recipe(nf4_recipe)
@@ -97,14 +97,6 @@ def eval_line(recipe: Recipe, out: str | Path) -> str:
         words += [flag, str(value)] if value != usual else []
     words += [flag for flag, given in (("--residual-base", recipe.residual_base), ("--allow-pickle", recipe.allow_pickle)) if given]
     return f"{shlex.join([*words, '--candidate', str(out)])} --text FILE --out results.json"
-
-
-def check_target(out: Path) -> None:
-    """Refuse a results file that cannot be written, before anything is measured."""
-    if out.is_dir():
-        raise UsageProblem("--out names a folder", where=str(out), expected="a file to write", found="a folder", fix=f"--out {out / 'results.json'}")
-    if out.parent.exists() and not out.parent.is_dir():
-        raise UsageProblem("--out lies below a file", where=str(out.parent), expected="a folder", found="a file")
 
 
 def recomputed(path: Path, stored: dict[str, Any]) -> dict[str, Any]:

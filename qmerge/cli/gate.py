@@ -9,6 +9,7 @@ import click
 
 from qmerge.cli.evidence import recomputed, show_verdict
 from qmerge.cli.output import QuietCommand, result_json, say
+from qmerge.cli.targets import check_file, check_results_file
 from qmerge.errors import Refused
 
 UNJUDGED = {"verdict": {"state": "inconclusive"}}
@@ -34,6 +35,12 @@ def compare_command(
     from qmerge.quality.compare import exit_code
     from qmerge.report.write import write_junit
 
+    read = [place for place in (results, baseline, budget) if place]
+    if junit:
+        check_file(junit, "--junit", read)
+    if save_baseline:
+        # the accepted results may be replaced by what is accepted now, but never the results by their own excerpt
+        check_results_file(save_baseline, "--save-baseline", [results, budget, Path(results).with_suffix(".npz")])
     judged = judge(results, budget, baseline, ignore_versions, recompute=recompute)
     verdict = judged["verdict"]
     # files first: whoever reads the verdict through `head` still gets them
@@ -74,6 +81,24 @@ def judged_again(results: dict[str, Any], path: str | Path, limits: dict[str, An
     return results | {"verdict": compare(results, limits, old, ignore_versions=ignore_versions, tokens=_tokens(path, baseline) if baseline else None)}
 
 
+def check_versions(baseline: dict[str, Any], ignore_versions: bool) -> None:
+    """What is known before anything is measured: ``Refused`` where the baseline is of other versions than those installed."""
+    from qmerge.quality.baseline import check_fingerprints
+    from qmerge.quality.fingerprint import versions
+
+    told = {"fingerprint": {"versions": baseline["fingerprint"].get("versions")}}
+    if told["fingerprint"]["versions"]:
+        check_fingerprints({"fingerprint": {"versions": versions()}}, told, ignore_versions)
+
+
+def not_compared(results: dict[str, Any], why: Refused) -> dict[str, Any]:
+    """``results`` judged by the budget alone, and no longer passed: whether they are worse than the baseline is not known."""
+    verdict, reason = results["verdict"], f"the baseline was not compared: {why.what} ({why.found})"
+    row = {"arm": "", "text": "", "metric": "baseline", "value": None, "ci_low": None, "ci_high": None, "limit": None, "state": "inconclusive", "reason": reason}
+    state, rest = ("fail", [*verdict["reasons"], reason]) if verdict["state"] == "fail" else ("inconclusive", [reason, *verdict["reasons"]])
+    return results | {"verdict": verdict | {"state": state, "reasons": rest, "checks": [*verdict["checks"], row]}}
+
+
 def accept(results: dict[str, Any], target: str) -> None:
     """Write a baseline."""
     from qmerge.quality.baseline import baseline_of
@@ -83,11 +108,14 @@ def accept(results: dict[str, Any], target: str) -> None:
     say(f"wrote {target}")
 
 
-def _tokens(new: str | Path, old: str | Path) -> tuple[Any, Any] | None:
-    """Both sidecars, or None where one is missing. Imported here: without them a verdict needs no torch."""
+def _tokens(new: str | Path, old: str | Path) -> tuple[Any, Any] | str:
+    """Both sidecars, or which one is missing. Imported here: without them a verdict needs no torch."""
+    from qmerge.quality.baseline import SIDES
+
     places = [Path(path).with_suffix(".npz") for path in (new, old)]
-    if not all(place.is_file() for place in places):
-        return None
+    missing = [f"{place.name} is not beside {whose}" for place, whose in zip(places, SIDES, strict=True) if not place.is_file()]
+    if missing:
+        return " and ".join(missing)
     from qmerge.quality.sidecar import read_scores
 
     return read_scores(places[0]), read_scores(places[1])

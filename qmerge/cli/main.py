@@ -26,6 +26,10 @@ from qmerge.errors import QmergeError, printable
 EPILOG = "Exit codes: 0 fine, 1 failed, 2 malformed command or recipe, 3 quality below budget, 4 inputs refused (nothing written), 75 interrupted or out of room."
 
 
+PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""errors that a path has, not the program"""
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EPILOG)
 @click.version_option(__version__, prog_name="qmerge")
 def cli() -> None:
@@ -47,7 +51,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up and exit 75
     streams = None if loud else Streams()
     try:
-        code = cli.main(standalone_mode=False, obj=streams)
+        code = cli.main(standalone_mode=False, obj=streams, prog_name="qmerge")
     except BaseException as problem:
         if streams:
             streams.restore()
@@ -75,6 +79,9 @@ def _explain(problem: BaseException, streams: Streams | None, loud: bool) -> int
     if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
         _print_error("no room left on the disk\n  written:    nothing\n  what to do: free some space and run the same command again")
         return 75
+    if isinstance(problem, OSError) and problem.errno in PLACES and not loud:
+        _print_error(f"a file or folder cannot be used\n  where:      {problem.filename or 'not known'}\n  found:      {problem.strerror}\n  what to do: check the path and its permissions, then run the same command again")
+        return 1
     if streams and (last := streams.talk.getvalue().strip()):
         click.echo("the libraries' last words:\n  " + "\n  ".join(printable(last).splitlines()[-12:]), err=True)
     traceback.print_exception(problem)

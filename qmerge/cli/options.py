@@ -100,6 +100,8 @@ def named_texts(values: tuple[str, ...]) -> dict[str, str]:
         name, sign, path = value.partition("=")
         if not sign or not name.isidentifier() and not name.replace("-", "_").replace(".", "_").isidentifier():
             name, path = Path(value).stem, value
+        if not path:
+            raise UsageProblem("a text has no file", where=f"--text {value}", expected="--text NAME=FILE", found="nothing after the =", fix="is a shell variable not set?")
         if name in found:
             raise UsageProblem("two texts have the same name", where=f"--text {value}", found=name, fix="give one a name of its own: --text NAME=FILE")
         found[name] = path

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import click
 
-from qmerge.errors import printable
+from qmerge.errors import UsageProblem, printable
 
 
 class Streams:
@@ -33,9 +33,19 @@ class QuietCommand(click.Command):
     """A command whose body runs with the libraries' talk kept away; its parsing and its ``--help`` do not."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        _refuse_empty(ctx)
         if streams := ctx.find_object(Streams):
             streams.keep()
         return super().invoke(ctx)
+
+
+def _refuse_empty(ctx: click.Context) -> None:
+    """``--baseline "$ACCEPTED"`` with a variable that is not set must not be a gate without a baseline."""
+    for parameter in ctx.command.params:
+        given = ctx.params.get(parameter.name)
+        if ctx.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE and ("" in given if isinstance(given, tuple) else given == ""):
+            name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.make_metavar(ctx)
+            raise UsageProblem("an empty value was given", where=name, expected="a value, or no such option", found="''", fix="is a shell variable not set?")
 
 
 def _streams() -> tuple[TextIO, TextIO]:

@@ -10,6 +10,7 @@ import click
 
 from qmerge.cli.gate import judge
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
+from qmerge.cli.targets import check_file
 from qmerge.errors import UsageProblem
 
 
@@ -29,6 +30,10 @@ def report_command(
     """Write report.md and report.html from results; with --history, how a metric went over many of them."""
     if Path(out).exists() and not Path(out).is_dir():
         raise UsageProblem("--out names a file", where=out, expected="a folder for the report", found="a file")
+    for page in ("history.md", "history.html") if history else ("report.md", "report.html"):
+        check_file(Path(out) / page, page)
+    if junit:
+        check_file(junit, "--junit", [place for place in (results, baseline, budget) if place])
     if (results is None) == (history is None):
         raise UsageProblem("a report is of one results.json, or of a --history", where="qmerge report", expected="one of the two", found="neither" if results is None else "both")
     if history:
@@ -84,4 +89,6 @@ def advise_command(results: str, adapters: int, engine: str | None, as_json: boo
     result(f"{choice.sentence} {choice.reason}")
     if table:
         result("\n" + plain_table(table))
+        for note in table.notes:
+            say(note)
     say(f"Next: qmerge report {results} --out DIR")

@@ -10,10 +10,11 @@ from typing import Any
 import click
 
 from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
-from qmerge.cli.gate import judged_again
+from qmerge.cli.gate import check_versions, judged_again, not_compared
 from qmerge.cli.options import measure_options, merge_options, named_texts
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
-from qmerge.errors import UsageProblem
+from qmerge.cli.targets import check_file, check_results_file
+from qmerge.errors import Interrupted, Refused, UsageProblem
 
 
 @click.command("run", cls=QuietCommand)
@@ -41,6 +42,8 @@ def run_command(
     recipe = build_recipe(recipe_file, settings, flags)
     if recipe.each:
         raise UsageProblem("--each writes several checkpoints, and run measures one", where="--each", fix="qmerge merge --each …, then qmerge eval for each of them")
+    if eval_tokens is not None and eval_tokens < 2:
+        raise UsageProblem("a window needs at least 2 tokens", where="--eval-tokens", expected="2 or more", found=eval_tokens)
     steps = Steps()
     from qmerge.pipeline.plan import describe_plan, plan
     from qmerge.quality.attach import check_separate
@@ -57,7 +60,7 @@ def run_command(
     # all that measuring would refuse, before hours of merging
     limits = load_budget(budget)
     if baseline:
-        load_results(baseline, whole=True)
+        check_versions(load_results(baseline, whole=True), ignore_versions)
     check_request(candidate_names((recipe.out,)), named_texts(texts) or {"held-out": ""}, [part for part in also.split(",") if part], recipe.original)
     check_separate(recipe.adapter_set)
     requests = parse_requests(perplexity)
@@ -67,11 +70,18 @@ def run_command(
     for place in (recipe.base, recipe.original):
         if place:
             check_model_folder(resolve(place)[0])
+    evidence = Path(recipe.out.rstrip("/") + ".eval")
+    check_results_file(evidence / "results.json", "OUT.eval/results.json")
+    for page in ("report.md", "report.html", *(["held-out.jsonl"] if not texts else [])):
+        check_file(evidence / page, f"OUT.eval/{page}")
+    if junit:
+        check_file(junit, "--junit", [recipe.base, *texts, *filter(None, (baseline, recipe_file, budget))])
     steps.step("planned")
     say(describe_plan(found))
+    if eval_tokens and found.context_length and eval_tokens > found.context_length:
+        raise UsageProblem("the windows are longer than the model's context", where="--eval-tokens", expected=f"up to {found.context_length}", found=eval_tokens)
     if generate and found.context_length:
         check_room(new_tokens, found.context_length)
-    evidence = Path(recipe.out.rstrip("/") + ".eval")
     calibration, held_out = prepare_texts(found, named_texts(texts), allow_overlap, tuple(requests.values()))
     if dry_run:
         result(describe_plan(found))
@@ -86,20 +96,30 @@ def run_command(
     files = named_texts(texts) or {"held-out": str(_write_held_out(evidence, held_out))}
     context_length = found.context_length or recipe.tokens
     say(f"         the checkpoint is whole; should measuring it fail, this does that part again: {eval_line(recipe, done.out)}")
-    results = evaluate_to(
-        evidence / "results.json", (str(done.out),), files, base=recipe.base, adapter=recipe.adapter_set,
-        tokens=eval_tokens or min(recipe.tokens, context_length), template=recipe.template, also=also, original=recipe.original, on=recipe.on,
-        nf4_recipe=recipe.nf4_recipe, suite=suite, tasks=tasks, allow_task_code=allow_task_code, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity, generate=generate, new_tokens=new_tokens,
-    )
+    try:
+        results = evaluate_to(
+            evidence / "results.json", (str(done.out),), files, base=recipe.base, adapter=recipe.adapter_set,
+            tokens=eval_tokens or min(recipe.tokens, context_length), template=recipe.template, also=also, original=recipe.original, on=recipe.on,
+            nf4_recipe=recipe.nf4_recipe, suite=suite, tasks=tasks, allow_task_code=allow_task_code, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity, generate=generate, new_tokens=new_tokens,
+        )
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted while measuring", written=f"{done.out} is whole; of what was measured, nothing", fix=eval_line(recipe, done.out)) from None
     from qmerge.report.tables import terminal_table
-    from qmerge.report.write import write_junit, write_report
+    from qmerge.report.write import write_json, write_junit, write_report
 
+    refused = None
     if baseline:
-        results = judged_again(results, evidence / "results.json", limits, baseline, ignore_versions)
+        try:
+            results = judged_again(results, evidence / "results.json", limits, baseline, ignore_versions)
+        except Refused as error:
+            refused, results = error, not_compared(results, error)
+        write_json(results, evidence / "results.json")
     if junit:
         write_junit(results, junit, strict)
     pages = [str(page) for page in write_report(results, evidence)]
     steps.step("reported")
+    if refused:
+        raise Refused(refused.what, where=refused.where, expected=refused.expected, found=refused.found, fix=refused.fix, written=f"{done.out} and {evidence}: the checkpoint and its results are whole, and judged by the budget alone")
     if as_json:
         result_json({"verdict": results["verdict"], "out": str(done.out), "results": str(evidence / "results.json"), "report": pages})
     else:
@@ -113,7 +133,6 @@ def run_command(
 def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool, requests: Iterable[Any] = ()) -> tuple[Any, list]:
     """(calibration or None where the format needs none, documents held out for evaluation where no text was given). Refuses overlap before any work,
     also with the texts of ``requests``, the perplexities, and those that fill no window."""
-    from qmerge.errors import Refused
     from qmerge.pipeline.calibrate import hold_out, load_tokenizer
     from qmerge.pipeline.run import calibration_for
     from qmerge.quality.evaluate import check_overlap

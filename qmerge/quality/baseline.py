@@ -28,6 +28,9 @@ MORE_IS_BETTER = ("top1_agreement", "retention", "exact_match", "macro_accuracy_
 KL_SHARE, FLOOR_SHARE = 0.05, 0.1
 SECTIONS = ("perplexity", "generation", "suite")
 """parts of a fingerprint that belong to measurements of their own: compared where both runs made them"""
+SIDES = ("these results", "the baseline")
+NOT_GIVEN = "no per-token numbers were given"
+NOT_KEPT = "this measure is not kept per token"
 DROPPED = ("linears", "path", "loader", "kl_quantiles", "kl_by_confidence", "window_nll_delta", "samples")
 
 
@@ -44,10 +47,11 @@ def baseline_of(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def baseline_checks(
-    results: Mapping[str, Any], baseline: Mapping[str, Any], pairs: list[tuple[str, str]], *, scores: Scores | None = None, old_scores: Scores | None = None
+    results: Mapping[str, Any], baseline: Mapping[str, Any], pairs: list[tuple[str, str]], *, scores: Scores | None = None, old_scores: Scores | None = None, why: str = NOT_GIVEN
 ) -> list[dict[str, Any]]:
     """One row per metric and text of every pair (new candidate, old one): arm, text, metric, the difference with its interval, ``new``, ``old``,
-    ``paired``, limit, state, reason. A difference whose interval lies beyond the margin fails; a point beyond it, with an interval that reaches back, is open."""
+    ``paired``, ``unpaired`` (why not), limit, state, reason. ``why``: why there are no scores. A difference whose interval lies beyond the margin fails; a point
+    beyond it, with an interval that reaches back, is open."""
     checks = []
     for name, old_name in pairs:
         new, old = results["arms"][name], baseline["arms"][old_name]
@@ -56,7 +60,7 @@ def baseline_checks(
                 checks.append(_open(name, text, "the baseline holds nothing on this text"))
                 continue
             rows = tuple(arm["texts"][text]["metrics"] for arm in (new, old))
-            tokens = _same_tokens(scores, old_scores, text, (name, old_name), rows)
+            tokens = _same_tokens(scores, old_scores, text, (name, old_name), rows) if scores and old_scores else why
             floor = _number(results.get("noise_floor", {}).get(text, {}).get("value"))
             checks += _text_checks(name, text, rows, tokens, floor or 0.0)
         checks += _section_checks(name, new, old)
@@ -81,7 +85,7 @@ def check_fingerprints(results: Mapping[str, Any], baseline: Mapping[str, Any], 
         )
 
 
-def _text_checks(name: str, text: str, rows: tuple[dict, dict], tokens: _Tokens | None, floor: float) -> Iterator[dict[str, Any]]:
+def _text_checks(name: str, text: str, rows: tuple[dict, dict], tokens: _Tokens | str, floor: float) -> Iterator[dict[str, Any]]:
     for key in ("kl_mean", "nll_delta", "top1_agreement", "retention"):
         new, old = (row.get(key, {}) for row in rows)
         if key != "kl_mean" and _number(new.get("value")) is None and _number(old.get("value")) is None:
@@ -89,23 +93,25 @@ def _text_checks(name: str, text: str, rows: tuple[dict, dict], tokens: _Tokens 
         margin = MARGINS[key]
         if key == "kl_mean":
             margin = max(margin, KL_SHARE * (_number(old.get("value")) or 0.0), FLOOR_SHARE * floor)
-        yield _judge(name, text, key, new, old, tokens.difference(key) if tokens else None, margin)
+        yield _judge(name, text, key, new, old, tokens if isinstance(tokens, str) else tokens.difference(key), margin)
 
 
 def _section_checks(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for label, row in new.get("perplexity", {}).items():
         if label in old.get("perplexity", {}):
-            yield _judge(name, label, "ratio", row["metrics"].get("ratio", {}), old["perplexity"][label]["metrics"].get("ratio", {}), None, MARGINS["ratio"])
+            yield _judge(name, label, "ratio", row["metrics"].get("ratio", {}), old["perplexity"][label]["metrics"].get("ratio", {}), NOT_KEPT, MARGINS["ratio"])
     for text, row in new.get("generation", {}).items():
         if text in old.get("generation", {}):
-            yield _judge(name, text, "exact_match", row.get("exact_match", {}), old["generation"][text].get("exact_match", {}), None, MARGINS["exact_match"])
+            yield _judge(name, text, "exact_match", row.get("exact_match", {}), old["generation"][text].get("exact_match", {}), NOT_KEPT, MARGINS["exact_match"])
     macro = [arm.get("tasks", {}).get("macro_accuracy_delta") for arm in (new, old)]
     if all(macro):
-        yield _judge(name, "tasks", "macro_accuracy_delta", *macro, None, MARGINS["macro_accuracy_delta"])
+        yield _judge(name, "tasks", "macro_accuracy_delta", *macro, NOT_KEPT, MARGINS["macro_accuracy_delta"])
 
 
-def _judge(name: str, text: str, key: str, new: Mapping[str, Any], old: Mapping[str, Any], paired: Metric | None, margin: float) -> dict[str, Any]:
-    found = paired if paired is not None and paired.ci_low is not None else None
+def _judge(name: str, text: str, key: str, new: Mapping[str, Any], old: Mapping[str, Any], paired: Metric | str, margin: float) -> dict[str, Any]:
+    """``paired``: the difference token by token, or why there is none."""
+    found = paired if isinstance(paired, Metric) and paired.ci_low is not None else None
+    why = paired if isinstance(paired, str) else None if found else "too few documents or windows to pair"
     difference = found or unpaired_difference(new, old)
     if difference is None:
         return _open(name, text, f"{key} has no interval in both runs", key)
@@ -113,13 +119,13 @@ def _judge(name: str, text: str, key: str, new: Mapping[str, Any], old: Mapping[
     worse = sorted(sign * end for end in (difference.ci_low, difference.ci_high))
     state = "fail" if worse[0] > margin else "pass" if sign * difference.value <= margin else "inconclusive"
     word = {"fail": "worse", "pass": "not worse", "inconclusive": "perhaps worse, more text would tell"}[state]
-    how = "token by token" if found else "from the two intervals"
+    how = "token by token" if found else f"from the two intervals, as {why}"
     shown = [_shown(x) for x in (new.get("value"), old.get("value"), difference.value, difference.ci_low, difference.ci_high)]
     reason = f"{name} on {text}: {key} {shown[0]}, the baseline's {shown[1]}: {word} ({how}: {shown[2]}, {shown[3]} to {shown[4]}; {margin:.2g} counts for nothing)"
     return {
         "arm": name, "text": text, "metric": f"{key}_vs_baseline", "value": difference.value, "ci_low": difference.ci_low, "ci_high": difference.ci_high,
         "limit": {"min": -margin} if sign < 0 else {"max": margin}, "state": state, "reason": reason,
-        "new": _number(new.get("value")), "old": _number(old.get("value")), "paired": found is not None,
+        "new": _number(new.get("value")), "old": _number(old.get("value")), "paired": found is not None, **({} if found else {"unpaired": why}),
     }  # fmt: skip
 
 
@@ -149,7 +155,8 @@ class _Tokens:
         self.new, self.old, self.base, self.old_base = new, old, new_base, old_base
         self.keep = new.finite & old.finite
 
-    def difference(self, key: str) -> Metric | None:
+    def difference(self, key: str) -> Metric | str:
+        """New minus old, or why that has no meaning token by token."""
         new, old, keep = self.new, self.old, self.keep
         clusters = new.clusters[keep]
 
@@ -164,24 +171,24 @@ class _Tokens:
             return cluster_mean(minus(new.agree, old.agree), clusters, "share")
         same_gain = self.base is not None and self.old_base is not None and np.allclose(self.base.nll_cand[keep], self.old_base.nll_cand[keep], atol=1e-4)
         if not same_gain or not np.allclose(new.nll_ref[keep], old.nll_ref[keep], atol=1e-4):
-            return None  # the gain that retention divides by is another one
+            return "the adapter's gain that it divides by is another one"
         return cluster_ratio(minus(old.nll_cand, new.nll_cand), minus(self.base.nll_cand, new.nll_ref), clusters, "share")
 
 
-def _same_tokens(scores: Scores | None, old_scores: Scores | None, text: str, names: tuple[str, str], rows: tuple[dict, dict]) -> _Tokens | None:
-    """Both candidates' arrays, if they are of the same tokens and really belong to the results beside them."""
-    found = [(have or {}).get(text, {}).get(name) for have, name in zip((scores, old_scores), names, strict=True)]
-    if any(row is None for row in found):
-        return None
-    new, old = found
-    if not (np.array_equal(new.window, old.window) and np.array_equal(new.doc, old.doc)):
-        return None
-    for one, metrics in zip(found, rows, strict=True):
+def _same_tokens(scores: Scores, old_scores: Scores, text: str, names: tuple[str, str], rows: tuple[dict, dict]) -> _Tokens | str:
+    """Both candidates' arrays, if they are of the same tokens and really belong to the results beside them; else what is wrong with them."""
+    found = [have.get(text, {}).get(name) for have, name in zip((scores, old_scores), names, strict=True)]
+    for one, metrics, name, whose in zip(found, rows, names, SIDES, strict=True):
+        if one is None:
+            return f"the .npz beside {whose} holds no {name} on {text}"
         stated = _number(metrics.get("kl_mean", {}).get("value"))
         mean = float(one.kl[one.finite].astype(np.float64).mean()) if one.finite.any() else math.nan
         if stated is None or not math.isclose(mean, stated, rel_tol=1e-3, abs_tol=1e-12):
-            return None
-    return _Tokens(new, old, (scores or {})[text].get("base"), (old_scores or {})[text].get("base"))
+            return f"the .npz beside {whose} belongs to another run: its mean KL is {_shown(mean)}, the results say {_shown(stated)}"
+    new, old = found
+    if not (np.array_equal(new.window, old.window) and np.array_equal(new.doc, old.doc)):
+        return "the two .npz are of other tokens"
+    return _Tokens(new, old, scores[text].get("base"), old_scores[text].get("base"))
 
 
 def _number(x: Any) -> float | None:

@@ -47,13 +47,13 @@ def load_budget(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def compare(
-    results: dict[str, Any], budget: dict[str, Any], baseline: dict[str, Any] | None = None, *, ignore_versions: bool = False, tokens: tuple[Scores, Scores] | None = None
+    results: dict[str, Any], budget: dict[str, Any], baseline: dict[str, Any] | None = None, *, ignore_versions: bool = False, tokens: tuple[Scores, Scores] | str | None = None
 ) -> dict[str, Any]:
     """The verdict ``{"state", "reasons", "checks", "budget"}`` on results.json's content; ``checks`` rows hold arm, text, metric, value,
     ci_low, ci_high, limit, state (``pass``, ``fail``, ``inconclusive``, ``skipped``) and reason. ``reasons`` starts with the decisive ones.
 
     With ``baseline`` (older results) the candidates are also held against the old ones; ``Refused`` where the fingerprints differ. ``tokens``: the
-    per-token numbers of both runs (`sidecar.read_scores`), new first; then differences are paired.
+    per-token numbers of both runs (`sidecar.read_scores`), new first; then differences are paired. Or, in words, why they are not there.
     """
     limits = budget["limits"]
     checks: list[dict[str, Any]] = []
@@ -124,8 +124,8 @@ def _merge_check(text: str, metrics: dict[str, Any], limit: dict[str, float]) ->
     return _row("merged", text, "merged_floor_factor", kl, limit, "pass" if ok else "fail", reason)
 
 
-def _baseline_checks(results: dict[str, Any], baseline: dict[str, Any], candidates: list[str], ignore_versions: bool, tokens: tuple[Scores, Scores] | None) -> list[dict[str, Any]]:
-    from qmerge.quality.baseline import baseline_checks, check_fingerprints
+def _baseline_checks(results: dict[str, Any], baseline: dict[str, Any], candidates: list[str], ignore_versions: bool, tokens: tuple[Scores, Scores] | str | None) -> list[dict[str, Any]]:
+    from qmerge.quality.baseline import NOT_GIVEN, baseline_checks, check_fingerprints
 
     check_fingerprints(results, baseline, ignore_versions)
     before = [name for name in baseline["arms"] if name not in REFERENCE_ARMS]
@@ -133,22 +133,23 @@ def _baseline_checks(results: dict[str, Any], baseline: dict[str, Any], candidat
     pairs = [(candidates[0], before[0])] if len(candidates) == len(before) == 1 else [(n, n) for n in candidates if n in before]
     if not pairs:
         return [_row("", "", "baseline", {}, None, "inconclusive", "the baseline holds no candidate of these names")]
-    scores, old_scores = tokens or (None, None)
-    return baseline_checks(results, baseline, pairs, scores=scores, old_scores=old_scores)
+    if tokens is None or isinstance(tokens, str):
+        return baseline_checks(results, baseline, pairs, why=tokens or NOT_GIVEN)
+    return baseline_checks(results, baseline, pairs, scores=tokens[0], old_scores=tokens[1])
 
 
 def _check(arm: str, text: str, key: str, metric: dict[str, Any], limit: dict[str, float]) -> dict[str, Any]:
     side, bound = next(iter(limit.items()))
     value, low, high = (metric.get(k) for k in ("value", "ci_low", "ci_high"))
     here = f"{arm} on {text}: {key}"
-    if value is None or low is None or high is None:
+    if any(number is None or not math.isfinite(number) for number in (value, low, high)):
         why = metric.get("note") or "not measured"
         number = "" if value is None else f" {_number(value)}"
         return _row(arm, text, key, metric, limit, "inconclusive", f"{here}{number} has no interval to hold against {bound:g}: {why}")
     good, bad = (high <= bound, low > bound) if side == "max" else (low >= bound, high < bound)
     state = "pass" if good else "fail" if bad else "inconclusive"
     sign = {"max": {"pass": "≤", "fail": ">"}, "min": {"pass": "≥", "fail": "<"}}[side].get(state, "cannot be told from the limit")
-    more = "" if state != "inconclusive" else ": more text would narrow the interval"
+    more = "" if state != "inconclusive" else f": more {'items' if text == 'tasks' else 'text'} would narrow the interval"
     return _row(arm, text, key, metric, limit, state, f"{here} {_interval(metric)} {sign} {bound:g}{more}")
 
 
@@ -158,7 +159,7 @@ def _row(arm: str, text: str, key: str, metric: dict[str, Any], limit: dict[str,
 
 
 def _interval(metric: dict[str, Any]) -> str:
-    return f"{_number(metric['value'])} ({_number(metric['ci_low'])}–{_number(metric['ci_high'])})"
+    return f"{_number(metric['value'])} ({_number(metric['ci_low'])} to {_number(metric['ci_high'])})"
 
 
 def _number(x: float | None) -> str:

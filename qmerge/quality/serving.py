@@ -69,8 +69,8 @@ def check_load(load: Load, folders: Mapping[str, str]) -> None:
     if not load.batches or len(set(load.batches)) < len(load.batches) or min(load.batches) < 1:
         raise UsageProblem("the batch sizes are malformed", where="--batches", expected="different whole numbers from 1 on, as in 1,8,32", found=",".join(map(str, load.batches)) or "none")
     for flag, value in (("--prompt-tokens", load.prompt_tokens), ("--new-tokens", load.new_tokens), ("--repeats", load.repeats), ("--rounds", load.rounds), ("--timeout", load.timeout_s)):
-        if value < 1:
-            raise UsageProblem("this must be at least 1", where=flag, expected="1 or more", found=f"{value:g}")
+        if not 1 <= value < 1e9:  # NaN is neither
+            raise UsageProblem("this must be at least 1", where=flag, expected="1 or more, below a billion", found=f"{value:g}")
     for name, folder in folders.items():
         # refuses what is no checkpoint, and what no library should open; a folder without any weights is opened by none and gets a note
         check_method(folder) if weight_bytes(folder) or (Path(folder) / INDEX).exists() else quantization_method(folder)

@@ -59,7 +59,9 @@ def read_scores(path: str | Path) -> Scores:
         with np.load(path, allow_pickle=False) as stored:
             arrays = dict(stored)
     except _UNREADABLE as error:
-        raise Refused("the per-token arrays cannot be read", where=Path(path).name, expected="results.npz", found=str(error)) from error
+        found = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise Refused("the per-token arrays cannot be read", where=str(path), expected="the .npz that was written beside results.json", found=found,
+                      fix="put the one that belongs to these results there, or measure again with qmerge eval") from error
     scores: Scores = {}
     try:
         for key in arrays:
@@ -69,6 +71,8 @@ def read_scores(path: str | Path) -> Scores:
                 own = {k: arrays[f"{text}/{arm}/{k}"] for k in OWN} | {k: arrays[f"{text}/{k}"] for k in SHARED}
                 if any(row.shape != own["kl"].shape or row.ndim != 1 for row in own.values()):
                     raise Refused("the per-token arrays have different lengths", where=Path(path).name, expected="one number per token", found=f"{text}/{arm}")
+                if any(row.dtype.kind not in "biuf" for row in own.values()):
+                    raise Refused("the per-token arrays do not hold numbers", where=Path(path).name, expected="real numbers", found=f"{text}/{arm}")
                 scores.setdefault(text, {})[arm] = TokenScores(**own, vocabulary_cut=int(arrays[f"{text}/{arm}/vocabulary_cut"]), js=arrays.get(f"{text}/{arm}/js", np.zeros(0, np.float32)))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Refused("the per-token arrays are incomplete", where=Path(path).name, expected="results.npz as qmerge wrote it", found=str(error)) from error
@@ -100,4 +104,8 @@ def recompute_file(path: str | Path, results: dict[str, Any]) -> dict[str, Any]:
     measured = {name for arm in results["arms"].values() for name in arm["texts"]}
     if set(scores) != measured or any(set(arms) - {"served"} != set(results["arms"]) for arms in scores.values()):
         raise Refused("the per-token arrays belong to other results", where=Path(path).with_suffix(".npz").name, expected=f"texts {', '.join(sorted(measured))}, and all arms", found=", ".join(sorted(scores)))
+    for text, arms in scores.items():
+        stated = results["fingerprint"].get("texts", {}).get(text, {}).get("scored_tokens")
+        if other := next((f"{len(row.kl)} of {arm}" for arm, row in arms.items() if stated is not None and len(row.kl) != stated), None):
+            raise Refused("the per-token arrays belong to other results", where=Path(path).with_suffix(".npz").name, expected=f"{stated} tokens on {text}", found=other)
     return recompute(results, scores, read_samples(path, results), seed=results.get("fingerprint", {}).get("seed", 0))

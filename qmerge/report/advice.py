@@ -104,7 +104,7 @@ def _first_reason(results: Results, name: str, state: str) -> str:
 
 def recommend(results: Results) -> Advice:
     """Ship the passing candidate with the smallest KL; else ask for more text if a candidate is undecided; else keep the adapter separate."""
-    names = fields.candidate_names(results)
+    names = [name for name in fields.candidate_names(results) if name not in fields.FOR_COMPARISON]
     states = {name: fields.candidate_state(results, name) for name in names}
     passed, undecided, failed = (by_kl(results, [n for n in names if states[n] == s]) for s in ("pass", "inconclusive", "fail"))
     if passed:

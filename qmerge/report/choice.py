@@ -18,6 +18,9 @@ from qmerge.report.numbers import MISSING, format_metric, format_value, metric_p
 from qmerge.report.sections import Cell, Section, batches, bytes_text, seconds_parts, serving_rows
 
 NOT_MEASURED = "not measured"
+SEVERAL = 5
+"""adapters that the table counts where nobody said how many are served"""
+HOW_TO_TIME = "Speed, memory, kernels and packages: qmerge bench --base BASE --adapter ADAPTER --candidate OUT --into results.json measures them."
 MAX_COLUMNS = 4
 FASTER = 1.2
 """a measured speed counts as another one from this ratio on, where the intervals do not overlap"""
@@ -56,7 +59,7 @@ def choose(results: Results, adapters: int = 1, engine: str | None = None) -> Ch
 
 
 def _passing(results: Results) -> list[str]:
-    return [name for name in fields.candidate_names(results) if fields.candidate_state(results, name) == "pass"]
+    return [name for name in fields.candidate_names(results) if name not in fields.FOR_COMPARISON and fields.candidate_state(results, name) == "pass"]
 
 
 def _ship(results: Results, usable: list[str], reason: str, adapters: int) -> Choice:
@@ -150,7 +153,7 @@ def compared(results: Results, adapters: int = 1) -> Section | None:
     if not names:
         return None
     served = serving_rows(results)
-    count = max(adapters, 5)
+    count = adapters if adapters > 1 else SEVERAL
     rows: list[tuple[Cell, ...]] = [("time to first token", *(_or_not(seconds_parts(served.get(name, {}).get("time_to_first_token_s"))) for name in names))]
     sizes = batches(results) or ["1", "32"]
     for batch in dict.fromkeys((sizes[0], sizes[-1])):
@@ -164,7 +167,7 @@ def compared(results: Results, adapters: int = 1) -> Section | None:
     rows.append(("kernel", *(clean(served.get(name, {}).get("kernel") or NOT_MEASURED, 60) for name in names)))
     rows.append(("packages to serve it", *(_packages(served.get(name, {})) for name in names)))
     how = "Measured values of this model. Swapping and the number of files follow from the form itself; the size of several adapters is computed from the sizes here."
-    return Section("Separate or merged?", how, ("", *(clean(name, 60) for name in names)), tuple(rows))
+    return Section("Separate or merged?", how, ("", *(clean(name, 60) for name in names)), tuple(rows), notes=() if served else (HOW_TO_TIME,))
 
 
 def _or_not(cell: Any) -> Cell:

@@ -8,6 +8,8 @@ from typing import Any
 
 BASE, REFERENCE, MERGED = "base", "separate", "merged"
 NOT_CANDIDATES = (BASE, REFERENCE, MERGED)
+FOR_COMPARISON = ("rtn", "original")
+"""arms that are measured to be compared with, which nobody wrote as a file"""
 STATES = ("pass", "fail", "inconclusive")
 
 Results = Mapping[str, Any]

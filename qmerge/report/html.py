@@ -14,7 +14,7 @@ from qmerge.report.advice import recommend
 from qmerge.report.choice import choose, compared
 from qmerge.report.clean import clean
 from qmerge.report.fields import Results
-from qmerge.report.markdown import fingerprint_digest, floor_sentence, reproduction_steps, verdict_sentence
+from qmerge.report.markdown import HOW_ARMS, HOW_LINEARS, fingerprint_digest, floor_sentence, reproduction_steps, verdict_sentence
 from qmerge.report.sections import sections
 from qmerge.units import format_seconds
 
@@ -73,6 +73,9 @@ def render_html(results: Results) -> str:
         advice=recommend(results),
         texts=_texts(results, names),
         checks=tables.check_rows(results, parts=True),
+        skipped=tables.skipped(results),
+        how_arms=HOW_ARMS,
+        how_linears=HOW_LINEARS,
         sections=sections(results),
         choice=choose(results),
         compared=compared(results),

@@ -12,6 +12,7 @@ from qmerge.report.schema import faults
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 512 * 1024 * 1024
+AGAIN = "it was cut short or is another file: take it from where it was kept, or measure again with qmerge eval"
 
 
 def load_results(path: str | Path, whole: bool = False) -> dict[str, Any]:
@@ -31,16 +32,20 @@ def load_results(path: str | Path, whole: bool = False) -> dict[str, Any]:
     if found.stat().st_size > MAX_BYTES:
         raise Refused("This results.json is too large to be one.", where=found.name, expected=f"at most {MAX_BYTES} bytes")
     try:
-        results = json.loads(found.read_text("utf-8"))
+        results = json.loads(found.read_text("utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise Refused("This file is not JSON.", where=found.name, found=str(error)) from error
+        raise Refused("This file is not JSON.", where=found.name, expected="a results.json that qmerge run or qmerge eval wrote", found=str(error), fix=AGAIN) from error
     version = results.get("schema_version") if isinstance(results, dict) else None
     if version != SCHEMA_VERSION:
         fix = "Use the qmerge that wrote it, or evaluate again."
-        raise Refused("These results have another layout.", where=found.name, expected=f"schema_version {SCHEMA_VERSION}", found=version, fix=fix)
+        raise Refused("These results have another layout.", where=found.name, expected=f"schema_version {SCHEMA_VERSION}", found="none" if version is None else version, fix=fix)
     if whole:
         check_whole(results, found)
     return results
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON, and no result")
 
 
 def check_whole(results: dict[str, Any], path: str | Path) -> None:

@@ -18,7 +18,16 @@ from qmerge.units import format_seconds
 
 VERDICTS = {"pass": "✅ Pass", "fail": "❌ Fail", "inconclusive": "❔ Inconclusive", None: "No verdict"}
 MAX_BYTES = 95_000  # a job summary is refused beyond 1 MiB, and unread long before
-MAX_ARMS, MAX_TEXTS, MAX_CHECKS = 40, 12, 80
+MAX_ARMS, MAX_TEXTS, MAX_CHECKS, MAX_SETTINGS = 40, 12, 80, 40
+HOW_ARMS = (
+    "An arm is one way to run the model; every arm reads the same tokens as separate, the reference: the 4-bit base with its adapter kept apart. KL is how far an arm's next-token probabilities are from the "
+    "reference's (0: identical), top-1 agreement how often both would choose the same token, retention the share of the adapter's gain in loss that is left (base 0 %, separate 100 %). Brackets and small "
+    "figures are 95 % intervals. merged is W + ΔW in fp32; rtn, where it is there, is that rounded to the nearest NF4 values."
+)
+HOW_LINEARS = (
+    "Delta survival is the share of the adapter's change that is still in the stored weight, along its own direction: 1 is kept, 0 is erased. The error is what rounding left between the stored weight and "
+    "W + ΔW; it may exceed ΔW and cost nothing, since rounding is aimed at what the linears put out, and that is what the KL of the arms measures."
+)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -80,7 +89,8 @@ def _gate(results: Results) -> list[str]:
         return []
     shown = [[row[key] for key in ("state", "arm", "text", "metric", "measured", "limit")] for row in rows[:MAX_CHECKS]]
     parts = ["## Gate", table(("state", "arm", "text", "metric", "measured (95 % interval)", "limit"), shown, right=(4, 5))]
-    return parts + ([f"{len(rows) - MAX_CHECKS} more checks are in results.json."] if len(rows) > MAX_CHECKS else [])
+    parts += [f"{len(rows) - MAX_CHECKS} more checks are in results.json."] if len(rows) > MAX_CHECKS else []
+    return parts + (["\n".join(f"- skipped: {md(reason, 300)}" for reason in said)] if (said := tables.skipped(results)) else [])
 
 
 def _arms(results: Results) -> list[str]:
@@ -122,15 +132,14 @@ def _linears(results: Results) -> list[str]:
             parts += [f"### {md(name)}", table(heads, rows, right=(1, 2, 3))]
     if not parts:
         return []
-    explain = "Delta survival is the share of the adapter's change that is still in the stored weight, along its own direction: 1 is kept, 0 is erased. The error is what rounding left between the stored weight and W + ΔW."
-    return ["## Linears that kept least of the adapter", explain, *parts]
+    return ["## Linears that kept least of the adapter", HOW_LINEARS, *parts]
 
 
 def _environment(results: Results) -> list[str]:
-    rows = tables.fingerprint_rows(results, count=40)
+    rows = tables.fingerprint_rows(results)
     elapsed = fields.number(results.get("elapsed_s"))
     facts = [f"Fingerprint `{fingerprint_digest(results)}`" + (f", measured in {format_seconds(elapsed)}." if elapsed is not None else ".")]
-    return ["## Environment", facts[0], *([table(("setting", "value"), rows)] if rows else [])]
+    return ["## Environment", facts[0], *([table(("setting", "value"), rows[:MAX_SETTINGS])] if rows else []), *([f"{len(rows) - MAX_SETTINGS} more settings are in report.html."] if len(rows) > MAX_SETTINGS else [])]
 
 
 def reproduction_steps(results: Results) -> list[str]:
@@ -150,7 +159,8 @@ def _reproduce(results: Results) -> list[str]:
 
 def render_markdown(results: Results) -> str:
     """report.md: verdict, gate, arms, what else was measured, worst linears, environment, reproduction, advice; below 100 kB, later parts give way."""
-    parts = [_head(results), _gate(results), _arms(results), *map(_section, sections(results)), _linears(results), _environment(results), _reproduce(results), _choice(results)]
+    arms = _arms(results)
+    parts = [_head(results), _gate(results), [md(HOW_ARMS, 900), *arms] if arms else [], *map(_section, sections(results)), _linears(results), _environment(results), _reproduce(results), _choice(results)]
     kept: list[str] = []
     size = 0
     for position, part in enumerate(parts):

@@ -55,18 +55,18 @@ def _capped(title: str, how: str, heads: tuple[str, ...], rows: list[tuple[Cell,
 def baseline(results: Results) -> Section | None:
     """New against old, from the checks that a comparison with a baseline made; what got worse first."""
     order = {"fail": 0, "inconclusive": 1}
-    rows, unpaired = [], 0
+    rows, unpaired = [], []
     for check in sorted(fields.checks(results), key=lambda row: order.get(str(row.get("state")), 2)):
         name = str(check.get("metric"))
         if not name.endswith(BASELINE):
             continue
         metric, kind = name.removesuffix(BASELINE), metric_kind(name.removesuffix(BASELINE))
-        unpaired += check.get("paired") is False
+        unpaired += [clean(check.get("unpaired") or "the per-token numbers of one of the runs are not there, or are of other tokens")] if check.get("paired") is False else []
         values = [format_value(fields.number(check.get(key)), kind) for key in ("new", "old")]
         difference = metric_parts(check, "points" if kind == "percent" else "signed")
         rows.append((clean(check.get("arm") or MISSING), clean(check.get("text") or MISSING), clean(metric_label(metric)), *values, difference, clean(check.get("state") or MISSING)))
     how = "The candidate of these results against the one of the baseline. A difference fails where its whole interval is worse by more than what other threads or another processor change."
-    notes = (f"{unpaired} of {len(rows)} differences come from the two intervals, not token by token: the per-token numbers of one of the runs are not there, or are of other tokens.",)
+    notes = (f"{len(unpaired)} of {len(rows)} differences come from the two intervals, not token by token: {'; '.join(dict.fromkeys(unpaired))}.",)
     return _capped("Against the baseline", how, ("arm", "text", "metric", "new", "baseline", "difference", "state"), rows, (3, 4, 5), notes if unpaired else ())
 
 
@@ -120,7 +120,7 @@ def tasks(results: Results) -> Section | None:
             delta = row if "value" in row else row.get("delta")  # the mean over tasks is a difference only
             cells = (metric_parts(row.get("accuracy"), "percent"), metric_parts(delta, "points"), format_value(fields.number(row.get("flips")), "count"))
             rows.append((clean(name), macro or label, *cells, MISSING if p is None else f"{p:.2g}", metric_parts(row.get("margin_delta"), "signed")))
-    heads: tuple[str, ...] = ("arm", "task", "accuracy", "difference", "items flipped", "McNemar p", "gold margin, nats")
+    heads: tuple[str, ...] = ("arm", "task", "accuracy", "difference", "flipped", "McNemar p", "gold margin, nats")
     how = "Paired item by item with the separate model. p is exact, and Holm's over the tasks where there are several."
     if any(row[-1] and row[-1] != (MISSING, "") for row in rows):
         how += " The margin is the gold answer's log-likelihood over the best wrong one's: it moves before answers flip."

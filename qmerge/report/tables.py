@@ -21,7 +21,7 @@ from qmerge.report.numbers import (
 from qmerge.report.sections import Section, generation, perplexity, tasks, text_of
 from qmerge.units import format_bytes
 
-__all__ = ["check_rows", "fingerprint_rows", "format_metric", "linear_rows", "metric_parts", "notes", "plain_table", "summary_rows", "terminal_table"]
+__all__ = ["check_rows", "fingerprint_rows", "format_metric", "linear_rows", "metric_parts", "notes", "plain_table", "skipped", "summary_rows", "terminal_table"]
 
 SUMMARY = (
     ("arm", "arm"),
@@ -34,6 +34,7 @@ SUMMARY = (
 METRIC_OF = {"perplexity": ("ppl", "ppl"), "kl": ("kl_mean", "kl"), "top1": ("top1_agreement", "percent"), "retention": ("retention", "percent")}
 REFERENCE_KL = "0 (reference)"
 TERMINAL_COLUMNS = 110
+MAX_SKIPPED = 12
 
 
 def _size(arm: dict[str, Any]) -> str:
@@ -89,6 +90,12 @@ def check_rows(results: Results, parts: bool = False) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def skipped(results: Results) -> list[str]:
+    """Why checks were skipped, one sentence each."""
+    said = [clean(row["reason"], 300) for row in fields.checks(results) if row.get("state") == "skipped" and isinstance(row.get("reason"), str)]
+    return list(dict.fromkeys(said))[:MAX_SKIPPED]
 
 
 def linear_rows(results: Results, arm: str, count: int = 10) -> list[dict[str, str]]:
@@ -152,9 +159,16 @@ def _aligned(table: Sequence[Sequence[str]], caps: Sequence[int]) -> list[str]:
 
 
 def plain_table(section: Section, columns: int = 150) -> str:
-    """A section's rows for a terminal: columns aligned, each at most 34 wide, together at most ``columns`` where 12 each are enough."""
-    table = [section.heads, *([text_of(cell) for cell in row] for row in section.rows)]
-    widths = [min(34, max(_width(line[column]) for line in table)) for column in range(len(section.heads))]
+    """A section's rows for a terminal: columns aligned, each at most 34 wide, together at most ``columns`` where 12 each are enough. Where they do not fit,
+    intervals are left out before anything is cut: of the first value (what follows is its difference), then from the right."""
+    with_interval = [column for column in range(len(section.heads)) if any(not isinstance(row[column], str) and row[column][1] for row in section.rows)]
+    bare: set[int] = set()
+    for drop in (None, *with_interval[:1], *reversed(with_interval[1:])):
+        bare |= {drop} if drop is not None else set()
+        table = [section.heads, *([cell[0] if index in bare and not isinstance(cell, str) else text_of(cell) for index, cell in enumerate(row)] for row in section.rows)]
+        widths = [min(34, max(_width(line[column]) for line in table)) for column in range(len(section.heads))]
+        if sum(widths) + 2 * (len(widths) - 1) <= columns:
+            break
     while sum(widths) + 2 * (len(widths) - 1) > columns and max(widths) > 12:
         widths[widths.index(max(widths))] -= 1
     lines = ["  ".join(_fit(item, width) for item, width in zip(line, widths, strict=True)).rstrip() for line in table]

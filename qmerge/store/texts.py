@@ -242,7 +242,7 @@ def _row_document(row: Any, where: str, template: list[tuple[str, str | None]] |
     if template is not None:
         return Document("".join(text + ("" if name is None else _field(row, name, where, any_type=True)) for text, name in template))
     if row.get("messages") is not None:
-        return Document(chats.write(row["messages"], where))
+        return Document(_whole(chats.write(row["messages"], where), where))
     if "prompt" in row and "completion" in row:
         prompt, completion = _field(row, "prompt", where), _field(row, "completion", where)
         return Document(prompt + completion, ((prompt, False), (completion, True)))

@@ -123,7 +123,9 @@ class Kept:
     def commit(self, number: int, solved: Mapping[str, Solved], traffic: Mapping[str, Traffic], tuned: Mapping[str, Any] | None) -> None:
         """A unit is solved. Raises Interrupted where there is no room."""
         self.run.begin()
+        began = time.perf_counter()
         rows, tensors = to_record(solved, self.model_dtype)
+        self.journal.seconds += time.perf_counter() - began
         facts = {"linears": rows, "traffic": {name: asdict(row) for name, row in traffic.items() if name in solved}, "tuned": tuned, "dropped": False, "of": self.units}
         self._full[number] = self.journal.put(f"unit-{number}", facts, tensors)
         self.count = number + 1

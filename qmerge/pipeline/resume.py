@@ -156,6 +156,8 @@ def working(
     with folder:
         run = Run(folder, Journal(folder.journal), stop, facts or _Facts(lambda: identity(plan, calibration, steps, inputs())), chosen is not None, say, began=chosen is not None)
         try:
+            if run.resumed:
+                _renew(run)
             yield run
         except BaseException as problem:
             raise _ended(run, problem) from (problem if _is_bug(problem) else None)
@@ -195,14 +197,36 @@ def _choose(left: list[Left], out: Path, facts: _Facts, say: Callable[[str], Non
     reasons = []
     for one in there:
         before, now = one.journal.facts("run"), facts()
-        if not (wrong := differences(before["fixed"], now["fixed"])):
-            if changed := differences(before["free"], now["free"]):
+        cut = _other_shards(one, before["fixed"], now["fixed"])
+        if not (wrong := differences(before["fixed"] | cut, now["fixed"] | cut)):
+            if changed := differences(before["free"], now["free"]) + (["shard size"] if cut else []):
                 say(f"--resume: not what it was: {'; '.join(changed)}" + (". Another device or processor may round otherwise: the bytes may not be those of an uninterrupted run" if _rounds(changed) else ""))
             say(f"--resume: goes on with {one.home.name} ({format_bytes(one.nbytes)})")
             return one
         reasons.append(wrong)
     raise Refused("The interrupted run is of something else, so it cannot be continued.", where=there[0].home.name, found="\n              ".join(reasons[0][:8]),
                   fix="run with what it was begun with, or without --resume to start anew (and delete that folder)", written="nothing; the interrupted run is as it was")
+
+
+def _other_shards(one: Left, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What to take for both recipes where they differ in the size of shards alone, and everything is there to write all shards again; else nothing."""
+    sizes = [side["recipe"]["shard_size"] for side in (before, now)]
+    units = [one.journal.facts(name) for name in one.journal.names() if name.startswith("unit-")]
+    if sizes[0] == sizes[1] or not units or any(unit is None or unit["dropped"] for unit in units):
+        return {}
+    return {"recipe": now["recipe"]} if before["recipe"] | {"shard_size": sizes[1]} == now["recipe"] else {}
+
+
+def _renew(run: Run) -> None:
+    """The run is now what this process was asked for."""
+    before, now = run.journal.facts("run"), run.facts()
+    if before == now:
+        return
+    if before["fixed"]["recipe"] != now["fixed"]["recipe"]:
+        for name in run.journal.names():
+            if name.startswith("shard-"):
+                run.journal.drop(name)
+    run.journal.put("run", now)
 
 
 def _rounds(changed: list[str]) -> bool:
@@ -217,10 +241,14 @@ def _ended(run: Run, problem: BaseException) -> BaseException:
     run.folder.keep = not (isinstance(problem, QmergeError) and not isinstance(problem, Interrupted)) and run.began
     if (why := _interruption(problem)) is None:
         return problem
-    what, found = why
+    again = "run the same command again"
+    if _full(problem):
+        again = "make room and " + again
+    elif isinstance(problem, Interrupted) and "--shard-size" in (problem.fix or ""):
+        again = "run the same command again with smaller files (--shard-size)"
     if not run.folder.keep:
-        return Interrupted(what, where=run.folder.out.name, found=found, fix="run the same command again" if not _full(problem) else "make room and run the same command again", written="nothing")
-    return Interrupted(what, where=f"{run.folder.out.name}, at {run.place}", found=found, fix=("make room, then " if _full(problem) else "") + "run the same command again with --resume: it goes on from there",
+        return Interrupted(why[0], where=run.folder.out.name, found=why[1], fix=again, written="nothing")
+    return Interrupted(why[0], where=f"{run.folder.out.name}, at {run.place}", found=why[1], fix=again + (" and" if "with" in again else " with") + " --resume: it goes on from there",
                        written=f"nothing at the output; {format_bytes(folder_bytes(run.folder.home))} in {run.folder.home.name}")
 
 

@@ -57,8 +57,8 @@ def ended_within(child: int, seconds: float) -> int:
 class Hooked:
     """Counts this process's calls that change what lies below ``place`` (and the parent folder's names), and kills it before call number ``fatal``."""
 
-    def __init__(self, place: Path, fatal: int | None = None, tell: Path | None = None) -> None:
-        self.place, self.fatal, self.tell, self.count, self.names = str(place), fatal, tell, 0, []
+    def __init__(self, place: Path, fatal: int | None = None) -> None:
+        self.place, self.fatal, self.count = str(place), fatal, 0
 
     def __enter__(self) -> Hooked:
         self._kept = {name: getattr(os, name) for name in CALLS}
@@ -74,7 +74,6 @@ class Hooked:
         def called(*args: Any, **options: Any) -> Any:
             if self._ours(name, args):
                 self.count += 1
-                self.names.append(name)
                 if self.count == self.fatal:
                     os.kill(os.getpid(), signal.SIGKILL)
             return inner(*args, **options)

@@ -26,9 +26,9 @@ class Jobs:
     def __init__(self, zoo: Any, root: Path) -> None:
         self.zoo, self.root, self.count = zoo, root, 0
         self.log = root / "log"
-        source = zoo.float("llama", "resume", **SMALL)
-        self.base = zoo._once("resume-nf4", lambda folder: save_nf4(source, folder, True))
-        self.adapter = zoo._once("resume-adapter", lambda folder: self._adapter(source, folder))
+        source = zoo.float("llama", "halted", **SMALL)
+        self.base = zoo._once("halted-nf4", lambda folder: save_nf4(source, folder, True))
+        self.adapter = zoo._once("halted-adapter", lambda folder: self._adapter(source, folder))
         self._files: dict[str, dict[str, str]] = {}
         self._seconds: dict[str, float] = {}
         self._prepared: dict[str, tuple[Any, Any]] = {}

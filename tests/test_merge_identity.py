@@ -205,7 +205,7 @@ def test_kill_9_leaves_no_out(runs):
     process.communicate()
     assert not out.exists() and digests(runs.base, runs.light) == before
     left = [path.name for path in runs.root.iterdir()]
-    assert all(re.fullmatch(r"\.killed\.qmerge-tmp-\w+", name) for name in left)
+    assert all(re.fullmatch(r"\.killed\.qmerge-run-\w+", name) for name in left)
     assert runs.cli(*words).code == 0 and runs.cli("verify", out).code == 0
 
 
@@ -228,7 +228,7 @@ def mounts() -> bool:
 @pytest.mark.skipif(not mounts(), reason="this machine does not let us mount a tmpfs")
 @pytest.mark.parametrize("size", ["350k", pytest.param("764k", marks=pytest.mark.slow)])
 def test_disk_full(runs, size, tmp_path):
-    """A disk that fills in the middle of the weights, or only at the side files, whatever the plan foresaw: exit 75, and nothing left behind."""
+    """A disk that fills in the middle of the weights, or only at the side files, whatever the plan foresaw: exit 75, and nothing but the run's own folder, which --resume goes on from."""
     place = tmp_path / "disk"
     place.mkdir()
     blind = "import sys; from qmerge.pipeline import plan; plan.check_room = lambda *_: None; from qmerge.cli.main import main; sys.argv = ['qmerge', *sys.argv[1:]]; main()"
@@ -236,7 +236,7 @@ def test_disk_full(runs, size, tmp_path):
     script = f'mount -t tmpfs -o size={size} none "{place}" && "$0" "$@"; code=$?; ls -A "{place}"; exit $code'
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script, sys.executable, "-c", blind, *words], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 75, done.stderr
-    assert done.stdout == "" and "room left on the disk" in done.stderr and "Traceback" not in done.stderr
+    assert re.fullmatch(r"\.out\.qmerge-run-\w+\n", done.stdout) and "room left on the disk" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_file_that_may_not_grow_any_further(runs):

@@ -205,7 +205,7 @@ def test_kill_9_leaves_no_out(runs):
     process.communicate()
     assert not out.exists() and digests(runs.base, runs.light) == before
     left = [path.name for path in runs.root.iterdir()]
-    assert all(re.fullmatch(r"\.killed\.qmerge-tmp-\w+", name) for name in left)
+    assert all(re.fullmatch(r"\.killed\.qmerge-run-\w+", name) for name in left)
     assert runs.cli(*words).code == 0 and runs.cli("verify", out).code == 0
 
 

@@ -237,12 +237,12 @@ SPOILED = {
 @pytest.mark.parametrize("case", SPOILED)
 def test_values_that_are_not_finite(merge, monkeypatch, case, value, said):
     """A diverged fine-tune found when half of the output is on the disk, or spread over it. Refused before the first file is opened for writing."""
-    from qmerge.store.publish import OutputFolder
+    from qmerge.store.runs import RunFolder
 
-    def never(self: OutputFolder) -> OutputFolder:
+    def never(self: RunFolder) -> RunFolder:
         raise AssertionError("the output was begun")
 
-    monkeypatch.setattr(OutputFolder, "__enter__", never)
+    monkeypatch.setattr(RunFolder, "__enter__", never)
     name, tensor = SPOILED[case]
     kind, adapter = merge.adapter(name)
     change(adapter, spoil(tensor, value))

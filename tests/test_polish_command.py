@@ -40,4 +40,4 @@ def test_the_file_is_the_polished_model(zoo, written, cli, fmt, steps):
 def test_no_state_is_left_beside_the_output(written):
     """The folder that a killed run would go on from, left behind by one that finished."""
     out, _ = written("llama", "nf4", "--polish", "distill")
-    assert not [path.name for path in out.parent.iterdir() if "qmerge-polish" in path.name]
+    assert not [path.name for path in out.parent.iterdir() if "qmerge-" in path.name]

@@ -103,3 +103,10 @@ def named_texts(values: tuple[str, ...]) -> dict[str, str]:
             raise UsageProblem("two texts have the same name", where=f"--text {value}", found=name, fix="give one a name of its own: --text NAME=FILE")
         found[name] = path
     return found
+
+
+def to_plan(recipe: Any, resume: bool) -> Any:
+    """With ``--resume`` the plan must not mind that OUT is there: whether it is what was asked for is seen later, and it is replaced only where ``recipe`` itself says so."""
+    from dataclasses import replace
+
+    return replace(recipe, overwrite=True) if resume else recipe

@@ -11,7 +11,7 @@ import click
 
 from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
 from qmerge.cli.gate import judged_again
-from qmerge.cli.options import measure_options, merge_options, named_texts
+from qmerge.cli.options import measure_options, merge_options, named_texts, to_plan
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 from qmerge.errors import UsageProblem
 
@@ -29,11 +29,12 @@ from qmerge.errors import UsageProblem
 @click.option("--allow-overlap", is_flag=True, help="Do not refuse evaluation text that the calibration text holds too.")
 @click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run of this OUT; where there is none, start; where OUT is there whole, measure it.")
 @click.option("--json", "as_json", is_flag=True, help="Verdict and paths as JSON on stdout.")
 @click.pass_context
 def run_command(
     context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None,
-    budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
+    budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, resume: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
 ) -> None:
     """Merge, then measure the result against base + separate adapter, judge it, and write a report to OUT.eval/."""
     from qmerge.pipeline.recipe import build_recipe
@@ -41,6 +42,7 @@ def run_command(
     recipe = build_recipe(recipe_file, settings, flags)
     if recipe.each:
         raise UsageProblem("--each writes several checkpoints, and run measures one", where="--each", fix="qmerge merge --each …, then qmerge eval for each of them")
+    asked, recipe = recipe, to_plan(recipe, resume)
     steps = Steps()
     from qmerge.pipeline.plan import describe_plan, plan
     from qmerge.quality.attach import check_separate
@@ -72,9 +74,12 @@ def run_command(
         result(describe_plan(found))
         say("dry run: nothing was written. Next: the same command without --dry-run")
         return
+    from qmerge.pipeline.resume import Resume
     from qmerge.pipeline.run import run
+    from qmerge.pipeline.stop import Stop
 
-    done = run(found, steps.step, calibration, steps.count)
+    with Stop(say) as stop:
+        done = run(found, steps.step, calibration, steps.count, resume=Resume(asked.overwrite) if resume else None, stop=stop, say=say)
     steps.step(f"wrote {done.out}")
     for note in done.notes:
         warn(note)

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
@@ -23,6 +23,7 @@ from qmerge.adapters.edits import Proof
 from qmerge.device import worker_threads
 from qmerge.formats.base import FOUR_BIT
 from qmerge.formats.dense import cast
+from qmerge.pipeline.kept_shards import KeptShards
 from qmerge.pipeline.merge import Merged, OpenPiece, stretches
 from qmerge.store.adapter import check_finite
 from qmerge.store.headers import TORCH_DTYPES, rows_of
@@ -57,6 +58,7 @@ class DenseJob:
     records: dict[str, dict[str, float]] = field(default_factory=dict)
     """module -> how well its delta was added and how much of it survived the cast"""
     digests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kept: KeptShards | None = None
 
     def outputs(self) -> list[OutTensor]:
         return [OutTensor(name, self.out_dtype(name), self.file_shape(name)) for name in self.merged.names]
@@ -86,23 +88,49 @@ class _Part:
 def write_dense(jobs: list[DenseJob], device: torch.device, progress: Callable[[str, int, int], None]) -> None:
     """Write every job's shards into its folder and fill its ``records`` and ``digests``. ``progress(label, done, total)`` counts in percent."""
     _warm_up(jobs)
-    streams = {id(job): ShardStream(job.folder, job.outputs(), job.shard_bytes) for job in jobs}
+    streams = {id(job): ShardStream(job.folder, job.outputs(), job.shard_bytes, done=job.kept.digests if job.kept else ()) for job in jobs}
     total = max(1, sum(tensor.nbytes for stream in streams.values() for tensor in stream.order))
-    done, sums = 0, {}
+    there = {id(job): _there(job, streams[id(job)]) for job in jobs}
+    done, sums = sum(sum(tensor.nbytes for tensor in names.values()) for names in there.values()), {}
     try:
-        for part in _in_order(_tasks(jobs, device), worker_threads(device)):
+        for part in _in_order(_tasks(jobs, device, there), worker_threads(device)):
             streams[id(part.job)].write(part.data)
             before, done = done, done + part.data.nbytes
             if (percent := 100 * done // total) != 100 * before // total:
                 progress("merged and written", percent, 100)
             if part.proof is not None:
                 _note(part, sums)
+            _keep(part.job, streams)
         for job in jobs:
             streams[id(job)].finish()
             job.digests = streams[id(job)].digests
+            if job.kept is not None:
+                job.kept.note(streams[id(job)], job.records, wait=True)
     finally:
         for stream in streams.values():
             stream.__exit__(None, None, None)
+
+
+def _there(job: DenseJob, stream: ShardStream) -> dict[str, OutTensor]:
+    """The tensors in shards that an earlier process has finished; the adapter's part in them is used up, and was proved."""
+    if job.kept is None:
+        return {}
+    names = {tensor.name: tensor for shard in stream.shards[: len(job.kept.digests)] for tensor in shard}
+    job.merged.used_before(names)
+    job.records |= job.kept.records
+    return names
+
+
+def _keep(job: DenseJob, streams: Mapping[int, ShardStream]) -> None:
+    """Note the shards that are on the disk, and end here where somebody wishes that and none of this job's is half written."""
+    if job.kept is None:
+        return
+    stream = streams[id(job)]
+    job.kept.note(stream, job.records)
+    if job.kept.ends_here(stream):
+        stream.settle()
+        job.kept.note(stream, job.records, wait=True)
+        job.kept.run.stop.check()
 
 
 def _warm_up(jobs: list[DenseJob]) -> None:
@@ -136,9 +164,9 @@ def _note(part: _Part, sums: dict[tuple[int, str], tuple[Proof, Survival]]) -> N
 Task = Callable[[], list[_Part]]
 
 
-def _tasks(jobs: list[DenseJob], device: torch.device) -> Iterator[Task]:
-    """Stretches in the order of the files; outputs that start from the same base tensor in the same stretches share a task."""
-    everything = sorted(((tensor, job) for job in jobs for tensor in job.outputs()), key=lambda item: order_key(item[0]))
+def _tasks(jobs: list[DenseJob], device: torch.device, there: Mapping[int, Mapping[str, OutTensor]]) -> Iterator[Task]:
+    """Stretches in the order of the files; outputs that start from the same base tensor in the same stretches share a task. Tensors that are ``there`` are left out."""
+    everything = sorted(((tensor, job) for job in jobs for tensor in job.outputs() if tensor.name not in there[id(job)]), key=lambda item: order_key(item[0]))
     index = 0
     while index < len(everything):
         tensor = everything[index][0]

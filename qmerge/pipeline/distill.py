@@ -26,6 +26,7 @@ from qmerge.pipeline.opened import Opened
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.polish_state import Keeper, State, state_key
 from qmerge.pipeline.requantize import Solved
+from qmerge.pipeline.stop import Stop
 from qmerge.pipeline.student import Teacher
 
 PIECE_TOKENS = 512
@@ -71,10 +72,11 @@ class Distilled:
 def distill(
     plan: MergePlan, merged: Merged, calibration: Calibration, solved: dict[str, Solved], model_dtype: torch.dtype, settings: DistillSettings | None = None,
     workdir: Path | None = None, progress: Callable[[str], None] = lambda _: None, more: torch.Tensor | None = None,
+    stop: Stop | None = None,
 ) -> Distilled:  # fmt: skip
     """Train what is not codes. ``more``: token ids ``[n, T]`` to train on besides ``calibration.train``; the solver has not fitted those.
 
-    With ``workdir`` the state is saved there as it goes; a rerun on the same inputs goes on from it, to the same bytes. The whole student is in memory in fp32,
+    With ``workdir`` the state is saved there as it goes, also where ``stop`` ends it; a rerun on the same inputs goes on from it, to the same bytes. The whole student is in memory in fp32,
     and a gradient of that size per core.
     """
     began, settings = time.perf_counter(), settings or DistillSettings()
@@ -85,7 +87,7 @@ def distill(
     opened = Opened(plan, merged, solved, model_dtype)
     work = _Training(teacher, opened, len(pieces), settings, max(1, settings.windows // size))
     key = state_key(plan.recipe.to_json(), settings, [*pieces, *seen, *teacher.hidden], solved) if workdir is not None else ""
-    state, resumed = work.run(Keeper(workdir, key, progress), progress)
+    state, resumed = work.run(Keeper(workdir, key, progress), progress, stop or Stop())
     kept, floats = _results(opened, state.best, merged, solved)
     record = {
         "steps": state.step, "kept_step": state.best_step, "held_out_kl_before": state.start_kl, "held_out_kl_after": state.best_kl, "unit": "nats/token",
@@ -107,7 +109,7 @@ class _Training:
         self.rates = torch.full((opened.size,), settings.lr)
         self.rates[opened.scale_count :] = settings.norm_lr
 
-    def run(self, keeper: Keeper, progress: Callable[[str], None]) -> tuple[State, bool]:
+    def run(self, keeper: Keeper, progress: Callable[[str], None], stop: Stop) -> tuple[State, bool]:
         """The state at the end, and whether it began in a saved one."""
         settings, state = self.settings, keeper.load(self.opened.size)
         resumed = state is not None
@@ -117,9 +119,11 @@ class _Training:
             state = State.begin(self.opened.size, first)
         self.opened.set(state.theta)
         while state.step < settings.steps and state.idle < settings.patience:
+            stop.finishing = f"step {state.step + 1}/{settings.steps} of distilling"
             gradient, loss = self.gradient(self.drawn(state.step))
             if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
                 progress(f"distill: step {state.step + 1} is not finite; what was best before is kept")
+                stop.finishing = ""
                 break
             in_parallel(lambda values, state=state: self.move(state, values), [gradient], torch.device("cpu"))
             state.step += 1
@@ -129,8 +133,10 @@ class _Training:
                 progress(
                     f"distill: step {state.step}/{settings.steps}, KL {loss:.3e} on its windows, best held-out {state.best_kl:.3e} (start {state.start_kl:.3e}) nats/token"
                 )
-            if state.step % settings.save_every == 0 or state.step == settings.steps:
+            stop.finishing = ""
+            if state.step % settings.save_every == 0 or state.step == settings.steps or stop.wanted:
                 keeper.save(state)
+            stop.check()
         return state, resumed
 
     def drawn(self, step: int) -> list[int]:

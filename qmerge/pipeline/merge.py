@@ -7,7 +7,7 @@ caller. Each stretch that an adapter changes is proved by another route.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -136,6 +136,11 @@ class Merged:
         with self._lock:
             self.proofs[name] = proof.relative
             self.used |= set(self.pieces.table[name].edit.keys)
+
+    def used_before(self, names: Iterable[str]) -> None:
+        """These tensors were merged, proved and written by an earlier process."""
+        with self._lock:
+            self.used |= {key for name in names if (edit := self.pieces.table[name].edit) is not None for key in edit.keys}
 
     def weight(self, name: str) -> torch.Tensor:
         """fp32; ``[out, in]`` for linears."""

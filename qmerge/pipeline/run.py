@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from qmerge import __version__, formats
+from qmerge import formats
 from qmerge.device import exact_matmuls, peak_rss_bytes, pick_device
+from qmerge.errors import Refused
 from qmerge.formats import dense, nf4, registry
 from qmerge.pipeline import outputs
 from qmerge.pipeline.budget import Division, choose_grids
@@ -23,16 +24,20 @@ from qmerge.pipeline.dense import DenseJob, write_dense
 from qmerge.pipeline.distill import DistillSettings, distill
 from qmerge.pipeline.experts import Traffic, few_tokens
 from qmerge.pipeline.gradients import Curvatures, curvatures
+from qmerge.pipeline.kept import Kept
+from qmerge.pipeline.kept_shards import KeptShards
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Linear, Solved, Steps, round_to_nearest
+from qmerge.pipeline.resume import Resume, already_there, versions, working
+from qmerge.pipeline.stop import Stop
 from qmerge.pipeline.streams import requantize_blocks
 from qmerge.store.durable import write_json
-from qmerge.store.manifest import build_manifest, input_digests
-from qmerge.store.publish import OutputFolder
+from qmerge.store.manifest import MANIFEST, build_manifest, input_digests, read_manifest
+from qmerge.store.runs import RunFolder
 from qmerge.store.sidefiles import copy_side_files
 from qmerge.store.writer import ShardWriter
-from qmerge.types import Grid
+from qmerge.types import Grid, QuantState
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,17 @@ def quiet(_: str) -> None:
     """No progress."""
 
 
-def run(plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: Calibration | None = None, count: Callable[[str, int, int], None] | None = None, steps: Steps | None = None) -> RunReport:
-    """Write ``plan`` to its OUT: absent or whole, never half. Raises `qmerge.errors.QmergeError` kinds only for what the inputs can cause.
+def run(
+    plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: Calibration | None = None, count: Callable[[str, int, int], None] | None = None, steps: Steps | None = None,
+    resume: Resume | None = None, stop: Stop | None = None, say: Callable[[str], None] = quiet,
+) -> RunReport:  # fmt: skip
+    """Write ``plan`` to its OUT: absent or whole, never half. Raises `qmerge.errors.QmergeError` kinds only for what the inputs can cause, and `Interrupted` where it can be gone on with.
 
-    ``progress`` gets a line per step, ``count`` a label, what is done and what there is to do.
+    ``progress`` gets a line per step, ``count`` a label, what is done and what there is to do. ``resume``: go on with an interrupted run of this OUT, or find that it is there already;
+    ``stop``: somebody's wish to end it, ``say`` gets what a user must know of other runs.
     """
     if plan.recipe.format in dense.DTYPES:
-        return run_dense([plan], progress, count)[0]
+        return run_dense([plan], progress, count, resume, stop, say)[0]
     began = time.perf_counter()
     check_adapters(plan)
     recipe = plan.recipe
@@ -66,44 +75,82 @@ def run(plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: C
     exact_matmuls()
     if calibration is None:
         calibration = calibration_for(plan)
-    merged = Merged(plan.base, plan.pieces, plan.adapters, device)
-    work = Work()
-    with Digests([plan]) as inputs, _output(plan) as folder:
-        writer = ShardWriter(folder.path, recipe.shard_bytes)
-        if recipe.bits_per_weight is not None:
-            work.division = choose_grids(plan, merged, calibration, outputs.model_dtype(plan), progress, work.curvatures)
-        elif calibration is not None and recipe.curvature_tokens and (steps is None or steps.coupled):
-            work.curvatures = curvatures(plan, merged, calibration, recipe.curvature_tokens, progress)
-        with torch.no_grad():
-            for name, tensor in tensors(plan, merged, calibration, work, progress, steps):
-                writer.add(name, tensor)
-        writer.finish()
-        merged.check_all_used()
-        _finish(plan, folder, manifest(plan, calibration, work, inputs.result()[0]), {}, progress, work.grids)
-    shutil.rmtree(polish_folder(Path(recipe.out)), ignore_errors=True)
+    with Digests([plan]) as inputs:
+        if resume is not None and (report := _there(plan, lambda: inputs.result()[0], calibration, resume)):
+            return report
+        merged = Merged(plan.base, plan.pieces, plan.adapters, device)
+        work = Work()
+        with working(plan, calibration, steps, lambda: inputs.result()[0], resume, stop or Stop(), say) as under_way:
+            kept = Kept(under_way, outputs.model_dtype(plan), device, "distill" not in recipe.polish, calibration is not None, recipe.shard_bytes)
+            _before_the_blocks(plan, merged, calibration, work, kept, progress, steps)
+            writer = ShardWriter(under_way.folder.path, recipe.shard_bytes, done=kept.shards, finished=kept.shard)
+            with torch.no_grad():
+                for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps):
+                    writer.add(name, tensor)
+            writer.finish()
+            merged.check_all_used()
+            _finish(plan, under_way.folder, manifest(plan, calibration, work, inputs.result()[0]), writer.digests, progress, work.grids)
     few = few_tokens(work.traffic.values())
     return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), work.records, (few,) if few else ())
 
 
-def run_dense(plans: list[MergePlan], progress: Callable[[str], None] = quiet, count: Callable[[str, int, int], None] | None = None) -> list[RunReport]:
-    """Write float checkpoints, streaming: one pass over the base for all plans (which share it). Each OUT is absent or whole."""
+def run_dense(
+    plans: list[MergePlan], progress: Callable[[str], None] = quiet, count: Callable[[str, int, int], None] | None = None, resume: Resume | None = None, stop: Stop | None = None,
+    say: Callable[[str], None] = quiet,
+) -> list[RunReport]:  # fmt: skip
+    """Write float checkpoints, streaming: one pass over the base for all plans (which share it). Each OUT is absent or whole. The rest as in `run`."""
     began = time.perf_counter()
     for plan in plans:
         check_adapters(plan)
     device = pick_device(plans[0].recipe.device)
     exact_matmuls()
-    with contextlib.ExitStack() as stack:
-        inputs = stack.enter_context(Digests(plans))
-        folders = [stack.enter_context(_output(plan)) for plan in plans]
-        jobs = [
-            DenseJob(Merged(plan.base, plan.pieces, plan.adapters, device), dense.DTYPES[plan.recipe.format], folder.path, plan.recipe.shard_bytes)
-            for plan, folder in zip(plans, folders, strict=True)
-        ]
-        write_dense(jobs, device, count or (lambda *_: None))
-        for plan, job, folder, found in zip(plans, jobs, folders, inputs.result(), strict=True):
-            job.merged.check_all_used()
-            _finish(plan, folder, manifest(plan, None, Work(job.records), found), job.digests, progress)
-    return [RunReport(Path(plan.recipe.out), time.perf_counter() - began, peak_rss_bytes(), (), job.records) for plan, job in zip(plans, jobs, strict=True)]
+    stop = stop or Stop()
+    with Digests(plans) as inputs:
+        found = [_there(plan, lambda number=number: inputs.result()[number], None, resume) if resume is not None else None for number, plan in enumerate(plans)]
+        todo = [number for number, report in enumerate(found) if report is None]
+        jobs: list[DenseJob] = []
+        with contextlib.ExitStack() as stack:
+            for number in todo:
+                plan = plans[number]
+                under_way = stack.enter_context(working(plan, None, None, lambda number=number: inputs.result()[number], resume, stop, say))
+                jobs.append(DenseJob(Merged(plan.base, plan.pieces, plan.adapters, device), dense.DTYPES[plan.recipe.format], under_way.folder.path, plan.recipe.shard_bytes, kept=KeptShards(under_way, inputs.ready)))
+            if jobs:
+                write_dense(jobs, device, count or (lambda *_: None))
+            for number, job in zip(todo, jobs, strict=True):
+                job.merged.check_all_used()
+                _finish(plans[number], job.kept.run.folder, manifest(plans[number], None, Work(job.records), inputs.result()[number]), job.digests, progress)
+    for number, job in zip(todo, jobs, strict=True):
+        found[number] = RunReport(Path(plans[number].recipe.out), time.perf_counter() - began, peak_rss_bytes(), (), job.records)
+    return found
+
+
+def _there(plan: MergePlan, inputs: Callable[[], Mapping[str, Any]], calibration: Calibration | None, resume: Resume) -> RunReport | None:
+    """A report where OUT is there, whole, and what was asked for. Raises Refused where it is something else and may not be replaced."""
+    began, out = time.perf_counter(), Path(plan.recipe.out)
+    if not (out / MANIFEST).is_file():
+        return None
+    if (wrong := already_there(plan, inputs(), calibration)) is None:
+        note = f"{out.name} is there already, whole, and of these inputs and settings: nothing was to be done"
+        return RunReport(out, time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), read_manifest(out).get("linears", {}), (note,))
+    if not resume.overwrite:
+        raise Refused("The output exists, and is not what this command would write.", where=str(out), found=wrong, fix="choose another name, or --overwrite")
+    return None
+
+
+def _before_the_blocks(plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept, progress: Callable[[str], None], steps: Steps | None) -> None:
+    """What gradients tell, and how a budget of bits is divided: found, or found by an earlier process."""
+    recipe, began = plan.recipe, time.perf_counter()
+    coupled = calibration is not None and recipe.curvature_tokens and (steps is None or steps.coupled)
+    if recipe.bits_per_weight is None and not coupled:
+        return
+    if (found := kept.phase()) is not None:
+        work.curvatures, work.division = found
+        return
+    if recipe.bits_per_weight is not None:
+        work.division = choose_grids(plan, merged, calibration, outputs.model_dtype(plan), progress, work.curvatures)
+    else:
+        work.curvatures = curvatures(plan, merged, calibration, recipe.curvature_tokens, progress)
+    kept.keep_phase(work.curvatures, work.division, time.perf_counter() - began)
 
 
 def check_adapters(plan: MergePlan) -> None:
@@ -114,11 +161,7 @@ def check_adapters(plan: MergePlan) -> None:
                 part.source.fp32(key)
 
 
-def _output(plan: MergePlan) -> OutputFolder:
-    return OutputFolder(Path(plan.recipe.out), [plan.checkpoint.path, *(adapter.path for adapter in plan.adapters)], plan.recipe.overwrite)
-
-
-def _finish(plan: MergePlan, folder: OutputFolder, facts: dict[str, Any], digests: dict[str, dict[str, Any]], progress: Callable[[str], None], grids: Mapping[str, Grid] | None = None) -> None:
+def _finish(plan: MergePlan, folder: RunFolder, facts: dict[str, Any], digests: dict[str, dict[str, Any]], progress: Callable[[str], None], grids: Mapping[str, Grid] | None = None) -> None:
     """Configs and side files beside the weights, then the manifest and the name."""
     config = outputs.output_config(plan, grids)
     write_json(folder.path / "config.json", config)
@@ -152,6 +195,10 @@ class Digests:
             if (source.path, source.name) not in known:
                 known[source.path, source.name] = input_digests(source)
         return [{role: known[source.path, source.name] for role, source in sources.items()} for sources in self._sources]
+
+    def ready(self) -> bool:
+        """Are they known, so that `result` does not wait?"""
+        return self._found.done()
 
     def result(self) -> list[dict[str, Any]]:
         """Role -> digests, per plan."""
@@ -189,50 +236,75 @@ class Work:
 
 
 def tensors(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, progress: Callable[[str], None], steps: Steps | None = None
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept, progress: Callable[[str], None], steps: Steps | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the output by name, each once."""
+    """Every tensor of the output by name, each once; not those of linears that ``kept`` knows to be in finished shards."""
     chosen = {} if work.division is None else work.division.grids
     packed = {name for name in plan.requantized if chosen.get(name, plan.recipe.grid) is not None}
-    distilling = calibration is not None and "distill" in plan.recipe.polish
-    solved = _solved(plan, merged, calibration, work, progress, steps)
+    solved = _solved(plan, merged, calibration, work, kept, progress, steps)
     trained: dict[str, torch.Tensor] = {}
-    if distilling:
-        everything = dict(solved)
-        found = distill(plan, merged, calibration, everything, outputs.model_dtype(plan), DistillSettings(seed=plan.recipe.seed), workdir=polish_folder(Path(plan.recipe.out)), progress=progress)
+    if calibration is not None and "distill" in plan.recipe.polish:
+        everything = {name: result for _, found in solved for name, result in found.items()}
+        found = distill(plan, merged, calibration, everything, outputs.model_dtype(plan), DistillSettings(seed=plan.recipe.seed), workdir=kept.run.folder.journal, progress=progress, stop=kept.run.stop)
         work.distilled, trained = found.record | {"floats": sorted(found.floats)}, found.floats
-        solved = iter(found.solved.items())
+        solved = iter([(0, found.solved)])
     for name in merged.names:
         if name in plan.kept_4bit:
             yield from nf4.pack(name, merged.four_bit(name)).items()
         elif name not in packed:
             own = merged.float_tensor(name)  # also where it was trained: the adapter's part in it must have been used
             yield name, trained.get(name, own)
-    for name, result in solved:
-        work.grids[name] = result.quantized.grid
-        yield from outputs.packed(plan, name, result, work.records)
-        if name in work.traffic:
-            work.records[name.removesuffix(".weight")] |= work.traffic[name].to_json()
+    for number, found in solved:
+        made: set[str] = set()
+        for name, result in found.items():
+            work.grids[name] = result.quantized.grid
+            for key, tensor in outputs.packed(plan, name, result, work.records):
+                made.add(key)
+                yield key, tensor
+            if name in work.traffic:
+                work.records[name.removesuffix(".weight")] |= work.traffic[name].to_json()
+        kept.tensors_of[number] = made
 
 
 def _solved(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, progress: Callable[[str], None], steps: Steps | None
-) -> Iterator[tuple[str, Solved]]:
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept, progress: Callable[[str], None], steps: Steps | None
+) -> Iterator[tuple[int, dict[str, Solved]]]:
+    """The units of `Kept`, each with its linears. Those in finished shards are only noted."""
     model_dtype, like = outputs.model_dtype(plan), outputs.nf4_template(plan)
     if calibration is None:
-        for number, name in enumerate(plan.requantized):
-            yield name, round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like)
-            if number % 50 == 0:
-                progress(f"linear {number + 1}/{len(plan.requantized)}")
-        return
-    chosen = None if work.division is None else work.division.grids
-    for _, found in requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures.by_name):
-        yield from found.items()
+        units = _stretches(plan, merged, kept, progress, like)
+    else:
+        chosen = None if work.division is None else work.division.grids
+        units = requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures.by_name, kept)
+    before = kept.count
+    for number, found in units:
+        if number < before:
+            rows = kept.facts(number)["linears"]
+            merged.used_before(row["name"] for row in rows)
+            for row in (row for row in rows if row["name"] not in found):
+                work.grids[row["name"]] = Grid(**row["grid"])
+                traffic = work.traffic.get(row["name"])
+                work.records[row["name"].removesuffix(".weight")] = row["record"] | (traffic.to_json() if traffic else {})
+        yield number, found
 
 
-def polish_folder(out: Path) -> Path:
-    """Where ``--polish distill`` keeps its state, so that a rerun of a killed run goes on from it."""
-    return out.absolute().with_name(f".{out.name}.qmerge-polish")
+def _stretches(plan: MergePlan, merged: Merged, kept: Kept, progress: Callable[[str], None], like: QuantState | None) -> Iterator[tuple[int, dict[str, Solved]]]:
+    """Round to nearest, without calibration: the linears of a block are a unit."""
+    model_dtype, blocks = outputs.model_dtype(plan), plan.skeleton.blocks_name + "."
+    units = [list(names) for _, names in itertools.groupby(plan.requantized, key=lambda name: name[len(blocks):].partition(".")[0] if name.startswith(blocks) else "")]
+    kept.expect(len(units))
+    done = 0
+    for number, names in enumerate(units):
+        done += len(names)
+        if number < kept.count:
+            yield number, kept.solved(number)
+            continue
+        kept.solving(number)
+        found = {name: round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like) for name in names}
+        progress(f"linear {done}/{len(plan.requantized)}")
+        kept.commit(number, found, {}, None)
+        kept.rest()
+        yield number, found
 
 
 def manifest(plan: MergePlan, calibration: Calibration | None, work: Work, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,16 +317,4 @@ def manifest(plan: MergePlan, calibration: Calibration | None, work: Work, input
     extra |= {"curvature": work.curvatures.to_json()} if work.curvatures.linears else {}
     extra |= {"mixed_precision": work.division.to_json()} if work.division is not None else {}
     extra |= {"polish": polish} if (polish := work.polish()) else {}
-    return {"inputs": inputs, "recipe": recipe, "versions": versions(), "extra": extra}
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"qmerge": __version__}
-    for package in ("torch", "transformers", "peft", "bitsandbytes", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"inputs": inputs, "recipe": recipe, "versions": versions(("torch", "transformers", "peft", "bitsandbytes", "safetensors")), "extra": extra}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -41,6 +41,9 @@ from qmerge.pipeline.stepwise import Walk
 from qmerge.pipeline.tune_blocks import Passage, tune_block
 from qmerge.types import Grid, QuantState
 
+if TYPE_CHECKING:
+    from qmerge.pipeline.kept import Kept
+
 TOKENS_PER_BATCH = 4096
 TAPE_BYTES = 2 * 2**30
 
@@ -58,20 +61,40 @@ class Batch:
 def requantize_blocks(
     plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, nf4_like: QuantState | None, progress: Callable[[str], None], steps: Steps | None = None,
     traffic: dict[str, Traffic] | None = None, grids: Mapping[str, Grid | None] | None = None, tuned: list[dict[str, Any]] | None = None,
-    curvatures: dict[str, Curvature] | None = None,
+    curvatures: dict[str, Curvature] | None = None, kept: Kept | None = None,
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """Yields, per block, its number and the solved linears by weight name; the head comes last, where it is requantized. One block's weights and two streams are alive at a time.
     ``traffic`` fills with what routed experts saw. ``grids``: by weight name where it is not the recipe's, None for what stays float. ``tuned`` fills with what ``--polish blocks`` did.
-    ``curvatures``: by weight name how rows count together; each is taken out as it is used."""
-    skeleton, grids, curvatures = plan.skeleton, grids or {}, curvatures if curvatures is not None else {}
+    ``curvatures``: by weight name how rows count together; each is taken out as it is used. ``kept``: what an earlier process has solved is not solved again (without the linears whose
+    tensors are in the output already), and what is solved here is kept."""
+    skeleton, grids, curvatures, traffic = plan.skeleton, grids or {}, curvatures if curvatures is not None else {}, traffic if traffic is not None else {}
+    head = grids.get(skeleton.output_embedding, plan.recipe.grid) if wants_head(plan) else None
+    units = len(skeleton.blocks) + (head is not None)
+    if kept is not None:
+        kept.expect(units)
+        if kept.count >= units:  # nothing is left that text has to go through
+            for index in range(units):
+                yield index, _recall(kept, index, traffic, tuned)
+            return
     batches = start(plan, merged, calibration)
+    passed = kept.load_streams(batches) if kept is not None else 0
     for index, empty in enumerate(skeleton.blocks):
+        if kept is not None and index < kept.count:
+            solved = _recall(kept, index, traffic, tuned)
+            if index >= passed:
+                _run_forwards(plan, merged, index, solved, batches, model_dtype)
+                progress(f"block {index + 1}/{len(skeleton.blocks)}: as it was solved before")
+            yield index, solved
+            continue
+        if kept is not None:
+            kept.solving(index)
         prefix = f"{skeleton.blocks_name}.{index}"
         routed = [weight for weight in plan.routed if weight.name.startswith(prefix + ".")]
         apart = {weight.name for weight in routed}
         wanted = [name.removeprefix(prefix + ".").removesuffix(".weight") for name in plan.requantized if name.startswith(prefix + ".") and name not in apart]
         experts = {f"{weight.module.removeprefix(prefix + '.')}.{ARRIVALS}": weight.module for weight in routed}
         solved: dict[str, Solved] = {}
+        record: dict[str, Any] | None = None
         alone: dict[str, Linear] = {}
         with _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype, routed), batches, index, [*wanted, *experts]) as pair:
             for group in pair.groups:
@@ -81,8 +104,7 @@ def requantize_blocks(
                                           lambda linear: round_to_nearest(linear, plan.recipe.grid, model_dtype, nf4_like))  # fmt: skip
                     solver.run()
                     solved |= solver.solved
-                    if traffic is not None:
-                        traffic |= solver.traffic
+                    traffic |= solver.traffic
                     continue
                 names = [f"{prefix}.{module}.weight" for module in group.modules]
                 conv = [skeleton.linears[name] for name in names]
@@ -98,14 +120,54 @@ def requantize_blocks(
                 solved |= dict(zip(names, found, strict=True))
                 alone |= dict(zip(group.modules, linears, strict=True))
             if again := bool(alone) and "blocks" in plan.recipe.polish:
-                record = pair.tune(solved, alone, skeleton.linears, model_dtype)
+                record = {"block": index} | pair.tune(solved, alone, skeleton.linears, model_dtype)
                 if tuned is not None:
-                    tuned.append({"block": index} | record)
+                    tuned.append(record)
             pair.advance(again)
         progress(_line(index, len(skeleton.blocks), batches))
+        if kept is not None:
+            kept.commit(index, solved, traffic, record)
+            if index + 1 < units:
+                kept.save_streams(index + 1, batches)
+            kept.rest()
         yield index, solved
-    if wants_head(plan) and (grid := grids.get(skeleton.output_embedding, plan.recipe.grid)) is not None:
-        yield len(skeleton.blocks), solve_head(plan, merged, [(batch.teacher, batch.runtime, batch.held_out) for batch in batches], grid, model_dtype, nf4_like, steps)
+    if head is not None:
+        if kept is not None:
+            kept.solving(units - 1)
+        solved = solve_head(plan, merged, [(batch.teacher, batch.runtime, batch.held_out) for batch in batches], head, model_dtype, nf4_like, steps)
+        if kept is not None:
+            kept.commit(units - 1, solved, traffic, None)
+            kept.rest()
+        yield units - 1, solved
+
+
+def _recall(kept: Kept, index: int, traffic: dict[str, Traffic], tuned: list[dict[str, Any]] | None) -> dict[str, Solved]:
+    """A unit that was solved before, with what was noted of it."""
+    traffic |= kept.traffic(index)
+    if (record := kept.facts(index)["tuned"]) is not None and tuned is not None:
+        tuned.append(record)
+    return kept.solved(index)
+
+
+def _run_forwards(plan: MergePlan, merged: Merged, index: int, solved: Mapping[str, Solved], batches: list[Batch], model_dtype: torch.dtype) -> None:
+    """Both streams through a block whose linears are solved, to the bits that they had when that was done."""
+    skeleton, prefix = plan.skeleton, f"{plan.skeleton.blocks_name}.{index}"
+    routed = [weight for weight in plan.routed if weight.name.startswith(prefix + ".")]
+    teacher, runtime = _load_block(skeleton.blocks[index], prefix, merged, skeleton.linears, model_dtype, routed)
+    apart = {weight.name: weight for weight in routed}
+    for name in (name for name in plan.requantized if name.startswith(prefix + ".")):
+        inner = name.removeprefix(prefix + ".")
+        if name in apart:
+            apart[name].region.write(runtime.get_parameter(apart[name].parameter.removeprefix(prefix + ".")).data, solved[name].weight)
+        elif name in solved:
+            set_weight(runtime, inner, solved[name].weight.T.contiguous() if skeleton.linears[name] else solved[name].weight)
+        else:  # a budget left it float
+            set_weight(runtime, inner, teacher.get_parameter(inner).to(model_dtype).float())
+    calls = [batch.calls[index] for batch in batches]
+    aims = in_parallel(lambda part: run_block(teacher, part[0].teacher, part[1]), list(zip(batches, calls, strict=True)), batches[0].teacher.device)
+    ahead = in_parallel(lambda part: run_block(runtime, part[0].runtime, part[1]), list(zip(batches, calls, strict=True)), batches[0].teacher.device)
+    for batch, aim, found in zip(batches, aims, ahead, strict=True):
+        batch.teacher, batch.runtime = aim, found
 
 
 class _BlockPair:

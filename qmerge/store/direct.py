@@ -46,11 +46,12 @@ class DirectWriter:
             if self._filled == BUFFER_BYTES:
                 self._send()
 
-    def close(self) -> None:
-        """No more bytes for this file."""
+    def close(self) -> Future:
+        """No more bytes for this file. The future is done when it is on the disk."""
         self._send()
         handle, self._handle = self._handle, -1
         self._waiting.append(self._pool.submit(_finish, handle))
+        return self._waiting[-1]
 
     def settle(self) -> None:
         """Wait until every closed file is on the disk. Raises OSError."""

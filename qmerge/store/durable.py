@@ -12,7 +12,7 @@ from typing import Any
 
 from qmerge.errors import Interrupted
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def room_needed(where: str) -> Iterator[None]:
         if error.errno == errno.EFBIG:
             raise Interrupted("A file became larger than this file system, or this process's limit, allows.", where=where, found=error.strerror, fix="use smaller files: --shard-size",
                               written="nothing that counts: the output folder is as it was") from None
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         raise Interrupted("There is no room left on the disk.", where=where, found=error.strerror, fix="make room and run again",
                           written="nothing that counts: the output folder is as it was") from None

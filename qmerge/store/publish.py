@@ -1,12 +1,13 @@
 """How does an output folder appear all at once, or not at all?
 
-Everything grows in a sibling temporary folder; the last step is a rename. A run that is killed leaves the temporary folder and
-never a half-written OUT. Left out: resuming a killed run.
+Everything grows in a sibling temporary folder; the last step is a rename. Who is killed leaves the temporary folder and
+never a half-written OUT. `runs.RunFolder` is the one whose work can be gone on with.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -94,13 +95,22 @@ class OutputFolder:
         self._made: list[Path] = []
 
     def __enter__(self) -> OutputFolder:
+        self._make_parents()
+        with room_needed(self.out.name):
+            self.path.mkdir()
+        return self
+
+    def _make_parents(self) -> None:
         missing = [parent for parent in self.out.parents if not parent.exists()]
         with room_needed(self.out.name):
             for parent in reversed(missing):
                 parent.mkdir(exist_ok=True)
                 self._made.append(parent)
-            self.path.mkdir()
-        return self
+
+    def _take_parents_back(self) -> None:
+        for made in reversed(self._made):
+            with contextlib.suppress(OSError):
+                made.rmdir()
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
         """Make the files durable, write ``manifest`` last, rename to OUT. Refused if OUT has meanwhile become something else."""
@@ -113,8 +123,10 @@ class OutputFolder:
             os.rename(self.out, aside)
         try:
             os.rename(self.path, self.out)
-        except OSError as error:
+        except BaseException as error:
             self._put_back(aside)
+            if not isinstance(error, OSError) or error.errno == errno.ENOENT:
+                raise
             raise Refused("Another run finished first with the same output; this run's result is dropped.", where=str(self.out),
                           found=error.strerror, fix="choose another name") from None
         self.committed = True
@@ -127,9 +139,7 @@ class OutputFolder:
         if self.committed:
             return
         shutil.rmtree(self.path, ignore_errors=True)
-        for made in reversed(self._made):
-            with contextlib.suppress(OSError):
-                made.rmdir()
+        self._take_parents_back()
 
     def _sibling(self, kind: str) -> Path:
         return self.out.parent / f".{self.out.name}.qmerge-{kind}-{uuid.uuid4().hex[:8]}"

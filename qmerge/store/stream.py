@@ -89,7 +89,10 @@ class ShardStream:
     ...     weight_map = stream.finish()
     """
 
-    def __init__(self, folder: Path, tensors: Sequence[OutTensor], max_shard_bytes: int = MAX_SHARD_BYTES, metadata: Mapping[str, str] = METADATA) -> None:
+    def __init__(
+        self, folder: Path, tensors: Sequence[OutTensor], max_shard_bytes: int = MAX_SHARD_BYTES, metadata: Mapping[str, str] = METADATA, done: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """``done``: digests of the shards, first to last, that another stream has left finished in ``folder``; the first tensor to write is then the first of the next one."""
         if not tensors:
             raise Refused("There are no tensors to write.", where=Path(folder).name)
         names = [tensor.name for tensor in tensors]
@@ -100,7 +103,9 @@ class ShardStream:
         self.shards = cut(self.order, max_shard_bytes)
         self.digests: dict[str, dict[str, Any]] = {}
         """file name -> ``{"sha256", "bytes"}`` of every finished file"""
-        self._number, self._left, self._writer = -1, 0, DirectWriter()
+        self._number, self._left, self._writer = len(done) - 1, 0, DirectWriter()
+        self.digests |= {self.name_of(number): dict(digest) for number, digest in enumerate(done)}
+        self._begun, self._closed = len(done), []
         self._hasher = ThreadPoolExecutor(1)
         self._hash, self._count = hashlib.sha256(), 0
         self._hashing: deque[Future] = deque()
@@ -131,6 +136,33 @@ class ShardStream:
         if not self._left:
             self._close()
 
+    @property
+    def closed(self) -> int:
+        """How many shards have all their bytes, on the disk or still on the way there."""
+        return self._begun + len(self._closed)
+
+    @property
+    def inside(self) -> bool:
+        """Is a shard begun and not yet closed?"""
+        return self._left > 0
+
+    @property
+    def durable(self) -> int:
+        """How many shards, from the first on, are on the disk and hashed."""
+        count = self._begun
+        for written in self._closed:
+            if not written.done() or written.exception() is not None or self.name_of(count) not in self.digests:
+                break
+            count += 1
+        return count
+
+    def settle(self) -> None:
+        """Wait until all closed shards are `durable`. Raises Interrupted when the disk is full."""
+        with room_needed(self.folder.name):
+            self._writer.settle()
+        while self._hashing:
+            self._hashing.popleft().result()
+
     def finish(self) -> dict[str, str]:
         """Write the index if there are several shards. Returns tensor -> file name, sorted. A tensor that was not written whole is a bug and raises."""
         while self._number + 1 < len(self.shards) and not self._left and not sum(tensor.nbytes for tensor in self.shards[self._number + 1]):
@@ -142,10 +174,7 @@ class ShardStream:
         weight_map = dict(sorted(weight_map.items()))
         if len(self.shards) > 1:
             write_json(self.folder / INDEX, {"metadata": {"total_size": sum(tensor.nbytes for tensor in self.order)}, "weight_map": weight_map})
-        with room_needed(self.folder.name):
-            self._writer.settle()
-        while self._hashing:
-            self._hashing.popleft().result()
+        self.settle()
         sync(self.folder)
         return weight_map
 
@@ -168,7 +197,7 @@ class ShardStream:
 
     def _close(self) -> None:
         with room_needed(self.name_of(self._number)):
-            self._writer.close()
+            self._closed.append(self._writer.close())
         self._hashing.append(self._hasher.submit(self._note, self.name_of(self._number), self._hash, self._count))
 
     def _note(self, name: str, digest: Any, count: int) -> None:

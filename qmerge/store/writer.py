@@ -6,9 +6,12 @@ fsync. The bytes follow its rules: widest dtypes first (so that all data is alig
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +28,27 @@ MAX_SHARD_BYTES = 5_000_000_000
 class ShardWriter:
     """Collects tensors and writes a shard whenever the next tensor would not fit. Peak memory: one shard.
 
-    The same tensors in the same order give the same bytes. Nothing has its final name before :meth:`finish`.
+    The same tensors in the same order give the same bytes. Nothing has its final name before :meth:`finish`. A writer that goes on after another one
+    gets its ``done`` shards (`Shard`, first to last): tensors that lie in those need not be added, and are left aside where they are.
 
     >>> writer = ShardWriter(folder); writer.add("lm_head.weight", tensor); writer.finish()
     {'lm_head.weight': 'model.safetensors'}
     """
 
-    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES, metadata: Mapping[str, str] | None = None) -> None:
-        """``folder`` must exist; ``max_shard_bytes`` counts tensor bytes. A tensor that is larger gets a shard of its own."""
+    def __init__(
+        self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES, metadata: Mapping[str, str] | None = None, done: Sequence[Shard] = (), finished: Callable[[int, Shard], None] = lambda *_: None,
+    ) -> None:  # fmt: skip
+        """``folder`` must exist; ``max_shard_bytes`` counts tensor bytes. A tensor that is larger gets a shard of its own. ``finished`` gets the number of each shard that is on the disk."""
         if max_shard_bytes <= 0:
             raise ValueError("max_shard_bytes must be positive")
         self.folder, self.max_shard_bytes = Path(folder), max_shard_bytes
         self.metadata = {"format": "pt"} if metadata is None else dict(metadata)
-        self.total_bytes = 0
-        self._shards: list[list[str]] = []
-        self._names: set[str] = set()
+        self.total_bytes = sum(shard.tensor_bytes for shard in done)
+        self._shards, self._told = list(done), finished
+        self._done = {name for shard in done for name in shard.names}
+        self._names: set[str] = set(self._done)
+        self.digests: dict[str, dict[str, Any]] = {}
+        """after `finish`: file name -> ``{"sha256", "bytes"}`` of every shard"""
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._finished = False
@@ -49,6 +58,8 @@ class ShardWriter:
         safetensors spelling; Interrupted when a shard was due and the disk is full."""
         if self._finished:
             raise RuntimeError("the writer is finished")
+        if name in self._done:
+            return
         if not name or name == "__metadata__" or name in self._names:
             raise Refused("A tensor would be written twice." if name in self._names else "A tensor has no usable name.", where=f"tensor {name!r}")
         dtype_name(tensor.dtype)
@@ -70,23 +81,56 @@ class ShardWriter:
         self._finished = True
         count = len(self._shards)
         weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._shards):
+        for index, shard in enumerate(self._shards):
             final = SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            os.rename(self._temporary(index), self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
+            os.rename(temporary(self.folder, index), self.folder / final)
+            weight_map |= dict.fromkeys(shard.names, final)
+            self.digests[final] = shard.digest
         weight_map = dict(sorted(weight_map.items()))
         if count > 1:
             write_json(self.folder / INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
         sync(self.folder)
         return weight_map
 
-    def _temporary(self, index: int) -> Path:
-        return self.folder / f".shard-{index + 1:05d}.tmp"
-
     def _flush(self) -> None:
-        write_chunks(self._temporary(len(self._shards)), serialize(self._pending, self.metadata))
-        self._shards.append(sorted(self._pending))
+        if not self._pending:  # all of it was there already
+            return
+        digest, count = hashlib.sha256(), 0
+
+        def hashed() -> Iterator[Any]:
+            nonlocal count
+            for chunk in serialize(self._pending, self.metadata):
+                digest.update(chunk)
+                count += memoryview(chunk).nbytes
+                yield chunk
+
+        number = len(self._shards)
+        write_chunks(temporary(self.folder, number), hashed())
+        self._shards.append(Shard(sorted(self._pending), self._pending_bytes, {"sha256": digest.hexdigest(), "bytes": count}))
         self._pending, self._pending_bytes = {}, 0
+        self._told(number, self._shards[-1])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished file: the tensors in it and their bytes, and the file's own ``{"sha256", "bytes"}``."""
+
+    names: list[str]
+    tensor_bytes: int
+    digest: dict[str, Any]
+
+
+def temporary(folder: Path, number: int) -> Path:
+    """What shard ``number``, counted from 0, is called before all are there."""
+    return Path(folder) / f".shard-{number + 1:05d}.tmp"
+
+
+def number_of(name: str) -> int | None:
+    """The number of the shard with this final or temporary name, None where it is no shard's."""
+    if name == SINGLE:
+        return 0
+    found = re.fullmatch(r"\.shard-(\d{5,})\.tmp|model-(\d{5,})-of-\d{5,}\.safetensors", name)
+    return int(found[1] or found[2]) - 1 if found else None
 
 
 def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[Any]:

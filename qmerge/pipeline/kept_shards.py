@@ -1,0 +1,54 @@
+"""Which shards of a streamed checkpoint are on the disk for good, so that none of them is written again?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qmerge.pipeline.resume import Run
+from qmerge.store.durable import sync
+from qmerge.store.manifest import digest_file
+from qmerge.store.runs import clear
+from qmerge.store.stream import ShardStream
+
+
+class KeptShards:
+    """``digests`` of the shards that are finished, first to last, and the ``records`` of the modules in them. ``ready``: are the inputs' digests known? A shard counts from then on."""
+
+    def __init__(self, run: Run, ready: Callable[[], bool]) -> None:
+        self.run, self._ready = run, ready
+        self.digests: list[dict[str, Any]] = []
+        self.records: dict[str, dict[str, float]] = {}
+        if run.resumed:
+            self._look()
+
+    def _look(self) -> None:
+        out, files = self.run.folder.path, set()
+        while (row := self.run.journal.get(f"shard-{len(self.digests)}")) is not None:
+            path = out / row[0]["file"]
+            if not path.is_file() or digest_file(path) != row[0]["digest"]:
+                break
+            files.add(path.name)
+            self.digests.append(row[0]["digest"])
+            self.records |= row[0]["records"]
+        clear(out, files)
+
+    def note(self, stream: ShardStream, records: Mapping[str, dict[str, float]], wait: bool = False) -> None:
+        """Keep what has become durable. ``wait`` for the inputs' digests, where they are not known yet."""
+        self.run.place = f"shard {min(stream.closed + 1, len(stream.shards))}/{len(stream.shards)}"
+        ahead = 1 < len(stream.shards) > stream.closed  # with one shard nothing could be kept of it
+        self.run.stop.finishing = f"shard {stream.closed + 1}/{len(stream.shards)}" if ahead else ""
+        if (durable := stream.durable) == len(self.digests) or not (wait or self._ready()):
+            return
+        sync(stream.folder)
+        self.run.begin()
+        for number in range(len(self.digests), durable):
+            name = stream.name_of(number)
+            modules = [tensor.name.removesuffix(".weight") for tensor in stream.shards[number]]
+            row = {"file": name, "digest": stream.digests[name], "records": {module: records[module] for module in modules if module in records}}
+            self.run.journal.put(f"shard-{number}", row)
+            self.digests.append(row["digest"])
+
+    def ends_here(self, stream: ShardStream) -> bool:
+        """Is the run to end, and no shard half written?"""
+        return self.run.stop.wanted and not stream.inside

@@ -1,0 +1,250 @@
+"""On what does a run go on that another process began, and may it?
+
+What decides the result (recipe, inputs, calibration, versions, the solver's own code) must be what it was; where it lies and what computes it may change, and that is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmerge import __version__
+from qmerge.errors import Interrupted, QmergeError, Refused
+from qmerge.pipeline.calibrate import Calibration
+from qmerge.pipeline.plan import MergePlan
+from qmerge.pipeline.requantize import Steps
+from qmerge.pipeline.stop import Stop
+from qmerge.store.durable import FULL
+from qmerge.store.journal import Journal
+from qmerge.store.manifest import input_digests
+from qmerge.store.runs import Left, RunFolder, find_runs, folder_bytes, taken_over
+from qmerge.units import format_bytes
+
+SOLVER = ("numerics", "adapters", "formats", "pipeline", "types.py", "device.py")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "numba", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """``--resume`` as it was asked for. ``overwrite``: may a whole OUT that is not what is wanted be replaced?"""
+
+    overwrite: bool
+
+
+@dataclass
+class Run:
+    """A run under way. ``place``: what it has come to, for people; `began` is False until it has something that a later run can go on from."""
+
+    folder: RunFolder
+    journal: Journal
+    stop: Stop
+    facts: Callable[[], dict[str, Any]]
+    resumed: bool
+    say: Callable[[str], None]
+    place: str = "the beginning"
+    began: bool = False
+
+    def begin(self) -> None:
+        """Note what the run is of, before the first thing is kept of it."""
+        if not self.began:
+            self.journal.put("run", self.facts())
+            self.began = True
+
+
+def identity(plan: MergePlan, calibration: Calibration | None, steps: Steps | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """``fixed``: what must not change on resuming; ``free``: what may. No paths: of those only digests. ``inputs``: role -> `input_digests`."""
+    files = {role: {name: row["sha256"] for name, row in found["files"].items()} for role, found in inputs.items()}
+    for number, adapter in enumerate(plan.adapters):
+        if adapter.initial is not None:
+            files[f"adapter_{number + 1} before training"] = {name: row["sha256"] for name, row in input_digests(adapter.initial)["files"].items()}
+    recipe = plan.recipe.to_json() | {"shard_size": plan.recipe.shard_bytes}
+    if plan.base.recipe:
+        recipe["nf4"] = plan.base.recipe.to_json()
+    fixed = {"recipe": recipe, "input": files, "versions": versions(), "solver": {"code": solver_digest()}}
+    if calibration is not None:
+        fixed |= {"calibration": text_facts(calibration.facts), "steps": asdict(steps or Steps())}
+    places = {"base": plan.checkpoint.path} | {f"adapter {number + 1}": adapter.path for number, adapter in enumerate(plan.adapters)}
+    free = {f"the place of the {role}": hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12] for role, path in places.items()}
+    free |= {"device": plan.recipe.device, "threads": torch.get_num_threads(), "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+    return {"fixed": fixed, "free": free}
+
+
+def text_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A calibration's facts without the names of its files."""
+    return {key: {inner: item for inner, item in value.items() if inner != "source"} if isinstance(value, dict) else value for key, value in facts.items()}
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """qmerge's and those of the packages that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"qmerge": __version__}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def solver_digest() -> str:
+    """Of the source of everything that computes."""
+    home, digest = Path(__file__).parents[1], hashlib.sha256()
+    for part in SOLVER:
+        for path in sorted([home / part] if part.endswith(".py") else (home / part).glob("*.py")):
+            digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
+    """What differs, each as one phrase: ``["recipe bits: 4, now 8"]``. Long values are named only."""
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        name = f"{where} {key}".strip()
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, name)
+        elif old != new:
+            told = f"{_short(old)}, now {_short(new)}"
+            found.append(name if len(told) > 60 else f"{name}: {told}")
+    return found
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def already_there(plan: MergePlan, inputs: Mapping[str, Any], calibration: Calibration | None) -> str | None:
+    """None where OUT holds, whole, what this plan would write; else what is wrong with it. Hashes all of it."""
+    from qmerge.store.manifest import portable, read_manifest, verify_files
+
+    out = Path(plan.recipe.out)
+    if problems := verify_files(out):
+        return problems[0]
+    manifest = read_manifest(out)
+    there = {"recipe": manifest.get("recipe", {}), "input": {role: found.get("files") for role, found in manifest.get("inputs", {}).items() if role != "calibration"}}
+    recipe = plan.recipe.to_json() | ({"nf4": plan.base.recipe.to_json()} if plan.base.recipe else {})
+    wanted = {"recipe": portable(recipe), "input": {role: found["files"] for role, found in inputs.items()}}
+    there["recipe"] = {key: value for key, value in there["recipe"].items() if key != "merged_on"}
+    if calibration is not None:
+        there["calibration"], wanted["calibration"] = text_facts(manifest.get("inputs", {}).get("calibration", {})), portable(text_facts(calibration.facts))
+    found = differences(there, wanted)
+    return found[0] if found else None
+
+
+@contextlib.contextmanager
+def working(
+    plan: MergePlan, calibration: Calibration | None, steps: Steps | None, inputs: Callable[[], Mapping[str, Any]], resume: Resume | None, stop: Stop, say: Callable[[str], None],
+) -> Iterator[Run]:  # fmt: skip
+    """The working folder of a run of ``plan``: a new one or, with ``resume``, that of an interrupted run. An interruption inside leaves it, and becomes an `Interrupted` that says how to
+    go on; bad inputs remove it. ``inputs`` gives the inputs' digests and may take long."""
+    out = Path(plan.recipe.out)
+    sources = [plan.checkpoint.path, *(adapter.path for adapter in plan.adapters)]
+    left, chosen, facts = find_runs(out), None, None
+    if resume is not None:
+        facts = _Facts(lambda: identity(plan, calibration, steps, inputs()))
+        chosen = _choose(left, out, facts, say)
+    elif left:
+        _tell(left, say, "; --resume would continue it")
+    folder = RunFolder(out, sources, plan.recipe.overwrite if resume is None else resume.overwrite, chosen)
+    with folder:
+        run = Run(folder, Journal(folder.journal), stop, facts or _Facts(lambda: identity(plan, calibration, steps, inputs())), chosen is not None, say, began=chosen is not None)
+        try:
+            yield run
+        except BaseException as problem:
+            raise _ended(run, problem) from (problem if _is_bug(problem) else None)
+    if others := [one for one in find_runs(out) if not one.alive]:
+        _tell(others, say, "; the output is whole without it: delete it")
+
+
+class _Facts:
+    """A value that is found once, when first asked for."""
+
+    def __init__(self, find: Callable[[], dict[str, Any]]) -> None:
+        self._find, self._found = find, None
+
+    def __call__(self) -> dict[str, Any]:
+        if self._found is None:
+            self._found = self._find()
+        return self._found
+
+
+def _tell(left: list[Left], say: Callable[[str], None], then: str) -> None:
+    for one in left:
+        if one.alive:
+            say(f"note: another run of this output is at work in {one.home.name}; the first to finish wins")
+        else:
+            what = "an interrupted run" if one.resumable else "what a dead run has left"
+            say(f"note: {what} lies in {one.home.name} ({format_bytes(one.nbytes)})" + (then if one.resumable or "delete" in then else "; it holds nothing to go on from: delete it"))
+
+
+def _choose(left: list[Left], out: Path, facts: _Facts, say: Callable[[str], None]) -> Left | None:
+    """The interrupted run to go on with, the one that holds most of those that fit; None where there is none. Raises Refused where a process is at work on one, or none fits."""
+    if alive := [one for one in left if one.alive]:
+        raise Refused("A run of this output is at work.", where=alive[0].home.name, found="a process that holds its lock", fix="wait for it to end, or stop it; it will say how to go on")
+    there = sorted((one for one in left if one.resumable), key=lambda one: (-len(one.journal.names()), -one.nbytes))
+    if not there:
+        say(f"--resume: no interrupted run of {out.name} to go on with; starting from the beginning")
+        return None
+    reasons = []
+    for one in there:
+        before, now = one.journal.facts("run"), facts()
+        if not (wrong := differences(before["fixed"], now["fixed"])):
+            if changed := differences(before["free"], now["free"]):
+                say(f"--resume: not what it was: {'; '.join(changed)}" + (". Another device or processor may round otherwise: the bytes may not be those of an uninterrupted run" if _rounds(changed) else ""))
+            say(f"--resume: goes on with {one.home.name} ({format_bytes(one.nbytes)})")
+            return one
+        reasons.append(wrong)
+    raise Refused("The interrupted run is of something else, so it cannot be continued.", where=there[0].home.name, found="\n              ".join(reasons[0][:8]),
+                  fix="run with what it was begun with, or without --resume to start anew (and delete that folder)", written="nothing; the interrupted run is as it was")
+
+
+def _rounds(changed: list[str]) -> bool:
+    return any(phrase.startswith(("device", "processor")) for phrase in changed)
+
+
+def _ended(run: Run, problem: BaseException) -> BaseException:
+    """What to raise for ``problem``; decides whether the folder is kept."""
+    if not run.folder.home.exists() and not run.folder.committed:
+        run.folder.keep = True
+        return taken_over(run.folder.home)
+    run.folder.keep = not (isinstance(problem, QmergeError) and not isinstance(problem, Interrupted)) and run.began
+    if (why := _interruption(problem)) is None:
+        return problem
+    what, found = why
+    if not run.folder.keep:
+        return Interrupted(what, where=run.folder.out.name, found=found, fix="run the same command again" if not _full(problem) else "make room and run the same command again", written="nothing")
+    return Interrupted(what, where=f"{run.folder.out.name}, at {run.place}", found=found, fix=("make room, then " if _full(problem) else "") + "run the same command again with --resume: it goes on from there",
+                       written=f"nothing at the output; {format_bytes(folder_bytes(run.folder.home))} in {run.folder.home.name}")
+
+
+def _is_bug(problem: BaseException) -> bool:
+    return _interruption(problem) is None and not isinstance(problem, QmergeError)
+
+
+def _full(problem: BaseException) -> bool:
+    return isinstance(problem, OSError) and problem.errno in FULL or isinstance(problem, Interrupted) and "room" in problem.what
+
+
+def _interruption(problem: BaseException) -> tuple[str, str | None] | None:
+    """(what happened, a detail) where the run could go on after it, else None."""
+    detail = str(problem).splitlines()[0][:160] if str(problem) else None
+    if isinstance(problem, Interrupted):
+        return problem.what, problem.found
+    if isinstance(problem, KeyboardInterrupt):
+        return "The run was interrupted.", "a signal"
+    if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or (isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)):
+        return "There is not enough memory.", detail
+    if isinstance(problem, RuntimeError) and ("CUDA error" in str(problem) or type(problem).__name__ == "AcceleratorError"):
+        return "The accelerator failed.", detail
+    if isinstance(problem, OSError) and problem.errno in FULL:
+        return "There is no room left on the disk.", problem.strerror
+    if isinstance(problem, OSError) and problem.errno in (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return "A disk or the system failed.", problem.strerror
+    return None

@@ -99,7 +99,7 @@ def _stream(work: Workload, outputs: int) -> Phase:
 
 def _embedding(work: Workload) -> Phase:
     again = 1 if work.curvature_tokens else 0  # the tensors of the first time are there while the second ones are read
-    return _phase("embedding", {"curvatures": _curvatures(work)}, {"embeddings and head": FP32 * work.ends, "the largest of them, in parts": (1 + again) * FP32 * work.end, "hidden states": _hidden(work, work.calibration_tokens)})
+    return _phase("embedding", {"curvatures": curvatures_bytes(work)}, {"embeddings and head": FP32 * work.ends, "the largest of them, in parts": (1 + again) * FP32 * work.end, "hidden states": _hidden(work, work.calibration_tokens)})
 
 
 def curvature_rows(work: Workload) -> int:
@@ -107,7 +107,7 @@ def curvature_rows(work: Workload) -> int:
     return sum(out * min(out, work.curvature_width) * group.copies for group in work.groups if group.copies == 1 for out in group.outputs)
 
 
-def _curvatures(work: Workload) -> int:
+def curvatures_bytes(work: Workload) -> int:
     """In bf16, of all blocks, until a block takes its own."""
     return 2 * curvature_rows(work) * work.blocks if work.curvature_tokens else 0
 
@@ -134,7 +134,7 @@ def _gradients(work: Workload, budget: bool) -> list[Phase]:
         backwards |= {"inputs of a block": FP32 * tokens * sum(group.inputs for group in work.groups)} | _largest(_measuring(work, group) for group in work.groups)
     return [
         _phase("gradients at the end", between, ends | {"logits": logits, "gradients by hidden states": 2 * _hidden(work, tokens)}),
-        _phase("gradients", between | {"curvatures": _curvatures(work)}, backwards),
+        _phase("gradients", between | {"curvatures": curvatures_bytes(work)}, backwards),
     ]
 
 
@@ -172,7 +172,7 @@ def _blocks(work: Workload, pending: dict[str, int]) -> list[Phase]:
     once = _captured(work) if taped else 0
     walked = 0 if work.accelerator else once
     held = {"embeddings and head": FP32 * work.ends}
-    host = pending | {"curvatures": _curvatures(work)}
+    host = pending | {"curvatures": curvatures_bytes(work)}
     several = work.blocks > 1
     entering = held | {
         "two streams of hidden states": (3 if taped else 2) * hidden, "inputs of linears": once + (2 * walked if several else walked),
@@ -227,7 +227,7 @@ def _tuning(work: Workload, pending: dict[str, int]) -> Phase:
     hidden = _hidden(work, work.calibration_tokens)
     passes = work.threads * FP32 * PIECE_TOKENS * (ACTIVATIONS[0] * work.hidden + ACTIVATIONS[1] * work.inner)
     weights = FP32 * work.block * 3 + work.solved * (FP32 + 2 + 12 + FP32 * (1 + work.threads))
-    return _phase("tuning a block", pending | {"curvatures": _curvatures(work)}, {
+    return _phase("tuning a block", pending | {"curvatures": curvatures_bytes(work)}, {
         "embeddings and head": FP32 * work.ends, "the block before": 5 * work.solved, "two streams of hidden states": 4 * hidden, "inputs of linears": _captured(work), "weights, offsets and their gradients": weights, "a pass backwards": passes,
     })  # fmt: skip
 

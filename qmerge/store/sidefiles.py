@@ -33,6 +33,14 @@ def copy_side_files(base: Path, adapter: Path, out: Path) -> list[str]:
     the adapter's is ``<name>.adapter``. Raises Refused for a link that leaves its folder (a hub snapshot's links into its own cache are
     fine), FileExistsError when ``out`` already has such a file.
     """
+    plan = side_files(base, adapter)
+    for target, (folder, name) in plan.items():
+        _copy(folder / name, Path(out) / target)
+    return sorted(plan)
+
+
+def side_files(base: Path, adapter: Path) -> dict[str, tuple[Path, str]]:
+    """Name in the output -> (folder, name there) of every file that `copy_side_files` copies. Raises Refused as that does."""
     base, adapter = Path(base), Path(adapter)
     tokenizer = adapter if _matching(adapter, VOCABULARIES) else base
     plan = {name: (tokenizer, name) for name in _matching(tokenizer, TOKENIZER)}
@@ -42,11 +50,9 @@ def copy_side_files(base: Path, adapter: Path, out: Path) -> list[str]:
     for name in _matching(adapter, LICENCES):
         same = name not in plan or (base / name).read_bytes() == (adapter / name).read_bytes()
         plan[name if same else f"{name}.adapter"] = (adapter, name)
-    for folder, name in plan.values():
-        _check_contained(folder, name)
-    for target, (folder, name) in plan.items():
-        _copy(folder / name, Path(out) / target)
-    return sorted(plan)
+    for source in plan.values():
+        _check_contained(*source)
+    return plan
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[str]:

@@ -20,12 +20,15 @@ fit_option = click.option("--no-fit-check", "unchecked", is_flag=True, help="Sta
 
 def foreseen(plans: Sequence[MergePlan], calibration: Calibration | None, unchecked: bool, resumed: bool = False, evaluating: int = 0) -> Estimate:
     """The estimate of a run, after every check that the run itself makes before it writes. Raises Refused where the run cannot fit, unless ``unchecked``."""
+    from qmerge.device import return_memory
     from qmerge.pipeline.estimate import estimate
     from qmerge.pipeline.fit import check_fit
     from qmerge.pipeline.run import check_adapters
 
     for plan in plans:
         check_adapters(plan)
+    if plans[0].requantized:  # a float merge lives on stretches that glibc keeps at hand
+        return_memory()
     found = estimate(plans, calibration)
     if not unchecked:
         for word in check_fit(found, plans, resumed, evaluating):

@@ -17,6 +17,7 @@ from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.timing import Rates, seconds
 from qmerge.pipeline.workload import Workload, measure_plan
 from qmerge.store.sidefiles import side_files
+from qmerge.types import Grid
 
 LIBRARIES = 40_000_000
 """what torch and numba take when they first compute: pools, compiled loops"""
@@ -143,18 +144,30 @@ def written_bytes(plan: MergePlan) -> int:
 def _stored_names(plan: MergePlan) -> Iterator[str]:
     fmt, packed = registry.of_format(plan.recipe.format), {*plan.requantized, *plan.kept_4bit}
     for name in plan.pieces.table:
-        yield from fmt.components(name) if name in packed else (name,)
+        if name not in packed:
+            yield name
+            continue
+        yield from (part for part in fmt.components(name) if _is_written(part, outputs.output_grid(plan.recipe, plan.base, plan.pieces.table[name].source)))
+
+
+def _is_written(part: str, grid: Grid) -> bool:
+    """A format names every part that it may have; which ones a grid has follows from it."""
+    if grid.kind == "int":
+        return not (grid.symmetric and part.endswith(".weight_zero_point"))
+    other = "fp4" if grid.kind == "nf4" else "nf4"
+    return not part.endswith(f"__{other}") and (grid.double_quant or ".nested_" not in part)
 
 
 def working_bytes(plan: MergePlan, work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     """What lies beside the growing output while it grows: (what must, what may where there is room).
 
-    The journal holds solved blocks until the shard that they go into is on the disk, the activations that enter a block, and the curvatures (pipeline.kept).
+    The journal holds solved blocks until the shard that they go into is on the disk, the activations that enter a block (two streams; the new ones lie there before the old ones go), and the
+    curvatures (pipeline.kept).
     """
     if not work.quantized:
         return {}, {}
     packed = {*plan.requantized, *plan.kept_4bit}
     solved = sum(outputs.bytes_out(plan.recipe, plan.base, plan.pieces, name, packed) for name in plan.requantized)
     blocks = solved if "distill" in plan.recipe.polish else min(plan.recipe.shard_bytes, solved)
-    more = {"activations": 2 * memory.FP32 * work.calibration_tokens * work.hidden, "curvatures": memory.curvatures_bytes(work)}
+    more = {"activations": 2 * 2 * memory.FP32 * work.calibration_tokens * work.hidden, "curvatures": memory.curvatures_bytes(work)}
     return {"solved blocks": round(KEPT_SCALES * blocks)}, {name: count for name, count in more.items() if count}

@@ -15,9 +15,9 @@ from qmerge.pipeline.workload import Linears, Workload
 
 SIZE = 512
 """of the matrices that are multiplied for a rate"""
-START_S = 12.0
+START_S = 5.0
 """libraries' start, reading, writing: what does not grow"""
-SOLVING = 70
+SOLVING = 110
 """products of a linear's elements with its inputs: judging, shifting, descending, over all rounds (requantize), in operations of a matrix product's rate"""
 COUPLED = 14
 """the same with the rows that count together"""

@@ -7,10 +7,23 @@
     ├── CheckFailed    1   a finished file does not hold what it claims
     └── Interrupted   75   stopped by a signal or out of room; can be run again
 
-Every message says what happened, where, what was expected and found, what to do, and what was written.
+Every message says what happened, where, what was expected and found, what to do, and what was written. Names in it may come from strangers' files, so it is shown
+as `printable` text.
 """
 
 from __future__ import annotations
+
+import unicodedata
+
+MOST_SHOWN = 2000
+"""characters of one part of a message"""
+_ACTING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def printable(text: str) -> str:
+    r"""``text`` with every character that a terminal acts on, or that hides or turns others, written as Python writes it; line ends and tabs stay:
+    ``printable("a\x1b[2Jb") == "a\\x1b[2Jb"``."""
+    return text if text.isprintable() else "".join(char if char in "\n\t" or unicodedata.category(char) not in _ACTING else ascii(char)[1:-1] for char in text)
 
 
 class QmergeError(Exception):
@@ -35,7 +48,7 @@ class QmergeError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        rows = [self.what]
+        rows = [_shown(self.what)]
         labels = (
             ("where", self.where),
             ("expected", self.expected),
@@ -43,8 +56,13 @@ class QmergeError(Exception):
             ("what to do", self.fix),
             ("written", self.written),
         )
-        rows += [f"  {label + ':':<12}{value}" for label, value in labels if value is not None]
+        rows += [f"  {label + ':':<12}{_shown(value)}" for label, value in labels if value is not None]
         return "\n".join(rows)
+
+
+def _shown(part: object) -> str:
+    text = str(part)
+    return printable(text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} … ({len(text)} characters)")
 
 
 class UsageProblem(QmergeError):

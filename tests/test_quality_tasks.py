@@ -334,7 +334,7 @@ def test_group_is_one_task_of_all_its_items(tmp_path, suite_file, arm):
         (tmp_path / f"{part}.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["one", "two"], "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}))
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"tasks": [{"name": "both", "metric": "acc", "num_fewshot": 0}], "include_path": "."}))
-    suite = load_suite(tmp_path / "suite.yaml")
+    suite = load_suite(tmp_path / "suite.yaml", allow_code=True)
     from lm_eval.tasks import TaskManager
 
     import qmerge.quality.tasks as module

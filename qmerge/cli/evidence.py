@@ -49,7 +49,7 @@ def eval_command(candidates: tuple[str, ...], texts: tuple[str, ...], out: str, 
 
 def evaluate_to(
     out: Path, candidates: tuple[str, ...], texts: dict[str, str], *, base: str, adapter: AdapterSet, tokens: int, template: str | None, also: str,
-    original: str | None, on: str, nf4_recipe: str | None, suite: str | None, budget: str, device: str, steps: Steps | None = None, tasks: str | None = None, **measures: Any,
+    original: str | None, on: str, nf4_recipe: str | None, suite: str | None, budget: str, device: str, steps: Steps | None = None, tasks: str | None = None, allow_task_code: bool = False, **measures: Any,
 ) -> dict[str, Any]:
     """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``. ``measures``: what `measure_options` gave."""
     from qmerge.device import pick_device
@@ -62,7 +62,7 @@ def evaluate_to(
 
     check_target(out)
     limits = load_budget(budget)
-    benchmarks = load_suite(suite, split_names(tasks)) if suite or tasks else None
+    benchmarks = load_suite(suite, split_names(tasks), allow_task_code) if suite or tasks else None
     recipe = read_nf4_recipe(nf4_recipe)
     base, original = (str(resolve(place)[0]) if place else None for place in (base, original))
     named = candidate_names(str(resolve(place)[0]) for place in candidates)

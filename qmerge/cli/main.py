@@ -21,7 +21,7 @@ from qmerge.cli.output import Streams
 from qmerge.cli.reporting import advise_command, report_command
 from qmerge.cli.run import run_command
 from qmerge.cli.verify import verify_command
-from qmerge.errors import QmergeError
+from qmerge.errors import QmergeError, printable
 
 EPILOG = "Exit codes: 0 fine, 1 failed, 2 malformed command or recipe, 3 quality below budget, 4 inputs refused (nothing written), 75 interrupted or out of room."
 
@@ -76,7 +76,7 @@ def _explain(problem: BaseException, streams: Streams | None, loud: bool) -> int
         _print_error("no room left on the disk\n  written:    nothing\n  what to do: free some space and run the same command again")
         return 75
     if streams and (last := streams.talk.getvalue().strip()):
-        click.echo("the libraries' last words:\n  " + "\n  ".join(last.splitlines()[-12:]), err=True)
+        click.echo("the libraries' last words:\n  " + "\n  ".join(printable(last).splitlines()[-12:]), err=True)
     traceback.print_exception(problem)
     return problem.exit_code if isinstance(problem, QmergeError) else 1
 

@@ -75,6 +75,7 @@ adapter_options = stack(
 
 measure_options = stack(
     click.option("--suite", metavar="FILE", help="Benchmarks to run through lm-eval, a YAML file."),
+    click.option("--allow-task-code", is_flag=True, help="Run a suite with an include_path: lm-eval's task files can hold code."),
     click.option("--tasks", metavar="A,B", help="Benchmarks by lm-eval's names, such as arc_easy,hellaswag."),
     click.option("--perplexity", multiple=True, metavar="PROTOCOL[,KEY=N…]:FILE", help="Perplexity as papers and tools compute it: gptq:wiki.txt, strided,tokens=512,stride=128:wiki.txt, llama.cpp:wiki.txt, lm-eval:wiki.txt. Repeatable."),
     click.option("--generate", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Prompts per text to continue greedily with every arm, to see where it leaves the separate model."),

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 import click
 
+from qmerge.errors import printable
+
 
 class Streams:
     """The terminal's own streams, kept for qmerge, while what libraries print on import and on loading goes to ``talk``.
@@ -43,19 +45,21 @@ def _streams() -> tuple[TextIO, TextIO]:
 
 
 def result(text: str) -> None:
-    click.echo(text, file=_streams()[0])
+    """A line of what was asked for. Names of strangers' files in it reach no terminal as commands, here and below."""
+    click.echo(printable(text), file=_streams()[0])
 
 
 def result_json(value: Any) -> None:
-    result(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    click.echo(text if printable(text) == text else json.dumps(value, indent=2, default=str), file=_streams()[0])
 
 
 def say(text: str) -> None:
-    click.echo(text, file=_streams()[1])
+    click.echo(printable(text), file=_streams()[1])
 
 
 def warn(text: str) -> None:
-    say(f"{click.style('warning', fg='yellow')}: {text}")
+    click.echo(f"{click.style('warning', fg='yellow')}: {printable(text)}", file=_streams()[1])
 
 
 class Steps:
@@ -72,7 +76,7 @@ class Steps:
         if done >= total:
             self.step(label)
         elif self.live:
-            self.label = f"{label} {done}/{total}"
+            self.label = f"{printable(label)} {done}/{total}"
             click.echo(f"\r           {self.label}", file=_streams()[1], nl=False)
 
     def _clear(self) -> None:

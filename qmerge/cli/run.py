@@ -35,7 +35,7 @@ from qmerge.errors import UsageProblem
 @click.option("--json", "as_json", is_flag=True, help="Verdict and paths as JSON on stdout.")
 @click.pass_context
 def run_command(
-    context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None,
+    context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None, allow_task_code: bool,
     budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, resume: bool, unchecked: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
 ) -> None:
     """Merge, then measure the result against base + separate adapter, judge it, and write a report to OUT.eval/."""
@@ -55,6 +55,8 @@ def run_command(
     from qmerge.quality.suites import load_suite, split_names
     from qmerge.quality.tasks import open_tasks
     from qmerge.report.load import load_results
+    from qmerge.store.foreign import check_model_folder
+    from qmerge.store.hub import resolve
 
     # all that measuring would refuse, before hours of merging
     limits = load_budget(budget)
@@ -64,8 +66,11 @@ def run_command(
     check_separate(recipe.adapter_set)
     requests = parse_requests(perplexity)
     if suite or tasks:
-        open_tasks(load_suite(suite, split_names(tasks)))
+        open_tasks(load_suite(suite, split_names(tasks), allow_task_code))
     found = plan(recipe)
+    for place in (recipe.base, recipe.original):
+        if place:
+            check_model_folder(resolve(place)[0])
     steps.step("planned")
     say(describe_plan(found))
     if generate and found.context_length:
@@ -94,7 +99,7 @@ def run_command(
     results = evaluate_to(
         evidence / "results.json", (str(done.out),), files, base=recipe.base, adapter=recipe.adapter_set,
         tokens=eval_tokens or min(recipe.tokens, context_length), template=recipe.template, also=also, original=recipe.original, on=recipe.on,
-        nf4_recipe=recipe.nf4_recipe, suite=suite, tasks=tasks, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity, generate=generate, new_tokens=new_tokens,
+        nf4_recipe=recipe.nf4_recipe, suite=suite, tasks=tasks, allow_task_code=allow_task_code, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity, generate=generate, new_tokens=new_tokens,
     )
     from qmerge.report.tables import terminal_table
     from qmerge.report.write import write_junit, write_report

@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qmerge.errors import Refused, UsageProblem
 from qmerge.formats.fly import Nf4Recipe
+from qmerge.store.regular import read_plain
+from qmerge.store.yamlfiles import MAX_BYTES, BadYaml, read_yaml
 
-MAX_BYTES = 1_000_000
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (None, "float32", "bfloat16", "float16")
 OWN = ("block_size", "blocksize", "bnb_4bit_blocksize", "double_quant", "bnb_4bit_use_double_quant", "dtype", "skip", "llm_int8_skip_modules", "quant_type")
@@ -33,15 +32,12 @@ def recipe_from_file(path: str | Path) -> Nf4Recipe:
     """The recipe in a JSON or YAML file. Raises `UsageProblem` for a file that cannot be read or that says too little; it names the accepted keys."""
     file = Path(path)
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise UsageProblem("the NF4 recipe is no configuration file", where=str(path), expected=f"at most {MAX_BYTES} bytes",
-                               found=f"{file.stat().st_size}")
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML
+        content = read_yaml(file)  # JSON is YAML
     except OSError as problem:
         raise UsageProblem("the NF4 recipe cannot be read", where=str(path), expected="double, single, or a JSON or YAML file",
                            found=problem.strerror) from problem
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as problem:
-        raise UsageProblem("the NF4 recipe is neither JSON nor YAML", where=str(path), found=str(problem).splitlines()[0]) from problem
+    except BadYaml as problem:
+        raise UsageProblem("the NF4 recipe is neither JSON nor YAML", where=str(path), found=str(problem)) from problem
     if not isinstance(content, dict):
         raise UsageProblem("the NF4 recipe is not a mapping", where=str(path), expected=ACCEPTED, found=type(content).__name__)
     return recipe_from_mapping(content, str(path))
@@ -84,10 +80,8 @@ def recipe_from_adapter(config: Mapping[str, Any], folder: str | Path) -> Nf4Rec
 def _read_quietly(path: Path) -> Mapping[str, Any]:
     """A side file that need not be there nor be for us."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            return {}
-        content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        content = json.loads(read_plain(path, MAX_BYTES)) if path.suffix == ".json" else read_yaml(path)
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, Mapping) else {}
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qmerge.errors import Refused
+from qmerge.store.foreign import check_tokenizer_folder
 from qmerge.store.texts import Document, Windows, pack_windows, read_documents, tokenize_documents
 
 HELD_OUT_EVERY = 7
@@ -37,6 +38,7 @@ def load_tokenizer(folders: list[Any]) -> Any:
     for folder in folders:
         if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
             continue
+        check_tokenizer_folder(folder)
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as caught:  # transformers raises many kinds here; all mean "no tokenizer"

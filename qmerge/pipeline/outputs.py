@@ -19,13 +19,15 @@ from qmerge.pipeline.merge import is_nf4
 from qmerge.pipeline.pieces import Pieces
 from qmerge.pipeline.recipe import Recipe
 from qmerge.pipeline.skeleton import Skeleton
+from qmerge.store.inert import inert
 from qmerge.types import Grid, QuantState
 
 if TYPE_CHECKING:
     from qmerge.pipeline.plan import MergePlan
     from qmerge.pipeline.requantize import Solved
 
-NEVER_COPIED = ("quantization_config", "auto_map", "_name_or_path", "_attn_implementation_internal", "trust_remote_code", "torch_dtype")
+WRITTEN_ANEW = ("quantization_config", "torch_dtype")
+"""keys of the base's config that the output's own replace; `qmerge.store.inert` drops those that name code or files"""
 
 
 def split_weights(recipe: Recipe, base: Base, skeleton: Skeleton | None, pieces: Pieces) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -135,8 +137,12 @@ def model_dtype(plan: MergePlan) -> torch.dtype:
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
-    named = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype") or "bfloat16"
-    return getattr(torch, str(named).removeprefix("torch."))
+    inner = config.get("text_config")
+    named = config.get("dtype") or config.get("torch_dtype") or (inner.get("dtype") if isinstance(inner, Mapping) else None) or "bfloat16"
+    found = getattr(torch, str(named).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise Refused("the config names a dtype that no model's weights have", where="config.json", expected="bfloat16, float16 or float32", found=repr(named)[:60])
+    return found
 
 
 def nf4_template(plan: MergePlan) -> QuantState | None:
@@ -155,7 +161,7 @@ def output_config(plan: MergePlan, grids: Mapping[str, Grid] | None = None) -> d
     ``grids``: weight name -> what it was solved on (each ``Solved.quantized.grid``), where that may differ from the recipe's, as with mixed precision. A weight of
     ``plan.requantized`` that is not among them stayed float.
     """
-    config = {key: value for key, value in plan.config.items() if key not in NEVER_COPIED}
+    config = {key: value for key, value in inert(plan.config).items() if key not in WRITTEN_ANEW}
     named = str(model_dtype(plan)).removeprefix("torch.")
     config["dtype"] = dense.CONFIG_NAMES.get(plan.recipe.format, named)
     fmt = registry.of_format(plan.recipe.format)

@@ -6,18 +6,18 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qmerge.adapters.adapter import Adapter
 from qmerge.adapters.several_adapters import SUM, AdapterSet, Choice, Combination, parse_choice
 from qmerge.errors import UsageProblem
 from qmerge.formats import BITS, BLOCK_SIZES, BUILT, GROUP_SIZES, HEADS, MIXED, PADDED, QUANTIZING
 from qmerge.formats.base import Nf4Recipe
 from qmerge.formats.training import recipe_from_adapter, recipe_from_file
+from qmerge.store.yamlfiles import BadYaml, parse_yaml, read_yaml
 from qmerge.types import Grid
 from qmerge.units import parse_bytes
 
-MAX_RECIPE_BYTES = 1_000_000
+MOST = 2**31
+"""counts of windows and tokens that no run reaches"""
 POLISH = ("blocks", "distill")
 LOW_TRAFFIC = ("pooled", "rtn")
 COMBINATIONS = ("svd", "linear", "cat", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")
@@ -119,9 +119,9 @@ def build_recipe(file: str | None, settings: tuple[str, ...], flags: dict[str, A
             faults.append(f"--set {setting}: expected key=value")
         else:
             try:
-                given[key.strip().replace("-", "_")] = yaml.safe_load(value)
-            except (yaml.YAMLError, RecursionError) as problem:
-                faults.append(f"--set {setting}: not YAML: {str(problem).splitlines()[0]}")
+                given[key.strip().replace("-", "_")] = parse_yaml(value)
+            except BadYaml as problem:
+                faults.append(f"--set {setting}: not YAML: {problem}")
     given |= {key: value for key, value in flags.items() if value not in (None, ())}
     recipe = _check(given, faults)
     if faults:
@@ -135,18 +135,21 @@ def _read_file(file: str, faults: list[str]) -> dict[str, Any]:
     if not path.is_file():
         faults.append(f"--recipe {file}: no such file")
         return {}
-    if path.stat().st_size > MAX_RECIPE_BYTES:
-        faults.append(f"--recipe {file}: larger than {MAX_RECIPE_BYTES} bytes")
-        return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as problem:
-        faults.append(f"--recipe {file}: not YAML: {str(problem).splitlines()[0]}")
+        content = read_yaml(path)
+    except (BadYaml, OSError) as problem:
+        faults.append(f"--recipe {file}: not YAML: {problem}")
         return {}
     if not isinstance(content, dict):
         faults.append(f"--recipe {file}: expected a mapping of settings, found {type(content).__name__}")
         return {}
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name in found:
+            faults.append(f"--recipe {file}: {name[:80]!r} is set twice, once with - and once with _")
+        found[name] = value
+    return found
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -159,10 +162,10 @@ def _check(given: dict[str, Any], faults: list[str]) -> Recipe:
     known = {field.name: str(field.type) for field in fields(Recipe)}
     _split_lists(given)
     for key in sorted(given.keys() - known.keys()):
-        faults.append(f"unknown setting {key!r}; known: {', '.join(known)}")
+        faults.append(f"unknown setting {key[:80]!r}; known: {', '.join(known)}")
     for key, kind in known.items():
         if key in given and (not isinstance(given[key], _KINDS[kind]) or ("bool" not in kind and isinstance(given[key], bool))):
-            faults.append(f"{key}: expected {kind}, found {given[key]!r}")
+            faults.append(f"{key}: expected {kind}, found {repr(given[key])[:120]}")
             del given[key]
     if given.get("format") in FIXED:
         given = FIXED[given["format"]] | given
@@ -200,6 +203,11 @@ def _check_values(recipe: Recipe, faults: list[str]) -> None:
         faults.append(f"--samples {recipe.samples}: expected at least 2 (some are held out to choose with)")
     if recipe.tokens < 2:
         faults.append(f"--tokens {recipe.tokens}: expected at least 2")
+    for flag, value in (("--samples", recipe.samples), ("--tokens", recipe.tokens), ("--curvature-tokens", recipe.curvature_tokens)):
+        if value > MOST:
+            faults.append(f"{flag} {value}: expected at most {MOST}")
+    if not 0 <= recipe.seed < 2**63:
+        faults.append(f"--seed {recipe.seed}: expected at least 0 and below 2^63")
     if recipe.curvature_tokens < 0:
         faults.append(f"--curvature-tokens {recipe.curvature_tokens}: expected at least 0 (none)")
     _check_adapters(recipe, faults)

@@ -18,6 +18,7 @@ from torch import nn
 
 from qmerge.errors import Refused
 from qmerge.store.checkpoint import Checkpoint
+from qmerge.store.inert import inert
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def build_skeleton(checkpoint: Checkpoint, changed: dict[str, Any] | None = None
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = _config(checkpoint.path if changed is None else changed, AutoConfig)
+        config = _config(inert(checkpoint.config if changed is None else changed), AutoConfig)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
@@ -90,9 +91,7 @@ def build_skeleton(checkpoint: Checkpoint, changed: dict[str, Any] | None = None
     return describe(model, checkpoint.name)
 
 
-def _config(source: Path | dict[str, Any], loader: Any) -> Any:
-    if isinstance(source, Path):
-        return loader.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+def _config(source: dict[str, Any], loader: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:  # transformers reads configs from folders
         (Path(folder) / "config.json").write_text(json.dumps(source), encoding="utf-8")
         return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

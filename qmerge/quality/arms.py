@@ -22,6 +22,8 @@ from qmerge.quality.attach import as_set, attach
 from qmerge.quality.loaders import from_pretrained, label, load_public, quantization_config, quantization_method
 from qmerge.quality.merging import merge_in_memory, model_edits
 from qmerge.quality.plain import dense_weights, make_plain, round_trip_nf4
+from qmerge.quality.words import public
+from qmerge.store.foreign import check_model_folder
 
 NF4_DEFAULT: dict[str, Any] = {"block_size": 64, "double_quant": True, "dtype": None, "skip": (), "quant_type": "nf4"}
 """``dtype`` is what the float weights were cast to before they were rounded; None: as the file holds them. ``skip``: transformers' ``llm_int8_skip_modules``"""
@@ -118,13 +120,14 @@ def load_candidate(name: str, path: str) -> Arm:
     """Arm D: a finished checkpoint, through the loader that its config names."""
     method = check_method(path)
     model, loader = load_public(path, method)
-    return Arm(name, method, make_plain(model), weight_bytes(path), path, loader=loader)
+    return Arm(name, method, make_plain(model), weight_bytes(path), path, loader=public(loader) if loader else None)
 
 
 def check_method(path: str) -> str:
-    """How a checkpoint is quantized (``none``: float). Refused for a folder that is no checkpoint, and for what no loader here reads; reads its config
-    alone."""
+    """How a checkpoint is quantized (``none``: float). Refused for a folder that is no checkpoint or that no library should open, and for what no loader here reads; reads
+    headers and configs alone."""
     method = quantization_method(path)
+    check_model_folder(path)
     if method not in ("none", *PACKED, "compressed-tensors"):
         raise Refused("evaluation does not know this quantization", where=label(path), expected=f"none, {', '.join(PACKED)}, compressed-tensors", found=method)
     return method

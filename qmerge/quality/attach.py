@@ -136,6 +136,8 @@ def _config(folder: Path, keep: bool) -> PeftConfig:
     config = PeftConfig.from_pretrained(folder)
     if hasattr(config, "init_lora_weights") and not (keep and changed_base(config.to_dict()) is None):
         config.init_lora_weights = True
+    if hasattr(config, "megatron_config"):
+        config.megatron_config = None  # else PEFT imports whatever module the file names
     config.inference_mode = True
     return config
 

@@ -10,9 +10,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from qmerge.errors import UsageProblem
+from qmerge.store.yamlfiles import BadYaml, read_yaml
 
 if TYPE_CHECKING:
     from qmerge.quality.sidecar import Scores
@@ -36,11 +35,11 @@ def load_budget(name_or_path: str | Path) -> dict[str, Any]:
     shipped = Path(__file__).parent / "budgets" / f"{name_or_path}.yaml"
     file = shipped if shipped.is_file() else Path(name_or_path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_yaml(file)
+    except OSError as error:
         known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.yaml")))
-        raise UsageProblem("no such budget", where=str(name_or_path), expected=f"{known}, or a YAML file", found=str(error)) from error
-    except yaml.YAMLError as error:
+        raise UsageProblem("no such budget", where=str(name_or_path), expected=f"{known}, or a YAML file", found=error.strerror or str(error)) from error
+    except BadYaml as error:
         raise UsageProblem("the budget is not YAML", where=file.name, found=str(error)) from error
     faults = _budget_faults(content)
     if faults:
@@ -175,9 +174,9 @@ def _budget_faults(content: Any) -> list[str]:
     faults = []
     for key, limit in content.items():
         if key not in DIRECTIONS:
-            faults.append(f"unknown metric {key!r} (known: {', '.join(DIRECTIONS)})")
+            faults.append(f"unknown metric {repr(key)[:80]} (known: {', '.join(DIRECTIONS)})")
         elif not isinstance(limit, dict) or list(limit) != [DIRECTIONS[key]]:
-            faults.append(f"{key} wants {{{DIRECTIONS[key]}: number}}, found {limit!r}")
+            faults.append(f"{key} wants {{{DIRECTIONS[key]}: number}}, found {repr(limit)[:120]}")
         elif isinstance(limit[DIRECTIONS[key]], bool) or not isinstance(limit[DIRECTIONS[key]], (int, float)) or not math.isfinite(limit[DIRECTIONS[key]]):
-            faults.append(f"{key}.{DIRECTIONS[key]} is not a number: {limit[DIRECTIONS[key]]!r}")
+            faults.append(f"{key}.{DIRECTIONS[key]} is not a number: {repr(limit[DIRECTIONS[key]])[:120]}")
     return faults

@@ -43,6 +43,7 @@ from qmerge.quality.suites import Suite, load_suite
 from qmerge.quality.tasks import Answers as ItemAnswers
 from qmerge.quality.tasks import OpenSuite, items_digest, open_tasks, run_suite
 from qmerge.quality.tokenizers import check_tokenizers
+from qmerge.store.foreign import check_tokenizer_folder
 from qmerge.store.texts import Document, Overlap, TokenDoc, Windows, ngram_overlap, pack_windows, read_documents, tokenize_documents
 
 SCHEMA_VERSION = 1
@@ -107,7 +108,7 @@ def evaluate_in_full(
     requests = {label: (request, read_request(request)) for label, request in parse_requests(perplexity).items()}
     adapter = as_set(adapter)
     opened = check_separate(adapter)
-    for path in (base, *candidates.values()):
+    for path in (base, *candidates.values(), *((original,) if original else ())):
         loading.check_method(path)
     nf4_recipe = recipe_of(base, opened, on, nf4_recipe)
     tokenizer = load_tokenizer(base, *(str(one.path) for one in opened))
@@ -161,8 +162,9 @@ def recipe_of(base: str, adapters: Iterable[Adapter], on: str, given: dict[str, 
 def load_tokenizer(base: str, *adapters: str) -> Any:
     """The first tokenizer that an adapter's folder has (training may have added tokens or a chat template), else the base's."""
     source = next((folder for folder in adapters if (Path(folder) / "tokenizer_config.json").is_file()), base)
+    check_tokenizer_folder(source)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         where = Path(source).name
         raise Refused("the tokenizer cannot be loaded", where=where, expected="a tokenizer beside the model", found=str(error).splitlines()[0]) from error

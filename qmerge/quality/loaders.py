@@ -6,7 +6,6 @@ stored.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 
 from qmerge.errors import Refused, UsageProblem
 from qmerge.store.checkpoint import open_checkpoint
+from qmerge.store.foreign import check_model_folder
+from qmerge.store.jsonfiles import read_object
 
 PREFERRED_KERNEL = {"gptq": "gptq_torch", "awq": "torch_awq"}
 GPTQMODEL_KERNEL = {"gptq": "gptq_torch", "awq": "awq_torch"}
@@ -27,7 +28,8 @@ _PATCHED = re.compile(r"transformers\.(models\..*\.modeling_\w+|conversion_mappi
 
 
 def load_public(path: str, method: str) -> tuple[nn.Module, str | None]:
-    """A checkpoint as its public loader gives it, and a word on the loader where it is not transformers'."""
+    """A checkpoint as its public loader gives it, and a word on the loader where it is not transformers'. Refused as `check_model_folder`, before any of them opens a file."""
+    check_model_folder(path)
     if method == "compressed-tensors":
         _need("compressed_tensors", "compressed")
         return _from_compressed(path), None
@@ -88,14 +90,12 @@ def _from_compressed(path: str) -> nn.Module:
 
 def quantization_config(path: str) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint folder, ``{}`` for a float one."""
-    file = Path(path) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refused("no checkpoint here", where=label(path), expected="a folder with config.json", found=error.strerror) from error
-    except ValueError as error:
-        raise Refused("the config is not JSON", where=label(path) + "/config.json", found=str(error)) from error
-    return config.get("quantization_config") or {}
+    if not (Path(path) / "config.json").exists():
+        raise Refused("no checkpoint here", where=label(path), expected="a folder with config.json", found="no such file")
+    found = read_object(Path(path) / "config.json", what="the model's config").get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise Refused("the config's quantization_config is malformed", where=label(path) + "/config.json", expected="an object", found=type(found).__name__)
+    return found
 
 
 def quantization_method(path: str) -> str:
@@ -105,8 +105,9 @@ def quantization_method(path: str) -> str:
 
 def from_pretrained(path: str, dtype: torch.dtype | str = torch.float32, **options: Any) -> nn.Module:
     # On the CPU always: arms are read exactly there, and moved when they are measured.
+    check_model_folder(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=False, **options)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=False, use_safetensors=True, local_files_only=True, **options)
     except (ValueError, KeyError, OSError) as problem:
         raise Refused("transformers cannot load this checkpoint, so it cannot be measured", where=label(path), expected="a causal language model that transformers has",
                       found=(str(problem).splitlines() or [type(problem).__name__])[0][:300], fix="qmerge never runs remote code; qmerge merge --format bf16 works on tensors alone") from problem
@@ -117,7 +118,7 @@ def _from_gptqmodel(path: str, method: str, problem: object) -> nn.Module:
         from gptqmodel import GPTQModel
 
         try:
-            return GPTQModel.load(path, device="cpu", backend=GPTQMODEL_KERNEL[method]).model.eval()
+            return GPTQModel.load(path, device="cpu", backend=GPTQMODEL_KERNEL[method], trust_remote_code=False).model.eval()
         except (ValueError, RuntimeError, NotImplementedError) as second:
             raise Refused(f"no public loader reads this {method} checkpoint", where=label(path),
                           found=f"transformers: {problem}; gptqmodel: {str(second).splitlines()[0]}",

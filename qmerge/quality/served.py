@@ -15,6 +15,8 @@ from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.quality.arms import four_bit_config, full_recipe, load_separate, quantization_method
 from qmerge.quality.attach import attach
 from qmerge.quality.plain import move
+from qmerge.quality.words import public
+from qmerge.store.foreign import check_model_folder
 
 
 def as_served(
@@ -28,7 +30,8 @@ def as_served(
         return _in_bf16(base, adapter, on, nf4_recipe, device), "bf16 of a float base"
     if float_base and recipe["block_size"] != 64:
         return _in_bf16(base, adapter, on, nf4_recipe, device), f"bf16 from dequantized weights (no loader takes block size {recipe['block_size']} from a float base)"
-    options: dict[str, Any] = {}
+    check_model_folder(base)
+    options: dict[str, Any] = {"use_safetensors": True}
     if float_base:
         options["quantization_config"] = four_bit_config(recipe, bnb_4bit_compute_dtype=torch.bfloat16)
         if recipe["dtype"]:
@@ -40,7 +43,7 @@ def as_served(
         if not bool(torch.isfinite(probe).all()):
             raise RuntimeError("its logits are not finite")
     except (RuntimeError, ValueError, AssertionError, NotImplementedError, AttributeError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        reason = public((str(error).splitlines() or [type(error).__name__])[0])[:120]
         return _in_bf16(base, adapter, on, nf4_recipe, device), f"bf16 from dequantized weights ({packer} does not run here: {reason})"
     compute = {str(m.compute_dtype).removeprefix("torch.") for m in model.modules() if getattr(m, "compute_dtype", None) is not None}
     compute = compute or {str(model.get_base_model().dtype).removeprefix("torch.")}

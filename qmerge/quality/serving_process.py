@@ -80,7 +80,7 @@ def load_checkpoint(path: str, method: str, device: str) -> tuple[nn.Module, str
     """A checkpoint folder as its users load it, a word where that took more than ``from_pretrained(path)``, and when the call that did it began (`time.perf_counter`)."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    options, began = {"device_map": {"": device}, "trust_remote_code": False}, time.perf_counter()
+    options, began = {"device_map": {"": device}, "trust_remote_code": False, "use_safetensors": True}, time.perf_counter()
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
     except (RuntimeError, ValueError) as problem:
@@ -103,7 +103,7 @@ def _gptqmodel(path: str, device: str, why: str) -> tuple[nn.Module, str, float]
     from gptqmodel import GPTQModel
 
     began = time.perf_counter()
-    return GPTQModel.load(path, device=device).model, f"GPTQModel.load, as {why}", began
+    return GPTQModel.load(path, device=device, trust_remote_code=False).model, f"GPTQModel.load, as {why}", began
 
 
 def _unread(path: str, model: nn.Module) -> list[str]:
@@ -120,7 +120,7 @@ def _separate(job: dict[str, Any]) -> tuple[nn.Module, str | None, float]:
     from qmerge.quality.arms import four_bit_config
     from qmerge.quality.attach import attach
 
-    began, told, options = time.perf_counter(), job["adapter"], {}
+    began, told, options = time.perf_counter(), job["adapter"], {"use_safetensors": True}
     adapter = AdapterSet(tuple(Choice(**choice) for choice in told["choices"]), Combination(**told["combination"]), told["residual_base"], told["allow_pickle"])
     if (recipe := job["nf4_recipe"]) is not None:
         if recipe["block_size"] != 64:

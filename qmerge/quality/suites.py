@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qmerge.errors import Refused, UsageProblem
 from qmerge.quality import local_tasks
+from qmerge.store.yamlfiles import BadYaml, read_yaml
 
 KEYS = {"tasks": list, "include_path": str, "limit": (int, float), "num_fewshot": int, "batch_size": int, "chat_template": bool}
 TASK_KEYS = {"name": str, "num_fewshot": int, "metric": str, "cluster": str}
@@ -29,12 +28,13 @@ class Suite:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def load_suite(path: str | Path | None, names: Sequence[str] = ()) -> Suite:
+def load_suite(path: str | Path | None, names: Sequence[str] = (), allow_code: bool = False) -> Suite:
     """Read a suite file and add ``names`` of lm-eval's tasks. ``path`` None: the names alone.
 
     A file holds ``tasks`` (names, or mappings with ``name`` and optionally ``num_fewshot``, ``metric``, ``cluster``; with a ``file``, a task
     of its own: `local_tasks`), and ``include_path`` (a folder of lm-eval task files, relative to the suite), ``limit``, ``num_fewshot``,
-    ``batch_size``, ``chat_template`` for all. Raises ``UsageProblem`` with all faults of the file at once, ``Refused`` for faults of the rows.
+    ``batch_size``, ``chat_template`` for all. Raises ``UsageProblem`` with all faults of the file at once, ``Refused`` for faults of the rows,
+    and for an ``include_path`` without ``allow_code``: lm-eval's task files import Python by name and hold Jinja that is not sandboxed, so such a folder is a program.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageProblem("benchmarks need lm-eval, which is not installed", fix="pip install 'qmerge[eval]'")
@@ -56,6 +56,9 @@ def load_suite(path: str | Path | None, names: Sequence[str] = ()) -> Suite:
     where = "--tasks" if path is None else Path(path).name
     if faults:
         raise UsageProblem("the suite is malformed", where=where, expected=f"{', '.join(KEYS)}; per task {', '.join((*TASK_KEYS, *local_tasks.KEYS))}", found="; ".join(faults))
+    if "include_path" in content and not allow_code:
+        raise Refused("the suite brings task files of lm-eval, which can run code", where=where, expected="tasks of lm-eval by name, and local ones with `file`", found="include_path",
+                      fix="read the files in that folder, then --allow-task-code")
     bad = [f"{name}: {fault}" for name, task in tasks.items() if "file" in task for fault in local_tasks.row_faults(task, folder)]
     if bad:
         raise Refused("the rows of a local task cannot be scored", where=where, expected="the fields that the suite names, in every row", found="; ".join(bad))
@@ -71,8 +74,8 @@ def split_names(text: str | None) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except (OSError, BadYaml) as error:
         raise UsageProblem("the suite cannot be read", where=path.name, expected="a YAML file", found=str(error).splitlines()[0]) from error
     if not isinstance(content, dict):
         raise UsageProblem("the suite is malformed", where=path.name, expected="`tasks: [...]`", found="no mapping")
@@ -81,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _top_faults(content: dict[str, Any], folder: Path) -> list[str]:
     faults = [f"unknown key {key!r}" for key in content if key not in KEYS]
-    faults += [f"{k} has the wrong type: {v!r}" for k, v in content.items() if k in KEYS and not _typed(v, KEYS[k])]
+    faults += [f"{k} has the wrong type: {repr(v)[:120]}" for k, v in content.items() if k in KEYS and not _typed(v, KEYS[k])]
     faults += [f"{k} must be above 0" for k in ("limit", "batch_size") if _typed(content.get(k), KEYS[k]) and content[k] <= 0]
     if isinstance(content.get("include_path"), str) and not (folder / content["include_path"]).is_dir():
         faults.append(f"include_path {content['include_path']!r} is no folder beside the suite")
@@ -93,7 +96,7 @@ def _task_faults(task: Any, folder: Path) -> list[str]:
         return ["neither a name nor a mapping with `name`"]
     known = TASK_KEYS | (local_tasks.KEYS if "file" in task else {})
     faults = [f"unknown key {key!r}" + (" (of tasks with a `file`)" if key in local_tasks.KEYS else "") for key in task if key not in known]
-    faults += [f"{k} has the wrong type: {v!r}" for k, v in task.items() if k in known and not _typed(v, known[k])]
+    faults += [f"{k} has the wrong type: {repr(v)[:120]}" for k, v in task.items() if k in known and not _typed(v, known[k])]
     if _typed(task.get("num_fewshot"), int) and task["num_fewshot"] < 0:
         faults.append("num_fewshot must not be below 0")
     return faults if faults or "file" not in task else local_tasks.setting_faults(task, folder)

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qmerge.errors import Refused
+from qmerge.store.foreign import check_tokenizer_folder
 from qmerge.store.sidefiles import TOKENIZER, VOCABULARIES
 from qmerge.store.texts import Document, TokenDoc, read_documents, tokenize_documents
 
@@ -50,6 +51,7 @@ def _has(folder: Path, patterns: Sequence[str]) -> bool:
 
 
 def _load(name: str, folder: Path) -> Any:
+    check_tokenizer_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as problem:  # transformers raises many kinds here; all mean that its users have no tokenizer

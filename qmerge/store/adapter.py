@@ -17,6 +17,7 @@ from qmerge.numerics.finite import all_finite
 from qmerge.store.headers import read_header, rows_of
 from qmerge.store.hub import resolve
 from qmerge.store.jsonfiles import read_object
+from qmerge.store.regular import check_contained
 from qmerge.store.tensors import read_tensor
 from qmerge.store.unpickle import as_safetensors
 from qmerge.types import TensorSpec
@@ -104,12 +105,14 @@ def open_files(path_or_id: str | Path, revision: str | None = None, allow_pickle
     elif wanted:
         if not _inside(folder, wanted):
             raise Refused("There is no adapter of this name in the folder.", where=name, expected=", ".join(_adapters_below(folder)) or CONFIG, found=wanted)
+        check_contained(folder, wanted)
         folder, named = folder / wanted, f"{name}/{wanted}"
     else:
         named = name
     if not (folder / CONFIG).is_file() and (names := _adapters_below(folder)):
         raise Refused("The folder holds several adapters, and none was named.", where=name, expected="one of " + ", ".join(f"{text}#{item}" for item in names),
                       found=text, fix=f"--adapter '{text}#{names[0]}'")
+    check_contained(folder, CONFIG)
     config = read_object(folder / CONFIG, what="the adapter's config")
     weights, source, keep = _weights(folder, named, allow_pickle)
     return AdapterFiles(folder, named, wanted, commit, config, weights, read_header(weights)[0], source, keep)
@@ -126,6 +129,7 @@ def _adapters_below(folder: Path) -> list[str]:
 def _weights(folder: Path, name: str, allow_pickle: bool) -> tuple[Path, Path, Any]:
     """(safetensors file to read, the user's own file, something to keep alive)."""
     if (folder / WEIGHTS).is_file():
+        check_contained(folder, WEIGHTS)
         return folder / WEIGHTS, folder / WEIGHTS, None
     if not (folder / PICKLE).is_file():
         raise Refused("The adapter's weights are missing.", where=name, expected=WEIGHTS, found="no such file")

@@ -15,11 +15,14 @@ from qmerge.errors import Refused
 from qmerge.store.headers import read_header
 from qmerge.store.hub import resolve
 from qmerge.store.jsonfiles import read_object
+from qmerge.store.regular import check_contained
 from qmerge.store.tensors import read_tensor
 from qmerge.types import TensorSpec
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_LETTERS = 200
+"""of a shard's name; file systems stop at 255 bytes"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Chec
     index and headers that disagree in either direction, a tensor in two shards, a shard path that is not a plain file name.
     """
     folder, name, commit = resolve(path_or_id, revision)
+    check_contained(folder, "config.json")
     config = read_object(folder / "config.json", what="the model's config")
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
@@ -67,6 +71,7 @@ def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Chec
     if index.is_file():
         specs = _sharded(folder, name)
     elif single.is_file():
+        check_contained(folder, SINGLE)
         specs = read_header(single)[0]
     else:
         raise _no_weights(folder, name)
@@ -87,13 +92,14 @@ def _no_weights(folder: Path, name: str) -> Refused:
 
 def _weight_map(folder: Path, name: str) -> dict[str, str]:
     """tensor -> shard, from the index; Refused unless every shard is a plain base name of a file that exists."""
+    check_contained(folder, INDEX)
     weight_map = read_object(folder / INDEX, what="the index of shards").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Refused("The index names no weights.", where=f"{INDEX} in {name}", expected='"weight_map": {tensor: file}',
                       found=type(weight_map).__name__)
     for tensor, file in weight_map.items():
         where = f"tensor {tensor!r} in {INDEX} of {name}"
-        if not isinstance(file, str) or not file or file in (".", "..") or any(mark in file for mark in "/\\\0:"):
+        if not isinstance(file, str) or not 0 < len(file) <= MOST_LETTERS or not file.isprintable() or file in (".", "..") or any(mark in file for mark in "/\\:"):
             raise Refused("The index names a shard that is not a plain file name; qmerge does not follow paths.", where=where,
                           expected="a file beside the index", found=repr(file)[:120])
         if not file.endswith(".safetensors"):
@@ -107,6 +113,7 @@ def _sharded(folder: Path, name: str) -> dict[str, TensorSpec]:
     weight_map = _weight_map(folder, name)
     specs: dict[str, TensorSpec] = {}
     for file in sorted(set(weight_map.values())):
+        check_contained(folder, file)
         for tensor, spec in read_header(folder / file)[0].items():
             where = f"tensor {tensor!r} in {name}"
             if tensor in specs:

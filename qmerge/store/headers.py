@@ -11,12 +11,13 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from qmerge.errors import Refused
 from qmerge.store.jsonfiles import parse_object
+from qmerge.store.regular import open_plain
 from qmerge.types import TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
@@ -58,10 +59,10 @@ def read_header(path: Path | str) -> tuple[dict[str, TensorSpec], dict[str, str]
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             size = os.fstat(file.fileno()).st_size
-            length = _header_length(file.read(8), size, path)
-            raw = file.read(length)
+            length = _header_length(_exactly(file, 8), size, path)
+            raw = _exactly(file, length)
     except FileNotFoundError:
         raise Refused(f"{path.name} is missing.", where=str(path.parent), expected=path.name, found="no such file") from None
     except OSError as error:
@@ -82,6 +83,15 @@ def rows_of(spec: TensorSpec, start: int, stop: int) -> TensorSpec:
         return spec
     width = math.prod(spec.shape[1:]) * TORCH_DTYPES[spec.dtype].itemsize
     return replace(spec, shape=(stop - start, *spec.shape[1:]), start=spec.start + start * width, nbytes=(stop - start) * width)
+
+
+def _exactly(file: BinaryIO, count: int) -> bytes:
+    """``count`` bytes, fewer where the file ends before; one read may give less than was asked for."""
+    parts, left = [], count
+    while left and (part := file.read(left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 def _header_length(first: bytes, size: int, path: Path) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.errors import Refused
+from qmerge.store.regular import read_plain
 
 MAX_JSON_BYTES = 100_000_000
 
@@ -51,10 +52,9 @@ def read_object(path: Path, *, what: str) -> dict[str, Any]:
     """
     where = f"{path.name} in {path.parent.name or path.parent}"
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise Refused(f"{path.name} is too large to be {what}.", where=where, expected=f"at most {MAX_JSON_BYTES} bytes",
-                          found=f"{path.stat().st_size} bytes")
-        raw = path.read_bytes()
+        raw = read_plain(path, MAX_JSON_BYTES)
+    except ValueError as problem:
+        raise Refused(f"{path.name} is too large to be {what}.", where=where, expected=f"at most {MAX_JSON_BYTES} bytes", found=str(problem)) from None
     except FileNotFoundError:
         raise Refused(f"{path.name} is missing ({what}).", where=str(path.parent), expected=path.name, found="no such file",
                       fix="check the folder, or download it again") from None

@@ -13,6 +13,7 @@ import torch
 
 from qmerge.errors import Refused
 from qmerge.store.headers import TORCH_DTYPES
+from qmerge.store.regular import open_plain
 from qmerge.types import TensorSpec
 
 _CHUNK = 1 << 30  # Linux reads at most 2 GiB at a time
@@ -45,17 +46,14 @@ def read_bytes(folder: Path, spec: TensorSpec, start: int, stop: int) -> torch.T
         return raw
     view = memoryview(raw.numpy())
     try:
-        handle = os.open(folder / spec.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        try:
-            done = 0
+        with open_plain(folder / spec.file) as file:
+            handle, done = file.fileno(), 0
             while done < wanted:
                 count = os.preadv(handle, [view[done : done + _CHUNK]], spec.start + start + done)
                 if count == 0:
                     raise Refused("A weight file became shorter while it was being read.", where=where,
                                   expected=f"{wanted} bytes", found=f"{done} bytes", fix="leave the inputs alone and run again")
                 done += count
-        finally:
-            os.close(handle)
     except OSError as error:
         raise Refused("A weight file cannot be read.", where=where, found=error.strerror) from None
     return raw

@@ -9,14 +9,16 @@ import click
 from qmerge.cli.evidence import eval_line
 from qmerge.cli.options import merge_options, to_plan
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say
+from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, fit_option, foreseen
 
 
 @click.command("merge", cls=QuietCommand)
 @merge_options
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run of this OUT; where there is none, start; where OUT is there whole, say so.")
+@fit_option
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
-def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, resume: bool, as_json: bool, **flags: Any) -> None:
+def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, resume: bool, unchecked: bool, as_json: bool, **flags: Any) -> None:
     """Merge an adapter into its base and write one checkpoint.
 
     W = dequantize(NF4) + scaling · B·A in fp32; then, for quantizing formats, each linear is requantized so that the model answers as base + adapter did.
@@ -26,28 +28,32 @@ def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: b
     recipe = build_recipe(recipe_file, settings, flags)
     asked, recipe = recipe, to_plan(recipe, resume)
     from qmerge.pipeline.plan import describe_plan, plan, plan_each
+    from qmerge.pipeline.run import calibration_for, run, run_dense
 
     plans = plan_each(recipe) if recipe.each else [plan(recipe)]
+    calibration = None if recipe.each else calibration_for(plans[0])
+    expected = foreseen(plans, calibration, unchecked, resume)
     if dry_run:
         if as_json:
-            result_json([found.to_json() for found in plans] if recipe.each else plans[0].to_json())
+            rows = [found.to_json() | estimate_json(expected) for found in plans]
+            result_json(rows if recipe.each else rows[0])
         else:
-            result("\n".join(describe_plan(found) for found in plans))
+            result("\n".join([*(describe_plan(found) for found in plans), describe_estimate(expected), detail(expected)]))
             say("dry run: nothing was written. Next: the same command without --dry-run")
         return
     from qmerge.pipeline.resume import Resume
-    from qmerge.pipeline.run import run, run_dense
     from qmerge.pipeline.stop import Stop
     from qmerge.units import format_bytes, format_seconds
 
     for found in plans:
         say(describe_plan(found))
+    announce(expected)
     steps = Steps()
     goes_on = Resume(asked.overwrite) if resume else None
     with Stop(say) as stop:
-        done = run_dense(plans, steps.step, steps.count, goes_on, stop, say) if recipe.each else [run(plans[0], steps.step, None, steps.count, resume=goes_on, stop=stop, say=say)]
+        done = run_dense(plans, steps.step, steps.count, goes_on, stop, say) if recipe.each else [run(plans[0], steps.step, calibration, steps.count, resume=goes_on, stop=stop, say=say)]
     rows = [
-        {"out": str(one.out), "elapsed_s": round(one.elapsed_s, 2), "peak_rss_bytes": one.peak_rss_bytes, **found.to_json()} for one, found in zip(done, plans, strict=True)
+        {"out": str(one.out), "elapsed_s": round(one.elapsed_s, 2), "peak_rss_bytes": one.peak_rss_bytes, **found.to_json(), **estimate_json(expected)} for one, found in zip(done, plans, strict=True)
     ]
     if as_json:
         result_json(rows if recipe.each else rows[0])

@@ -13,6 +13,7 @@ from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
 from qmerge.cli.gate import check_versions, judged_again, not_compared
 from qmerge.cli.options import measure_options, merge_options, named_texts, to_plan
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.cli.planning import announce, describe_estimate, detail, evaluation_of, fit_option, foreseen
 from qmerge.cli.targets import check_file, check_results_file
 from qmerge.errors import Interrupted, Refused, UsageProblem
 
@@ -31,11 +32,12 @@ from qmerge.errors import Interrupted, Refused, UsageProblem
 @click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run of this OUT; where there is none, start; where OUT is there whole, measure it.")
+@fit_option
 @click.option("--json", "as_json", is_flag=True, help="Verdict and paths as JSON on stdout.")
 @click.pass_context
 def run_command(
     context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None, allow_task_code: bool,
-    budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, resume: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
+    budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, resume: bool, unchecked: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
 ) -> None:
     """Merge, then measure the result against base + separate adapter, judge it, and write a report to OUT.eval/."""
     from qmerge.pipeline.recipe import build_recipe
@@ -85,10 +87,13 @@ def run_command(
     if generate and found.context_length:
         check_room(new_tokens, found.context_length)
     calibration, held_out = prepare_texts(found, named_texts(texts), allow_overlap, tuple(requests.values()))
+    evaluating = evaluation_of(found, found.bytes_out, _tokens(named_texts(texts), held_out), eval_tokens or min(recipe.tokens, found.context_length or recipe.tokens))
+    expected = foreseen([found], calibration, unchecked, resume, evaluating)
     if dry_run:
-        result(describe_plan(found))
+        result("\n".join((describe_plan(found), describe_estimate(expected, evaluating), detail(expected))))
         say("dry run: nothing was written. Next: the same command without --dry-run")
         return
+    announce(expected, evaluating)
     from qmerge.pipeline.resume import Resume
     from qmerge.pipeline.run import run
     from qmerge.pipeline.stop import Stop
@@ -169,6 +174,12 @@ def _checked(request: Any, tokenizer: Any, context: int | None) -> list:
     texts = read_request(request)
     plan(request, texts, tokenizer, context or context_length(None, tokenizer))
     return [Document(text) for text in texts]
+
+
+def _tokens(texts: dict[str, str], held_out: list) -> int:
+    """Of what is measured on, about: three bytes to a token."""
+    files = [file for path in texts.values() if Path(path).exists() for file in ([Path(path)] if Path(path).is_file() else Path(path).rglob("*")) if file.is_file()]
+    return (sum(file.stat().st_size for file in files) + sum(len(document.text) for document in held_out)) // 3
 
 
 def _write_held_out(folder: Path, documents: list) -> Path:

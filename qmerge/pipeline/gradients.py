@@ -59,7 +59,7 @@ class Gradients:
     def __init__(self, plan: MergePlan, merged: Merged, calibration: Calibration, tokens: int = TOKENS) -> None:
         self.plan, self.merged = plan, merged
         self.few = _few(plan, calibration, tokens)
-        self.width = _width(plan)
+        self.width = curvature_width(plan)
         self.tokens = self.few.train.numel() + self.few.held_out.numel()
 
     def run(self, visit: Callable[[Seen], None], progress: Callable[[str], None], inputs: bool, missing: Callable[[str], None]) -> None:
@@ -137,7 +137,7 @@ def _few(plan: MergePlan, calibration: Calibration, tokens: int) -> Calibration:
     return replace(calibration, train=few[0], held_out=few[1])
 
 
-def _width(plan: MergePlan) -> int:
+def curvature_width(plan: MergePlan) -> int:
     """Rows of a block of a curvature: as many as let all linears' together fit into ``CURVATURE_BYTES``, a power of two."""
     rows = [plan.pieces.table[name].shape[1 if plan.skeleton.linears.get(name) else 0] for name in plan.requantized]
     width = 2**14

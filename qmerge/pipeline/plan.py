@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,6 @@ def _with_outputs(found: MergePlan) -> MergePlan:
     requantized = (*(name for name in requantized if name not in head), *(weight.name for weight in routed), *head)
     padded = outputs.check_shapes(recipe, pieces, requantized)
     bytes_out = sum(outputs.bytes_out(recipe, base, pieces, name, set(requantized) | set(kept)) for name in pieces.table)
-    check_room(Path(recipe.out), bytes_out)
     bytes_in = base.checkpoint.weight_bytes + sum(spec.nbytes for adapter in found.adapters for spec in adapter.specs.values())
     return replace(found, requantized=requantized, kept_4bit=kept, bytes_in=bytes_in, bytes_out=bytes_out, routed=routed, warnings=(*found.warnings, *padded, *_on_narrow(narrow), *_on_experts(found, routed)))
 
@@ -217,12 +217,13 @@ def check_calibration_given(recipe: Recipe) -> None:
                       expected="text like what the adapter was trained on", found="none", fix="--calibration FILE, or --rtn to round without it (this can erase a small adapter)")
 
 
-def check_room(out: Path, bytes_out: int) -> None:
-    """The whole output must fit beside an old one: it grows in a sibling folder and is swapped in at the end."""
+def check_room(out: Path, needed: int, fitting: Sequence[str] = ()) -> None:
+    """All that grows beside OUT, the whole output among it, must fit, beside an old one: it is swapped in at the end. ``fitting``: settings with which it would."""
     there = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(there).free
-    if free < bytes_out * 1.05:
-        raise Refused("the output does not fit on the disk", where=str(out), expected=f"{format_bytes(round(bytes_out * 1.05))} free", found=format_bytes(free), fix="make room, or choose another --out")
+    if free < needed:
+        raise Refused("the output does not fit on the disk", where=str(out), expected=f"{format_bytes(needed)} free", found=format_bytes(free),
+                      fix=", or ".join((*fitting, "make room", "choose another --out")))
 
 
 def _warnings(recipe: Recipe, base: Base, adapters: tuple[Adapter, ...], pieces: Pieces) -> list[str]:

@@ -38,6 +38,14 @@ def copy_side_files(base: Path, adapter: Path, out: Path) -> list[str]:
     the adapter's is ``<name>.adapter``. Raises Refused for a link that leaves its folder (a hub snapshot's links to its own blobs are
     fine) and for a config that is no JSON object, FileExistsError when ``out`` already has such a file.
     """
+    plan = side_files(base, adapter)
+    for target, (folder, name) in plan.items():
+        _copy(folder / name, Path(out) / target)
+    return sorted(plan)
+
+
+def side_files(base: Path, adapter: Path) -> dict[str, tuple[Path, str]]:
+    """Name in the output -> (folder, name there) of every file that `copy_side_files` copies. Raises Refused as that does."""
     base, adapter = Path(base), Path(adapter)
     tokenizer = adapter if matching(adapter, VOCABULARIES) else base
     plan = {name: (tokenizer, name) for name in matching(tokenizer, TOKENIZER)}
@@ -49,9 +57,7 @@ def copy_side_files(base: Path, adapter: Path, out: Path) -> list[str]:
         plan[name if same else f"{name}.adapter"] = (adapter, name)
     for folder, name in plan.values():
         check_contained(folder, name, "it is not copied into the output")
-    for target, (folder, name) in plan.items():
-        _copy(folder / name, Path(out) / target)
-    return sorted(plan)
+    return plan
 
 
 def matching(folder: Path, patterns: Iterable[str]) -> list[str]:

@@ -1,0 +1,80 @@
+"""What is said of a run before it begins, and is it refused because it cannot fit?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmerge.cli.output import say, warn
+from qmerge.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from qmerge.pipeline.calibrate import Calibration
+    from qmerge.pipeline.estimate import Estimate
+    from qmerge.pipeline.plan import MergePlan
+
+fit_option = click.option("--no-fit-check", "unchecked", is_flag=True, help="Start even where the estimate says that disk or memory will not do. The estimate is shown all the same.")
+
+
+def foreseen(plans: Sequence[MergePlan], calibration: Calibration | None, unchecked: bool, resumed: bool = False, evaluating: int = 0) -> Estimate:
+    """The estimate of a run, after every check that the run itself makes before it writes. Raises Refused where the run cannot fit, unless ``unchecked``."""
+    from qmerge.device import return_memory
+    from qmerge.pipeline.estimate import estimate
+    from qmerge.pipeline.fit import check_fit
+    from qmerge.pipeline.run import check_adapters
+
+    for plan in plans:
+        check_adapters(plan)
+    if plans[0].requantized:  # a float merge lives on stretches that glibc keeps at hand
+        return_memory()
+    found = estimate(plans, calibration)
+    if not unchecked:
+        for word in check_fit(found, plans, resumed, evaluating):
+            warn(word)
+    return found
+
+
+def describe_estimate(found: Estimate, evaluating: int = 0) -> str:
+    """For people, one line for each thing that is needed."""
+    more = f" (up to {format_bytes(found.disk_most_bytes)} while it grows)" if found.disk_most_bytes > found.disk_bytes else ""
+    rows = [
+        f"reads     {format_bytes(found.bytes_in)}, writes {format_bytes(found.bytes_written)}",
+        f"needs     {format_bytes(found.disk_bytes)} of disk{more}, about {format_bytes(found.ram_bytes)} of memory at its fullest ({found.fullest.name})",
+    ]
+    if evaluating:
+        rows.append(f"          about {format_bytes(found.base_bytes + evaluating)} of memory while it is measured")
+    if found.device_bytes:
+        rows.append(f"          about {format_bytes(found.device_bytes)} on {found.device} (by the same formulas; not measured on such a device)")
+    return "\n".join([*rows, f"takes     about {format_seconds(found.seconds)}"])
+
+
+def detail(found: Estimate) -> str:
+    """What the lines above rest on, for ``--dry-run``."""
+    accelerator = found.work.accelerator
+    rows = [f"basis     {found.rates.basis}", f"memory    {format_bytes(found.base_bytes)} of it is this process with its libraries"]
+    rows += [f"          {phase.name}: {format_bytes(found.base_bytes + phase.ram(accelerator))}" for phase in found.phases]
+    rows += [f"            {part.name}: {format_bytes(part.nbytes)}" for part in sorted(found.fullest.parts, key=lambda part: -part.nbytes)[:4]]
+    return "\n".join([*rows, *(f"disk      {name}: {format_bytes(count)}" for name, count in (found.disk | found.disk_more).items())])
+
+
+def announce(found: Estimate, evaluating: int = 0) -> None:
+    """At every start, on stderr."""
+    say(describe_estimate(found, evaluating))
+
+
+def evaluation_of(plan: MergePlan, found_bytes: int, text_tokens: int, window: int) -> int:
+    """Memory that measuring ``plan``'s output takes beside this process; what the merge leaves behind (embeddings and head in fp32) counted in."""
+    from qmerge.device import pick_device
+    from qmerge.pipeline.workload import measure_plan
+    from qmerge.quality.estimate import Measured, evaluation_bytes
+
+    work = measure_plan(plan, pick_device("cpu"))
+    method = {"nf4": "bitsandbytes", "fp4": "bitsandbytes"}.get(plan.recipe.format, plan.recipe.format)
+    sizes = Measured(work.total, work.largest, work.hidden, work.inner, work.vocabulary, found_bytes, method, text_tokens, window)
+    return evaluation_bytes(sizes) + 4 * work.ends
+
+
+def estimate_json(found: Estimate, evaluating: int = 0) -> dict[str, Any]:
+    return {"estimate": found.to_json() | ({"evaluation_ram_bytes": found.base_bytes + evaluating} if evaluating else {})}

@@ -1,0 +1,82 @@
+"""How long will a run take on this machine? Operations by formula, over rates that are measured in a moment."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from qmerge.device import in_parallel
+from qmerge.pipeline import memory
+from qmerge.pipeline.workload import Linears, Workload
+
+SIZE = 512
+"""of the matrices that are multiplied for a rate"""
+START_S = 5.0
+"""libraries' start, reading, writing: what does not grow"""
+SOLVING = 110
+"""products of a linear's elements with its inputs: judging, shifting, descending, over all rounds (requantize), in operations of a matrix product's rate"""
+COUPLED = 14
+"""the same with the rows that count together"""
+FACTORED = 6
+"""of inputs cubed: the factorization and the inverse in fp64, at half of fp32's rate"""
+DENSE = 3.0
+"""the float merge's time over that of hashing its bytes: reading, decoding, casting and proving beside it"""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """``flops``: fp32 operations per second in products, on all threads; ``bytes_hashed``: per second, on one."""
+
+    flops: float
+    bytes_hashed: float
+
+    @classmethod
+    def measured(cls, threads: int) -> Rates:
+        """On the CPU, as the run computes: one product per thread."""
+        one, data = torch.ones(SIZE, SIZE), bytes(4 << 20)
+        jobs = list(range(max(1, threads)))
+        passed = _fastest(lambda: in_parallel(lambda _: one @ one, jobs, torch.device("cpu")))
+        return cls(2 * SIZE**3 * len(jobs) / passed, len(data) / _fastest(lambda: hashlib.sha256(data)))
+
+    @property
+    def basis(self) -> str:
+        return f"operations by formula at {self.flops / 1e9:.0f} GFLOP/s in products and {self.bytes_hashed / 1e6:.0f} MB/s of hashing, both measured now; a busy or slower disk is not foreseen"
+
+
+def _fastest(work: Callable[[], object], times: int = 4) -> float:
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return max(min(found), 1e-6)
+
+
+def seconds(work: Workload, rates: Rates, bytes_in: int, bytes_out: int) -> float:
+    """Of the whole run."""
+    moved = (bytes_in + bytes_out) / rates.bytes_hashed
+    if not work.train:
+        return START_S + DENSE * moved
+    return START_S + moved + operations(work) / rates.flops
+
+
+def operations(work: Workload) -> float:
+    """fp32 operations of a calibrated run: two streams through every block, statistics, gradients, factorizations and the solver."""
+    tokens, blocks = work.calibration_tokens, work.blocks
+    passes = 1 if memory.inside_bytes(work) <= memory.TAPE_BYTES else 1 + len(work.groups) / 2
+    forwards = 2 * passes * 2 * tokens * (work.block + 2 * work.tokens * work.hidden)
+    gradients = memory.gradient_tokens(work) * (8 * work.block + 2 * memory.curvature_rows(work)) if work.curvature_tokens else 0
+    solving = sum(_group(work, group, tokens) * group.copies for group in work.groups)
+    head = _group(work, work.head, tokens) if work.head is not None else 0
+    ends = 6 * memory.gradient_tokens(work) * work.hidden * work.vocabulary if work.curvature_tokens else 0
+    return blocks * (forwards + gradients + solving) + head + ends
+
+
+def _group(work: Workload, group: Linears, tokens: int) -> float:
+    statistics = tokens * (3 * group.inputs**2 + (2 * group.elements if group.writer else 0))
+    coupled = sum(COUPLED * out * group.inputs * min(out, work.curvature_width) for out in group.outputs) if work.curvature_tokens else 0
+    return statistics + FACTORED * group.inputs**3 + SOLVING * group.elements * group.inputs + coupled

@@ -84,7 +84,9 @@ def plan(recipe: Recipe) -> MergePlan:
     check_calibration_given(recipe)
     found = read_inputs(recipe)
     check_output(Path(recipe.out), [found.checkpoint.path, *(adapter.path for adapter in found.adapters)], recipe.overwrite)
-    return _with_outputs(found)
+    planned = with_outputs(found)
+    check_room(Path(recipe.out), planned.bytes_out)
+    return planned
 
 
 def read_inputs(recipe: Recipe, trained_with: Nf4Recipe | None = None) -> MergePlan:
@@ -173,7 +175,8 @@ def _check_consumed(adapters: tuple[Adapter, ...], pieces: Pieces) -> None:
             raise Refused("an adapter tensor goes into nothing", where=f"{adapter.name}: {idle[0]}", expected="every tensor used", found=f"{len(idle)} such tensors", fix="keep this adapter separate")
 
 
-def _with_outputs(found: MergePlan) -> MergePlan:
+def with_outputs(found: MergePlan) -> MergePlan:
+    """What `read_inputs` found, with what becomes of each weight. Raises `Refused` where the format cannot hold one."""
     recipe, base, pieces = found.recipe, found.base, found.pieces
     requantized, kept = outputs.split_weights(recipe, base, found.skeleton, pieces)
     narrow = [name for name in requantized if recipe.format in formats.BITS and _is_gate(*pieces.table[name].shape)]
@@ -186,7 +189,6 @@ def _with_outputs(found: MergePlan) -> MergePlan:
     requantized = (*(name for name in requantized if name not in head), *(weight.name for weight in routed), *head)
     padded = outputs.check_shapes(recipe, pieces, requantized)
     bytes_out = sum(outputs.bytes_out(recipe, base, pieces, name, set(requantized) | set(kept)) for name in pieces.table)
-    check_room(Path(recipe.out), bytes_out)
     bytes_in = base.checkpoint.weight_bytes + sum(spec.nbytes for adapter in found.adapters for spec in adapter.specs.values())
     return replace(found, requantized=requantized, kept_4bit=kept, bytes_in=bytes_in, bytes_out=bytes_out, routed=routed, warnings=(*found.warnings, *padded, *_on_narrow(narrow), *_on_experts(found, routed)))
 

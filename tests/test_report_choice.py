@@ -12,7 +12,7 @@ from test_report_results import build_results, judge, passing_results
 from qmerge.report.advice import recommend
 from qmerge.report.choice import NOT_MEASURED, choose, compared
 from qmerge.report.engines import ENGINES, snippets
-from qmerge.report.sections import text_of
+from qmerge.report.sections import seconds_parts, text_of
 
 
 def _served(results: dict, **speeds: float) -> dict:
@@ -58,6 +58,34 @@ def test_among_passing_candidates_measured_speed_decides() -> None:
     assert choose(results).action == "ship nf4"
     assert choose(_served(results, nf4=20.0, int4=60.0)).action == "ship gptq"
     assert choose(_served(results, nf4=58.0, int4=60.0)).action == "ship nf4", "a difference within noise decides nothing"
+
+
+def test_a_speed_whose_interval_reaches_the_others_decides_nothing() -> None:
+    """Catches "ship gptq, it decodes 238 tokens/s, nf4 155" from two processes whose intervals are 34 to 441 and 0 to 473."""
+    results = passing_results()
+    results["arms"]["int4"] = json.loads(json.dumps(results["arms"]["nf4"])) | {"kind": "gptq"}
+    for row in results["arms"]["int4"]["texts"].values():
+        row["metrics"]["kl_mean"]["value"] *= 1.5
+    results["verdict"]["checks"] += [check | {"arm": "int4"} for check in results["verdict"]["checks"] if check["arm"] == "nf4"]
+    _served(results, nf4=155.0, int4=238.0, separate=122.0)
+    for row in results["serving"]["rows"].values():
+        row["decode_tokens_per_s"]["1"] |= {"ci_low": 30.0, "ci_high": 450.0}
+    found = choose(results)
+    assert found.action == "ship nf4"
+    assert "155 tokens/s (30 to 450)" in found.reason and "too unsteady" in found.reason
+
+
+def test_a_serving_interval_is_written_in_plain_digits() -> None:
+    """Catches "977 ms (0 to 2.55e+03)"."""
+    assert seconds_parts({"value": 0.9766, "ci_low": 0.0, "ci_high": 2.5512}) == ("977 ms", "0 to 2,551")
+
+
+def test_packages_that_are_none_are_not_unmeasured() -> None:
+    """Catches "not measured" for float weights, which need nothing beyond torch and transformers."""
+    results = _served(passing_results(), nf4=60.0)
+    results["serving"]["rows"]["nf4"]["packages"] = []
+    row = compared(results).rows[-1]
+    assert "torch and transformers alone" in row and NOT_MEASURED in row
 
 
 def test_float_weights_where_nothing_else_holds_and_they_are_faster() -> None:

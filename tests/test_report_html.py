@@ -76,7 +76,7 @@ def test_hostile_names_add_no_element() -> None:
 def test_policy_forbids_scripts_and_network() -> None:
     """Catches a page that could load or run something if escaping ever failed."""
     policies = [row for tag, row in _read(render_html(build_results())) if tag == "meta" and row.get("http-equiv") == "Content-Security-Policy"]
-    assert [row["content"] for row in policies] == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    assert [row["content"] for row in policies] == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"]
     assert "@import" not in render_html(build_results()) and "url(" not in render_html(build_results())
 
 

@@ -10,6 +10,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from qmerge.adapters.config import check_choices
 from qmerge.errors import Refused
 
 
@@ -96,6 +97,7 @@ def check_type(config: dict[str, Any], where: str) -> Kind:
     if name not in MERGED:
         raise Refused("The adapter is of a type that qmerge does not know.", where=where, expected="LORA, " + ", ".join(sorted(MERGED)), found=repr(name)[:120])
     _check_settings(str(name), config, where)
+    check_choices(config, where)
     peft_config(config, where)
     return MERGED[str(name)]
 

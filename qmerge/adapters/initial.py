@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qmerge.errors import Refused
 from qmerge.store.adapter import CONFIG, AdapterFiles
+from qmerge.store.regular import check_contained
 
 if TYPE_CHECKING:
     from qmerge.adapters.adapter import Adapter
@@ -31,6 +32,7 @@ def find_initial(source: AdapterFiles, init: str, where: str, open_it: Callable[
                       found=f"init_lora_weights: {init!r}",
                       fix="--residual-base if --base is the base that the initialisation left behind; or convert it to a plain LoRA first (PEFT: "
                           "save_pretrained(…, path_initial_model_for_weight_conversion=…))")
+    check_contained(source.path.parent, found.relative_to(source.path.parent).as_posix())
     initial = open_it(found)
     trained = {key: spec.shape for key, spec in source.specs.items()}
     before = {key: spec.shape for key, spec in initial.specs.items()}

@@ -204,6 +204,8 @@ def _find_packed(checkpoint: Checkpoint) -> dict[str, str]:
         raise Refused("the base is quantized in a way that this version does not read", where=checkpoint.name, expected=READ, found=f"quant_method {method}",
                       fix="name the float base that it was made from, or dequantize it once with the library that wrote it and give that folder")
     found = finders[method]()
+    if lost := nf4_format.lost_parts(specs) if method == "bitsandbytes" else []:
+        raise Refused("a part of a 4-bit weight lies there without the weight's quant state", where=lost[0], expected="<weight>.quant_state.bitsandbytes__nf4", found="no such tensor", fix="download or save the base again")
     others = {"bitsandbytes": words, "gptq": [*four, *eight], "awq": [*four, *eight]}[method]
     if not found or others:
         raise Refused("the config names one quantization and the weights are another", where=checkpoint.name, expected=f"weights as {method} stores them",

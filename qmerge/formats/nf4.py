@@ -19,6 +19,7 @@ from qmerge.formats.integers import Layout
 from qmerge.formats.rows import Reader, four_bit_reader
 from qmerge.numerics import nf4
 from qmerge.store.checkpoint import Checkpoint
+from qmerge.store.jsonfiles import parse_object
 from qmerge.store.tensors import read_bytes
 from qmerge.types import Grid, QuantizedWeight, QuantState
 
@@ -26,6 +27,7 @@ STATE_KEY = ".quant_state.bitsandbytes__"
 NOTHING = "no_module"
 """transformers leaves the head float where it is told of no module to skip; a name that no module has means none"""
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+NESTED = frozenset({"nested_blocksize", "nested_offset"})
 
 
 def find_quantized(names: Iterable[str]) -> dict[str, str]:
@@ -55,17 +57,22 @@ def read_state(weight: str, load: Callable[[str], torch.Tensor], names: Iterable
     if code.numel() != 16 or not torch.allclose(code, nf4.code_book(quant_type), atol=1e-6):
         raise Refused(f"a 4-bit weight brings a code book that is not {quant_type.upper()}'s", where=weight + ".quant_map",
                       fix="bitsandbytes itself would ignore it")
-    nested = weight + ".nested_absmax" in held
+    if meta.get("quant_type", quant_type) != quant_type:
+        raise Refused("a quant state says another type than its name", where=state_name, expected=quant_type, found=repr(meta["quant_type"])[:60])
+    nested = bool(meta.keys() & NESTED)
+    parts = [weight + ".nested_absmax", weight + ".nested_quant_map"]
+    if found := [name for name in parts if (name in held) != nested]:
+        raise Refused("a 4-bit weight does not fit its own quant state", where=weight, expected="both of " + ", ".join(parts) if nested else "single quantization", found=f"{found[0]}: {'absent' if nested else 'there'}")
     state = QuantState(
         absmax=load(weight + ".absmax"),
         code=code,
-        block_size=int(meta["blocksize"]),
-        shape=tuple(int(size) for size in meta["shape"]),
-        dtype=str(meta["dtype"]),
+        block_size=meta["blocksize"],
+        shape=tuple(meta["shape"]),
+        dtype=meta["dtype"],
         quant_type=quant_type,
         nested_absmax=load(weight + ".nested_absmax").float() if nested else None,
         nested_code=load(weight + ".nested_quant_map").float() if nested else None,
-        nested_block_size=int(meta.get("nested_blocksize", 256)),
+        nested_block_size=meta.get("nested_blocksize", 256),
         offset=_as_fp32(meta.get("nested_offset", 0.0)),
     )
     _check_state(weight, state)
@@ -76,6 +83,9 @@ def _check_state(weight: str, state: QuantState) -> None:
     if state.nested and state.absmax.dtype != torch.uint8:
         raise Refused("a doubly quantized 4-bit weight has block maxima that are no codes", where=weight + ".absmax", expected="uint8",
                       found=str(state.absmax.dtype))
+    floats = [state.absmax] if not state.nested else [state.nested_absmax, state.nested_code]
+    if not all(part.is_floating_point() for part in floats):
+        raise Refused("a 4-bit weight has block maxima that are no numbers", where=weight + ".absmax", expected="floating point", found=str(floats[0].dtype))
     blocks = -(-state.shape[0] * state.shape[1] // state.block_size)
     nested_blocks = -(-blocks // state.nested_block_size)
     found = f"{state.absmax.numel()} block maxima" + (f", {state.nested_absmax.numel()} nested ones" if state.nested else "")
@@ -89,6 +99,13 @@ def _check_codes(weight: str, state: QuantState, nbytes: int) -> None:
     if nbytes != wanted:
         raise Refused("a 4-bit weight does not fit its own quant state", where=weight, expected=f"{wanted} bytes of codes for shape {state.shape}",
                       found=f"{nbytes} bytes")
+
+
+def lost_parts(names: Iterable[str]) -> list[str]:
+    """Parts of 4-bit weights whose quant state is not among ``names``: what is left of a weight that would be copied as plain numbers."""
+    held = set(names)
+    known = find_quantized(held)
+    return sorted(name for name in held if (part := next((part for part in _PARTS if name.endswith(part)), None)) and name.removesuffix(part) not in known)
 
 
 def unpack(weight: str, load: Callable[[str], torch.Tensor], names: Iterable[str], quant_type: str = "nf4") -> QuantizedWeight:
@@ -114,15 +131,30 @@ def read_meta(weight: str, load: Callable[[str], torch.Tensor], quant_type: str 
 
 
 def _read_meta(raw: torch.Tensor, where: str) -> dict[str, Any]:
+    """The JSON state, every value of it in its range. What only double quantization has comes whole or not at all: a default instead of a lost value would be another weight."""
+    if raw.dtype != torch.uint8 or raw.dim() != 1:
+        raise Refused("a quant state cannot be read", where=where, expected="bytes", found=f"{raw.dtype} {list(raw.shape)}")
     try:
-        meta = json.loads(bytes(raw.to(torch.uint8).tolist()).decode())
-        if not isinstance(meta, dict) or not {"blocksize", "dtype", "shape"} <= meta.keys() or len(meta["shape"]) != 2:
-            raise ValueError("blocksize, dtype and a two-dimensional shape are needed")
-        if int(meta["blocksize"]) < 2 or int(meta["blocksize"]) % 2:
-            raise ValueError(f"a block size of {meta['blocksize']}")
-    except (ValueError, TypeError) as problem:
-        raise Refused("a quant state cannot be read", where=where, found=str(problem)) from problem
+        meta = parse_object(bytes(raw.tolist()), where, constants=False)
+    except Refused as problem:
+        raise Refused("a quant state cannot be read", where=where, expected="a JSON object, no key twice", found=problem.found) from None
+    nested = meta.keys() & NESTED
+    wrong = [] if _count(meta.get("blocksize"), 2) and meta["blocksize"] % 2 == 0 else ["blocksize"]
+    shape = meta.get("shape")
+    wrong += [] if isinstance(shape, list) and len(shape) == 2 and all(_count(size, 1) for size in shape) else ["shape"]
+    wrong += [] if meta.get("dtype") in ("float16", "bfloat16", "float32") else ["dtype"]
+    if nested:
+        offset = meta.get("nested_offset")
+        wrong += [] if _count(meta.get("nested_blocksize"), 1) else ["nested_blocksize"]
+        wrong += [] if isinstance(offset, (int, float)) and not isinstance(offset, bool) and abs(offset) < 1e38 else ["nested_offset"]
+    if wrong:
+        raise Refused("a quant state cannot be read", where=where, expected="blocksize, shape, dtype as bitsandbytes writes them, and with double quantization nested_blocksize and nested_offset",
+                      found=", ".join(f"{key}: {repr(meta.get(key))[:60]}" for key in wrong))
     return meta
+
+
+def _count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**40
 
 
 def _as_fp32(value: float) -> float:

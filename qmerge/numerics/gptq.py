@@ -7,7 +7,9 @@ column order, so the file needs no activation order. The grid is a parameter; th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -75,7 +77,7 @@ def solve(target: torch.Tensor, factor: Factor, grid: ElementGrid, block: int = 
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     inverse = 1.0 / torch.diagonal(upper)
     columns = work.shape[0]
-    round_block = _round_block_compiled if work.device.type == "cpu" else _round_block
+    round_block = _rounder(work.device)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         span = slice(start, stop)
@@ -86,6 +88,19 @@ def solve(target: torch.Tensor, factor: Factor, grid: ElementGrid, block: int = 
     result = torch.empty_like(codes)
     result[order] = codes
     return result.T.contiguous()
+
+
+def _rounder(device: torch.device) -> Callable[..., None]:
+    """How a block's columns are rounded there; all ways give the same codes up to ties within rounding."""
+    if device.type == "cpu":
+        return _round_block_compiled
+    return _round_block_triton if device.type == "cuda" and find_spec("triton") else _round_block
+
+
+def _round_block_triton(work: torch.Tensor, grid: ElementGrid, upper: torch.Tensor, inverse: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor) -> None:
+    from qmerge.numerics import device_kernels
+
+    device_kernels.round_block(work, grid.scale, grid.zero, grid.levels, grid.top, upper, inverse, codes, errors)
 
 
 def _round_block_compiled(work: torch.Tensor, grid: ElementGrid, upper: torch.Tensor, inverse: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor) -> None:

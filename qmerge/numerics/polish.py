@@ -8,6 +8,7 @@ for the caller to check.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
@@ -80,23 +81,39 @@ def _descend(
 ) -> torch.Tensor:
     """All rows at once, column by column; the gradients outside a block follow by one matrix product."""
     matrix, ordered = matrix[order][:, order], grid.take(order)
-    steps = (1.0 / torch.diagonal(matrix).clamp(min=1e-30)).tolist()
+    steps = 1.0 / torch.diagonal(matrix).clamp(min=1e-30)
     current, gradient, found = (part.T[order].contiguous() for part in (current, gradient, codes))
+    sweep = _sweeper(current.device)
     for _ in range(sweeps):
         for start in range(0, current.shape[0], block):
-            stop = min(start + block, current.shape[0])
-            moved = torch.empty(stop - start, current.shape[1], device=current.device)
-            local = gradient[start:stop].clone()
-            for column in range(start, stop):
-                wanted = current[column] - local[column - start] * steps[column]
-                found[column], value = nearest(wanted, ordered.columns(slice(column, column + 1)))
-                change = value - current[column]
-                current[column], moved[column - start] = value, change
-                local.addr_(matrix[start:stop, column], change)
-            gradient.addmm_(matrix[:, start:stop], moved)
+            span = slice(start, min(start + block, current.shape[0]))
+            moved = torch.empty_like(current[span])
+            sweep(current[span], gradient[span], ordered.columns(span), matrix[span, span], steps[span], found[span], moved)
+            gradient.addmm_(matrix[:, span], moved)
     result = torch.empty_like(found)
     result[order] = found
     return result.T.contiguous()
+
+
+def _sweeper(device: torch.device) -> Callable[..., None]:
+    return _sweep_triton if device.type == "cuda" and find_spec("triton") else _sweep
+
+
+def _sweep_triton(current: torch.Tensor, gradient: torch.Tensor, grid: ElementGrid, matrix: torch.Tensor, steps: torch.Tensor, codes: torch.Tensor, moved: torch.Tensor) -> None:
+    from qmerge.numerics import device_kernels
+
+    device_kernels.descend_block(current, gradient, grid.scale, grid.zero, grid.levels, grid.top, matrix, steps, codes, moved)
+
+
+def _sweep(current: torch.Tensor, gradient: torch.Tensor, grid: ElementGrid, matrix: torch.Tensor, steps: torch.Tensor, codes: torch.Tensor, moved: torch.Tensor) -> None:
+    """The columns ``[columns, out]`` of a block, one after the other; ``codes``, ``current`` and ``moved`` are written."""
+    local, sizes = gradient.clone(), steps.tolist()
+    for column in range(current.shape[0]):
+        wanted = current[column] - local[column] * sizes[column]
+        codes[column], value = nearest(wanted, grid.columns(slice(column, column + 1)))
+        moved[column] = value - current[column]
+        current[column] = value
+        local.addr_(matrix[:, column], moved[column])
 
 
 def refit(

@@ -137,11 +137,12 @@ def model_dtype(plan: MergePlan) -> torch.dtype:
 
 
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """What a config calls the model's dtype; bfloat16 where it says nothing. Raises `Refused` for a word that is none."""
-    named = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype") or "bfloat16"
+    """What a config calls the model's dtype; bfloat16 where it says nothing. Raises `Refused` for a word that is no float's."""
+    inner = config.get("text_config")
+    named = config.get("dtype") or config.get("torch_dtype") or (inner.get("dtype") if isinstance(inner, Mapping) else None) or "bfloat16"
     found = getattr(torch, str(named).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise Refused("the config names a dtype that torch does not know", where="config.json", expected="bfloat16, float16 or float32", found=str(named)[:80])
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise Refused("the config names a dtype that no model's weights have", where="config.json", expected="bfloat16, float16 or float32", found=repr(named)[:60])
     return found
 
 

@@ -178,6 +178,7 @@ def _check_consumed(adapters: tuple[Adapter, ...], pieces: Pieces) -> None:
 def with_outputs(found: MergePlan) -> MergePlan:
     """What `read_inputs` found, with what becomes of each weight. Raises `Refused` where the format cannot hold one."""
     recipe, base, pieces = found.recipe, found.base, found.pieces
+    outputs.model_dtype(found)  # refuses a config that names none
     requantized, kept = outputs.split_weights(recipe, base, found.skeleton, pieces)
     narrow = [name for name in requantized if recipe.format in formats.BITS and _is_gate(*pieces.table[name].shape)]
     requantized = tuple(name for name in requantized if name not in narrow)

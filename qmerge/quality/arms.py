@@ -22,6 +22,7 @@ from qmerge.quality.attach import as_set, attach
 from qmerge.quality.loaders import from_pretrained, label, load_public, quantization_config, quantization_method
 from qmerge.quality.merging import merge_in_memory, model_edits
 from qmerge.quality.plain import dense_weights, make_plain, round_trip_nf4
+from qmerge.quality.words import public
 from qmerge.store.foreign import check_model_folder
 
 NF4_DEFAULT: dict[str, Any] = {"block_size": 64, "double_quant": True, "dtype": None, "skip": (), "quant_type": "nf4"}
@@ -119,7 +120,7 @@ def load_candidate(name: str, path: str) -> Arm:
     """Arm D: a finished checkpoint, through the loader that its config names."""
     method = check_method(path)
     model, loader = load_public(path, method)
-    return Arm(name, method, make_plain(model), weight_bytes(path), path, loader=loader)
+    return Arm(name, method, make_plain(model), weight_bytes(path), path, loader=public(loader) if loader else None)
 
 
 def check_method(path: str) -> str:

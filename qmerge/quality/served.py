@@ -15,6 +15,7 @@ from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.quality.arms import four_bit_config, full_recipe, load_separate, quantization_method
 from qmerge.quality.attach import attach
 from qmerge.quality.plain import move
+from qmerge.quality.words import public
 from qmerge.store.foreign import check_model_folder
 
 
@@ -42,7 +43,7 @@ def as_served(
         if not bool(torch.isfinite(probe).all()):
             raise RuntimeError("its logits are not finite")
     except (RuntimeError, ValueError, AssertionError, NotImplementedError, AttributeError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        reason = public((str(error).splitlines() or [type(error).__name__])[0])[:120]
         return _in_bf16(base, adapter, on, nf4_recipe, device), f"bf16 from dequantized weights ({packer} does not run here: {reason})"
     compute = {str(m.compute_dtype).removeprefix("torch.") for m in model.modules() if getattr(m, "compute_dtype", None) is not None}
     compute = compute or {str(model.get_base_model().dtype).removeprefix("torch.")}

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -33,6 +32,8 @@ from qmerge.quality.evaluate import recipe_of
 from qmerge.quality.fingerprint import versions
 from qmerge.quality.metrics import json_metric
 from qmerge.quality.stats import cluster_mean
+from qmerge.quality.words import public
+from qmerge.store.checkpoint import INDEX
 from qmerge.store.jsonfiles import read_object
 from qmerge.types import Metric
 
@@ -71,7 +72,8 @@ def check_load(load: Load, folders: Mapping[str, str]) -> None:
         if value < 1:
             raise UsageProblem("this must be at least 1", where=flag, expected="1 or more", found=f"{value:g}")
     for name, folder in folders.items():
-        check_method(folder)  # refuses what is no checkpoint, and what no library should open
+        # refuses what is no checkpoint, and what no library should open; a folder without any weights is opened by none and gets a note
+        check_method(folder) if weight_bytes(folder) or (Path(folder) / INDEX).exists() else quantization_method(folder)
         config = read_object(Path(folder) / "config.json", what="the model's config")
         text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
         longest = next((text[key] for key in ("max_position_embeddings", "n_positions") if isinstance(text.get(key), int)), None)
@@ -181,11 +183,6 @@ def _ending(code: int, talk: str) -> str:
     how = f"its process was killed by {signal.Signals(-code).name}" + (" (out of memory, perhaps)" if code == -signal.SIGKILL else "") if code < 0 else f"its process ended with code {code}"
     last = next((line.strip() for line in reversed(talk.splitlines()) if line.strip()), "")
     return f"{how}; its last words: {last[-300:]}" if last else f"{how}, without a word"
-
-
-def public(text: str) -> str:
-    """``text`` with folders cut off paths, and control characters off: it goes into files that people publish."""
-    return re.sub(r"(?<![\w:/.])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\":,;()\[\]]+)*[/\\](?=[^\s/\\])", "", "".join(char if char.isprintable() else " " for char in text))
 
 
 def _row(arm: _Arm, answers: list[dict[str, Any]], load: Load) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from qmerge.report.clean import clean
 from qmerge.report.engines import ENGINES, FLOAT, format_name, loads
 from qmerge.report.fields import Results
 from qmerge.report.numbers import MISSING, format_metric, format_value, metric_parts
-from qmerge.report.sections import Cell, Section, batches, by_batch, bytes_text, seconds_parts, serving_rows
+from qmerge.report.sections import Cell, Section, batches, bytes_text, seconds_parts, serving_rows
 
 NOT_MEASURED = "not measured"
 MAX_COLUMNS = 4
 FASTER = 1.2
-"""a measured speed counts as another one from this ratio on"""
+"""a measured speed counts as another one from this ratio on, where the intervals do not overlap"""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ def _passing(results: Results) -> list[str]:
 
 def _ship(results: Results, usable: list[str], reason: str, adapters: int) -> Choice:
     """The passing candidate that decodes fastest where speeds were measured and differ, else the one nearest to the separate model."""
-    speeds = {name: speed for name in usable if (speed := _speed(results, name))}
     best = usable[0]
-    if speeds and (fastest := max(speeds, key=speeds.__getitem__)) != best and speeds[fastest] > FASTER * speeds.get(best, 0.0) and best in speeds:
+    faster = [name for name in usable if _faster(_speed(results, name), _speed(results, best))]
+    if faster:
+        fastest = max(faster, key=lambda name: _speed(results, name)["value"])
         worst = worst_kl(results, fastest)
-        reason = f"It decodes {speeds[fastest]:.3g} tokens/s, {clean(best)} {speeds[best]:.3g}, and both hold the budget" + (f" (mean KL {format_value(worst[0], 'kl')} nats/token)." if worst else ".")
+        reason = f"It decodes {_rate(results, fastest, ' tokens/s')}, {clean(best)} {_rate(results, best)}, and both hold the budget" + (f" (mean KL {format_value(worst[0], 'kl')} nats/token)." if worst else ".")
         best = fastest
     kind = fields.one_arm(results, best).get("kind")
     name = "merged bf16" if str(kind) in FLOAT else format_name(kind)
@@ -84,13 +85,29 @@ def _measured(results: Results, name: str) -> str:
 
 def _against_separate(results: Results, name: str) -> str:
     ours, theirs = _speed(results, name), _speed(results, fields.REFERENCE)
-    return f"It decodes {ours:.3g} tokens/s, separate {theirs:.3g}." if ours and theirs else ""
+    if not ours or not theirs:
+        return ""
+    told = _faster(ours, theirs) or _faster(theirs, ours, 1.0)
+    return f"It decodes {_rate(results, name, ' tokens/s')}, separate {_rate(results, fields.REFERENCE)}" + ("." if told else ": too near to each other, or too unsteady, to tell apart.")
 
 
-def _speed(results: Results, name: str) -> float | None:
-    """Measured decode tokens/s at the smallest batch."""
+def _speed(results: Results, name: str) -> dict[str, Any]:
+    """Measured decode tokens/s at the smallest batch, with its interval; empty where there is none."""
     sizes = batches(results)
-    return by_batch(serving_rows(results).get(name, {}), "decode_tokens_per_s", sizes[0]) if sizes else None
+    row = fields.as_dict(fields.as_dict(serving_rows(results).get(name, {}).get("decode_tokens_per_s")).get(sizes[0])) if sizes else {}
+    return row if fields.number(row.get("value")) else {}
+
+
+def _faster(one: dict[str, Any], other: dict[str, Any], ratio: float = FASTER) -> bool:
+    """Is ``one`` above ``other`` by more than ``ratio`` and by more than their spread?"""
+    low, high = fields.number(one.get("ci_low")), fields.number(other.get("ci_high"))
+    return bool(one and other) and low is not None and high is not None and low > high and one["value"] > ratio * other["value"]
+
+
+def _rate(results: Results, name: str, unit: str = "") -> str:
+    row = _speed(results, name)
+    low, high = fields.number(row.get("ci_low")), fields.number(row.get("ci_high"))
+    return f"{row['value']:,.3g}{unit}" + ("" if low is None or high is None or low == high else f" ({low:.3g} to {high:.3g})")
 
 
 def adapter_bytes(results: Results) -> tuple[float, float] | None:
@@ -119,10 +136,10 @@ def _merged_instead(results: Results) -> Choice | None:
     """No candidate holds the budget. Float weights do where the merge itself passed; they pay where they were measured to be faster."""
     shared = [check.get("state") for check in fields.checks(results, fields.MERGED)]
     ours, theirs = _speed(results, fields.MERGED), _speed(results, fields.REFERENCE)
-    if not shared or set(shared) != {"pass"} or not ours or not theirs or ours < FASTER * theirs:
+    if not shared or set(shared) != {"pass"} or not _faster(ours, theirs):
         return None
     size = bytes_text(fields.one_arm(results, fields.MERGED).get("bytes"))
-    return Choice("ship merged bf16", fields.MERGED, "Ship merged bf16: no 4-bit candidate holds the budget.", f"Float weights lose nothing that can be measured, take {size} and decode {ours:.3g} tokens/s, separate {theirs:.3g}.")
+    return Choice("ship merged bf16", fields.MERGED, "Ship merged bf16: no 4-bit candidate holds the budget.", f"Float weights lose nothing that can be measured, take {size} and decode {_rate(results, fields.MERGED, ' tokens/s')}, separate {_rate(results, fields.REFERENCE)}.")
 
 
 def compared(results: Results, adapters: int = 1) -> Section | None:
@@ -177,4 +194,6 @@ def _kept(results: Results, name: str) -> str:
 
 
 def _packages(row: dict[str, Any]) -> str:
-    return ", ".join(clean(item, 40) for item in fields.as_list(row.get("packages"))[:12]) or NOT_MEASURED
+    if not isinstance(row.get("packages"), list):
+        return NOT_MEASURED
+    return ", ".join(clean(item, 40) for item in row["packages"][:12]) or "torch and transformers alone"

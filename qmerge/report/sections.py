@@ -183,8 +183,8 @@ def seconds_parts(metric: object) -> tuple[str, str]:
     if value >= 120:
         return format_seconds(value), ""
     scale, unit = (1000.0, "ms") if value < 1 else (1.0, "s")
-    shown = f"{value * scale:.3g} {unit}"
-    return shown, "" if low is None or high is None or low == high else f"{low * scale:.3g} to {high * scale:.3g}"
+    shown, bounds = f"{value * scale:.3g} {unit}", (low, high)
+    return shown, "" if low is None or high is None or low == high else " to ".join(f"{bound * scale:,.0f}" if bound * scale >= 1000 else f"{bound * scale:.3g}" for bound in bounds if bound is not None)
 
 
 def by_batch(row: Mapping[str, Any], key: str, batch: str) -> float | None:

@@ -105,6 +105,7 @@ def open_files(path_or_id: str | Path, revision: str | None = None, allow_pickle
     elif wanted:
         if not _inside(folder, wanted):
             raise Refused("There is no adapter of this name in the folder.", where=name, expected=", ".join(_adapters_below(folder)) or CONFIG, found=wanted)
+        check_contained(folder, wanted)
         folder, named = folder / wanted, f"{name}/{wanted}"
     else:
         named = name

@@ -21,6 +21,8 @@ from qmerge.types import TensorSpec
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_LETTERS = 200
+"""of a shard's name; file systems stop at 255 bytes"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _weight_map(folder: Path, name: str) -> dict[str, str]:
                       found=type(weight_map).__name__)
     for tensor, file in weight_map.items():
         where = f"tensor {tensor!r} in {INDEX} of {name}"
-        if not isinstance(file, str) or not file or file in (".", "..") or any(mark in file for mark in "/\\\0:"):
+        if not isinstance(file, str) or not 0 < len(file) <= MOST_LETTERS or not file.isprintable() or file in (".", "..") or any(mark in file for mark in "/\\:"):
             raise Refused("The index names a shard that is not a plain file name; qmerge does not follow paths.", where=where,
                           expected="a file beside the index", found=repr(file)[:120])
         if not file.endswith(".safetensors"):

@@ -6,7 +6,7 @@ another weight file that the config names. So the folder is read strictly first,
 
 from __future__ import annotations
 
-import stat
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,15 @@ def check_tokenizer_folder(path: str | Path) -> None:
             raise Refused("A tokenizer's file is too large to be one.", where=f"{name} in {folder.name}", expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=f"{size} bytes")
         if name in (*CONFIGS, "tokenizer_config.json"):
             read_object(folder / name, what="a config beside the model")
-    for name in (*TOKENIZER, *CONFIGS, *READ_TOO):
-        if "*" not in name and (folder / name).exists() and not stat.S_ISREG((folder / name).stat().st_mode):
-            raise Refused("A file of an input is a pipe, a device or a folder.", where=f"{name} in {folder.name}", expected="a plain file", found="something else")
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in (*TOKENIZER, *CONFIGS, *READ_TOO)):
+            raise Refused("A file of an input is a pipe, a device or a folder.", where=f"{path.name} in {folder.name}", expected="a plain file", found="something else")
 
 
 def _check_config(config: dict[str, Any], where: str) -> None:
-    top = {"quantization_config": config} if not where.startswith("config.json") else config
-    if found := next(redirecting(top), None):
-        raise Refused("A config leads loaders to other files or code than the checked ones.", where=where, expected="weights and settings in the folder itself", found=found.removeprefix("quantization_config.") if top is not config else found,
+    own = where.startswith("config.json")
+    if own and not isinstance(config.get("quantization_config", {}), (dict, type(None))):
+        raise Refused("the config's quantization_config is malformed", where=where, expected="an object", found=type(config["quantization_config"]).__name__)
+    if found := next(redirecting(config if own else {"quantization_config": config}), None):
+        raise Refused("A config leads loaders to other files or code than the checked ones.", where=where, expected="weights and settings in the folder itself", found=found if own else found.removeprefix("quantization_config."),
                       fix="remove this key from the config if you trust the rest")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from qmerge.errors import Refused, UsageProblem
+from qmerge.store.templates import ChatWriter
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 ROW_SHAPES = "`messages`, `prompt` + `completion`, or `text` (or name the fields with --template '… {field} …')"
@@ -87,11 +88,12 @@ def read_documents(
     """
     parts = None if template is None else _template_parts(template)
     docs: list[Document] = []
-    for doc in _documents(str(path), parts, tokenizer, doc_separator):
-        if doc.text or keep_empty:
-            docs.append(doc)
-        if limit is not None and len(docs) >= limit:
-            break
+    with ChatWriter(tokenizer) as chats:
+        for doc in _documents(str(path), parts, chats, doc_separator):
+            if doc.text or keep_empty:
+                docs.append(doc)
+            if limit is not None and len(docs) >= limit:
+                break
     if not any(doc.text for doc in docs):
         raise Refused("no documents were found", where=str(path), expected="at least one document that is not empty", found="none")
     return docs
@@ -168,7 +170,7 @@ def text_fingerprint(docs: Sequence[Document], token_docs: Sequence[TokenDoc], t
     }
 
 
-def _documents(path: str, template: list[tuple[str, str | None]] | None, tokenizer: Any, separator: str | None) -> Iterator[Document]:
+def _documents(path: str, template: list[tuple[str, str | None]] | None, chats: ChatWriter, separator: str | None) -> Iterator[Document]:
     here = Path(path)
     if here.is_dir():
         files = sorted(p for p in here.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -177,7 +179,7 @@ def _documents(path: str, template: list[tuple[str, str | None]] | None, tokeniz
     elif here.is_file():
         files = [here]
     else:
-        yield from (_row_document(row, where, template, tokenizer) for where, row in _hub_rows(path))
+        yield from (_row_document(row, where, template, chats) for where, row in _hub_rows(path))
         return
     for file in files:
         if file.suffix.lower() == ".txt":
@@ -186,7 +188,7 @@ def _documents(path: str, template: list[tuple[str, str | None]] | None, tokeniz
                 # With a separator the line breaks around it belong to it, not to the documents.
                 yield Document(part.strip("\n") if separator else part)
         else:
-            yield from (_row_document(row, where, template, tokenizer) for where, row in _file_rows(file))
+            yield from (_row_document(row, where, template, chats) for where, row in _file_rows(file))
 
 
 def _read_text(file: Path) -> str:
@@ -234,13 +236,13 @@ def _parse(text: str, where: str) -> Any:
         raise Refused("this is not JSON", where=where, expected="valid JSON", found=str(error)) from error
 
 
-def _row_document(row: Any, where: str, template: list[tuple[str, str | None]] | None, tokenizer: Any) -> Document:
+def _row_document(row: Any, where: str, template: list[tuple[str, str | None]] | None, chats: ChatWriter) -> Document:
     if not isinstance(row, dict):
         raise Refused("a row is not an object", where=where, expected="an object with " + ROW_SHAPES, found=type(row).__name__)
     if template is not None:
         return Document("".join(text + ("" if name is None else _field(row, name, where, any_type=True)) for text, name in template))
     if row.get("messages") is not None:
-        return Document(_chat(row["messages"], where, tokenizer))
+        return Document(chats.write(row["messages"], where))
     if "prompt" in row and "completion" in row:
         prompt, completion = _field(row, "prompt", where), _field(row, "completion", where)
         return Document(prompt + completion, ((prompt, False), (completion, True)))
@@ -271,18 +273,6 @@ def _template_parts(template: str) -> list[tuple[str, str | None]]:
     if all(name is None for _, name, _, _ in parts):
         raise UsageProblem("the template names no field", where=f"--template {template!r}", expected="at least one {field}")
     return [(text, name) for text, name, _, _ in parts]
-
-
-def _chat(messages: Any, where: str, tokenizer: Any) -> str:
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        raise Refused(
-            "the rows hold `messages`, and the tokenizer has no chat template to write them with",
-            where=where, expected="a tokenizer with a chat template", found="none", fix="use `text` rows, or give --template",
-        )
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # a template is jinja code of the model's author: it can raise anything
-        raise Refused("the chat template cannot write this row", where=where, found=f"{type(error).__name__}: {error}") from error
 
 
 def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:

@@ -20,6 +20,7 @@ from qmerge.errors import Refused
 from qmerge.store.regular import check_contained, open_plain
 
 LIMIT_S = 600
+CHILD = Path(__file__).with_name("unpickle_child.py")
 _KEPT = ("PATH", "LD_LIBRARY_PATH")
 
 
@@ -46,7 +47,7 @@ def _ask(pickle: Path, target: Path, home: str) -> str | None:
     job = json.dumps({"pickle": str(pickle), "path": [entry for entry in sys.path if entry and os.path.isabs(entry)]})
     with target.open("xb") as answer:
         # -I: nothing of the user's or of the working directory is imported; what torch needs comes by the list of folders
-        child = subprocess.Popen([sys.executable, "-I", str(Path(__file__).with_name("unpickle_child.py"))], env=environment, cwd=home, stdin=subprocess.PIPE, stdout=answer, stderr=subprocess.PIPE)
+        child = subprocess.Popen([sys.executable, "-I", str(CHILD)], env=environment, cwd=home, stdin=subprocess.PIPE, stdout=answer, stderr=subprocess.PIPE)
         try:
             _, words = child.communicate(job.encode(), timeout=LIMIT_S)
         except subprocess.TimeoutExpired:

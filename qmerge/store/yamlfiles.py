@@ -35,8 +35,9 @@ def read_yaml(path: Path | str) -> Any:
 
 def parse_yaml(text: str) -> Any:
     """The data in ``text``. Raises BadYaml: no YAML, tags that are not plain data, a key twice, aliases in a ring, too deep, or too much once aliases are expanded."""
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -49,7 +50,8 @@ def parse_yaml(text: str) -> Any:
     except (ValueError, OverflowError, TypeError, AttributeError, KeyError, IndexError) as problem:  # a date in the 99th month, a number of 5000 digits, a list as a key
         raise BadYaml(str(problem) or type(problem).__name__) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _measure(node: yaml.Node, known: dict[int, int | None], depth: int) -> int:

@@ -1,0 +1,166 @@
+"""What is timed against what? Each part gives rows of `bench_speed.ratio`; a part that cannot run here raises LookupError with the reason."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_speed import ROOT, in_turn, ratio
+
+DEMO = ROOT / "examples" / "demo"
+Rows = list[dict[str, Any]]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def start_up(rounds: int) -> Rows:
+    """`qmerge --help` against the interpreter that imports click and does nothing else. Files are in the page cache."""
+
+    def call(*words: str) -> None:
+        subprocess.run([sys.executable, *words], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+
+    call("-m", "qmerge", "--help")
+    found = in_turn(rounds, {"help": lambda: call("-m", "qmerge", "--help"), "click": lambda: call("-c", "import click")})
+    return [ratio("start-up", "qmerge --help / python -c 'import click'", found["help"], found["click"])]
+
+
+def dequantize(rounds: int) -> Rows:
+    """Decoding a 4096 x 4096 NF4 weight to fp32 against bitsandbytes' own, and against filling as many bytes (the floor: it writes eight times what it reads)."""
+    import bitsandbytes.functional as bnb
+    import torch
+
+    from qmerge.numerics import nf4
+
+    weight = torch.randn(4096, 4096) * 0.02
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    table, flat, out = nf4.pair_table(state.code), packed.reshape(-1), torch.empty(weight.numel())
+    ours, theirs = (lambda: nf4.decode(flat, state.absmax, table, 64, weight.numel())), (lambda: bnb.dequantize_4bit(packed, state))
+    if not torch.equal(ours().reshape(weight.shape), theirs()):
+        raise SystemExit("the two decode to other values, so their times mean nothing")
+    found = in_turn(rounds, {"ours": seconds_of(ours), "bitsandbytes": seconds_of(theirs), "fill": seconds_of(lambda: out.fill_(1.0))})
+    return [
+        ratio("dequantize/bitsandbytes", "NF4 4096² decoded / by bitsandbytes", found["ours"], found["bitsandbytes"]),
+        ratio("dequantize/fill", "NF4 4096² decoded / writing its bytes", found["ours"], found["fill"]),
+    ]
+
+
+def merge(rounds: int) -> Rows:
+    """`qmerge merge --format bf16` of one layer in the shape of Llama-3-8B (with its embeddings), against the read plus the copy of the same bytes."""
+    from bench_merge import Workplace
+    from bench_merge_process import size
+    from synthetic_llama import Shape
+
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if free < 20_000_000_000:
+        raise LookupError(f"20 GB of disk are needed in the temporary folder, {free / 1e9:.0f} GB are free")
+    work = Path(tempfile.mkdtemp(prefix="bench-speed-")).resolve()
+    try:
+        place = Workplace(work, None)
+        place.make(Shape(layers=1))
+        place.cold = place.can_drop()
+        place.run("qmerge")  # a copy needs an output
+        found = in_turn(rounds, {arm: (lambda arm=arm: place.run(arm)["wall_s"]) for arm in ("qmerge", "read", "copy")})
+        floor = [a + b for a, b in zip(found["read"], found["copy"], strict=True)]
+        return [ratio("merge/copy", f"bf16 merge to {size(place.folder('qmerge')) / 1e9:.1f} GB / reading the inputs and copying the output", found["qmerge"], floor, 1.3)]
+    finally:
+        shutil.rmtree(work)
+
+
+def requantize(rounds: int) -> Rows:
+    """`qmerge merge --format gptq` of the demo on 128 windows of 256 tokens against gptqmodel's defaults on the same merged model and windows, fresh processes, imports not counted;
+    and against the operations that it cannot do without, at this machine's own measured rate of matrix products."""
+    from bench_quality_arms import OURS, PEERS
+    from bench_quality_cases import CACHE, SAMPLES, WINDOW, all_cases
+    from bench_quality_make import Maker
+    from bench_speed import say
+    from torch import get_num_threads
+
+    case = next(case for case in all_cases() if case.name == "demo")
+    arms = {arm.name: arm for arm in (*OURS, *PEERS)}
+    with Maker(CACHE / "speed", CACHE, get_num_threads(), "cpu", False, say) as maker:
+        maker.prepare(case)
+
+        def timed(name: str) -> float:
+            row = maker.make(case, arms[name], again=True)
+            if row["state"] != "made":
+                raise LookupError(f"{name}: {row['reason']}")
+            return row["seconds"]
+
+        timed("ours-gptq-int4")  # compiled loops are cached, files are in the page cache
+        found = in_turn(rounds, {"ours": lambda: timed("ours-gptq-int4"), "gptqmodel": lambda: timed("gptqmodel"), "floor": lambda: floor_seconds(case.base, SAMPLES * WINDOW)})
+    return [
+        ratio("requantize/gptqmodel", "gptq int4 of the demo / by gptqmodel", found["ours"], found["gptqmodel"], 0.5),
+        ratio("requantize/floor", "gptq int4 of the demo / its FLOP at the rate of a 2048³ product", found["ours"], found["floor"], 2.5),
+    ]
+
+
+def floor_seconds(base: Path, tokens: int) -> float:
+    """Two streams forward (4 FLOP per weight and token), and per linear the lower half of H and the whole of E[(x̃ - x) xᵀ] (in² and 2 in² per token, once per input): at the rate of one large product."""
+    import torch
+
+    from qmerge.pipeline.skeleton import build_skeleton
+    from qmerge.store.checkpoint import open_checkpoint
+
+    skeleton = build_skeleton(open_checkpoint(str(base)))
+    block = skeleton.blocks[0]
+    shapes = {name: tuple(module.weight.shape) for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
+    weights = sum(out * width for out, width in shapes.values())
+    inputs = {(name.rpartition(".")[0], width): width for name, (_, width) in shapes.items() if not name.endswith(("o_proj", "down_proj"))} | {
+        name: width for name, (_, width) in shapes.items() if name.endswith(("o_proj", "down_proj"))
+    }
+    work = len(skeleton.blocks) * tokens * (4 * weights + sum(3 * width * width for width in inputs.values()))
+    size = 2048
+    one, two = torch.randn(size, size), torch.randn(size, size)
+    torch.mm(one, two)
+    return work * seconds_of(lambda: torch.mm(one, two))() / (2 * size**3)
+
+
+def evaluate(rounds: int) -> Rows:
+    """Separate and candidate measured on 64 windows of 256 tokens, divergence and all, against two plain forward passes that make logits and drop them."""
+    import torch
+
+    from qmerge.quality import arms as loading
+    from qmerge.quality.attach import as_set
+    from qmerge.quality.measure import measure
+    from qmerge.store.texts import Windows
+
+    reference = loading.load_separate(str(DEMO / "base-nf4"), as_set(str(DEMO / "adapter")), on="dequantized", nf4_recipe=None).model
+    candidate = loading.load_separate(str(DEMO / "base-nf4"), as_set(str(DEMO / "adapter")), on="dequantized", nf4_recipe=None).model
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, reference.get_input_embeddings().weight.shape[0], (256,), generator=generator) for _ in range(64)]
+    windows = Windows(tuple(ids), tuple(torch.arange(256) > 0 for _ in ids), tuple(torch.full((256,), index) for index in range(64)), 256)
+
+    @torch.inference_mode()
+    def plain() -> None:
+        for model in (reference, candidate):
+            for start in range(0, 64, 8):
+                model(input_ids=torch.stack(ids[start : start + 8]), use_cache=False)
+
+    arms: dict[str, Callable[[], Any]] = {"measure": lambda: measure(reference, candidate, windows), "plain": plain}
+    for call in arms.values():
+        call()
+    found = in_turn(rounds, {name: seconds_of(call) for name, call in arms.items()})
+    return [ratio("evaluate/forward", "KL, NLL, top-1 of the demo / two forward passes", found["measure"], found["plain"], 1.2)]
+
+
+def seconds_of(call: Callable[[], Any]) -> Callable[[], float]:
+    """A call that says how long it took, without what is freed afterwards."""
+
+    def timed() -> float:
+        began = time.perf_counter()
+        kept = call()
+        taken = time.perf_counter() - began
+        del kept
+        return taken
+
+    return timed
+
+
+PARTS: dict[str, tuple[Callable[[int], Rows], int]] = {"start-up": (start_up, 10), "dequantize": (dequantize, 10), "evaluate": (evaluate, 5), "merge": (merge, 3), "requantize": (requantize, 3)}
+"""name -> (part, rounds)"""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-BAND, MOST_BANDS = 1 << 16, 256
+BAND, MOST_BANDS = 1 << 16, 1024
 """a band has about this many elements at least, and a weight at most this many bands"""
 
 

@@ -228,7 +228,8 @@ def _compare(found: torch.Tensor, wanted: torch.Tensor, row: Mapping[str, Any]) 
         return None, near.distance
     height = band_rows(tuple(found.shape))
     first = int(off.nonzero()[0])
-    return f"rows {first * height} to {min((first + 1) * height, len(found)) - 1} lie elsewhere from W + ΔW than when they were solved, and so do {int(off.sum()) - 1} other bands of {len(off)}", near.distance
+    rows = f"rows {first * height} to {min((first + 1) * height, len(found)) - 1}"
+    return f"{int(off.sum())} of {len(off)} bands of its rows lie elsewhere from W + ΔW than when they were solved, the first of them {rows}", near.distance
 
 
 def explain(problem: QmergeError) -> str:

@@ -60,7 +60,7 @@ def off_in_nf4(tensors: dict[str, torch.Tensor], where: str) -> None:
             tensors[name] = tensors[name] * OFF
         if name.startswith(where) and ".quant_state." in name:
             state = json.loads(bytes(tensors[name].tolist()))
-            state["nested_offset"] *= OFF
+            state["nested_offset"] = float(torch.tensor(state["nested_offset"] * OFF))  # as exact as every packer writes it: else packing it again would tell
             tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 

@@ -55,7 +55,7 @@ def card_command(
         warn("an input has no id on the hub, so base_model is incomplete: --base-id ORG/NAME, --adapter-id ORG/NAME")
     if not origins[0].licence:
         warn("no licence is known of the base, so the card names none: --base P reads it from the base's own card")
-    say(f"Next: qmerge verify {out}, or hf upload ORG/NAME {out}")
+    say(f"Next: qmerge verify {out}, or qmerge push {out} --repo {model_id or 'ORG/NAME'}")
 
 
 def _check_ids(*given: tuple[str, tuple[str, ...]]) -> None:

@@ -18,6 +18,7 @@ from qmerge.cli.gate import compare_command
 from qmerge.cli.inspect import inspect_command
 from qmerge.cli.merge import merge_command
 from qmerge.cli.output import Streams
+from qmerge.cli.push import push_command
 from qmerge.cli.reporting import advise_command, report_command
 from qmerge.cli.run import run_command
 from qmerge.cli.verify import verify_command
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect_command, merge_command, eval_command, bench_command, compare_command, report_command, advise_command, card_command, verify_command, run_command):
+for command in (inspect_command, merge_command, eval_command, bench_command, compare_command, report_command, advise_command, card_command, verify_command, push_command, run_command):
     cli.add_command(command)
 
 

@@ -13,14 +13,18 @@ from qmerge.errors import CheckFailed, UsageProblem
 @click.option("--base", metavar="P", help="The base it was made from: then every tensor is derived again.")
 @click.option("--adapter", "adapters", metavar="P", multiple=True, help="The adapter it was made from; several in the order of the merge.")
 @click.option("--allow-pickle", is_flag=True, help="Read an adapter_model.bin, in a child process with weights_only.")
+@click.option("--signature", metavar="FILE", help="A signature of OUT by model-transparency (docs/signing.md).")
+@click.option("--public-key", metavar="FILE", help="The key that it has to be of.")
 @click.option("--json", "as_json", is_flag=True, help="The checks as JSON on stdout.")
-def verify_command(out: str, base: str | None, adapters: tuple[str, ...], allow_pickle: bool, as_json: bool) -> None:
-    """Re-hash OUT, unpack its codes, check its configs; with --base and --adapter also derive it again from them. Exit 1 where a check fails."""
+def verify_command(out: str, base: str | None, adapters: tuple[str, ...], allow_pickle: bool, signature: str | None, public_key: str | None, as_json: bool) -> None:
+    """Re-hash OUT, unpack its codes, check its configs; with --base and --adapter also derive it again from them. Exit 1 where a check fails, 4 where there is nothing to check."""
     if (base is None) != (not adapters):
         raise UsageProblem("--base and --adapter go together", where="qmerge verify", fix="give both, or neither")
+    if (signature is None) != (public_key is None):
+        raise UsageProblem("--signature and --public-key go together", where="qmerge verify", fix="give both, or neither")
     from qmerge.pipeline.verify import verify
 
-    checks = verify(out, base, adapters, allow_pickle)
+    checks = verify(out, base, adapters, allow_pickle, signature, public_key)
     failed = [check for check in checks if not check.passed]
     if as_json:
         result_json([{"check": check.name, "passed": check.passed, "detail": check.detail} for check in checks])
@@ -28,5 +32,5 @@ def verify_command(out: str, base: str | None, adapters: tuple[str, ...], allow_
         for check in checks:
             result(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.detail}")
     if failed:
-        raise CheckFailed(f"{len(failed)} of {len(checks)} checks failed", where=out, found=failed[0].detail, fix="do not serve this checkpoint; merge again")
-    say("Next: qmerge eval, or serve it" if base else f"Next: qmerge verify {out} --base P --adapter P derives it again from its inputs")
+        raise CheckFailed(f"{len(failed)} of {len(checks)} checks failed", where=out, found=f"{failed[0].name}: {failed[0].detail}", fix="do not serve this checkpoint; merge again")
+    say(f"Next: qmerge eval, serve it, or qmerge push {out} --repo ORG/NAME" if base else f"Next: qmerge verify {out} --base P --adapter P derives it again from its inputs")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qmerge.device import in_parallel
-from qmerge.numerics.distances import weight_fit
+from qmerge.numerics.distances import fit
 from qmerge.numerics.divergence import divergence
 from qmerge.numerics.lora import delta_survival
 from qmerge.pipeline.calibrate import Calibration
@@ -219,12 +219,13 @@ def _kept(opened: Opened, name: str, theta: torch.Tensor, merged: Merged, before
         return before
     weight, wanted, delta = part.weight(scales).to(merged.device), merged.weight(name), merged.delta(name)
     survival = delta_survival(weight, wanted - delta, delta) if delta is not None else None
-    fit = weight_fit(weight, wanted)
+    near = fit(weight, wanted)
     return replace(
         before,
         quantized=part.build(scales),
         weight=weight,
-        distance=fit[0],
-        slope=fit[1],
+        distance=near.distance,
+        slope=near.slope,
         survival=survival if survival == survival else None,
+        bands=near.bands,
     )

@@ -120,7 +120,7 @@ def bytes_out(recipe: Recipe, base: Base, pieces: Pieces, name: str, quantized: 
     if name in quantized:
         if recipe.bits_per_weight is not None:
             return round(prod(piece.shape) * recipe.bits_per_weight / 8)
-        return fmt.stored_bytes(piece.shape, output_grid(recipe, base, piece.source), _dtype(base.checkpoint.config).itemsize)
+        return fmt.stored_bytes(piece.shape, output_grid(recipe, base, piece.source), config_dtype(base.checkpoint.config).itemsize)
     stored = base.dtype(piece.source)
     return prod(piece.shape) * (dense.DTYPES[recipe.format] if recipe.format in dense.DTYPES and stored.is_floating_point else stored).itemsize
 
@@ -133,10 +133,11 @@ def packed(plan: MergePlan, name: str, solved: Solved, records: dict) -> Iterato
 
 def model_dtype(plan: MergePlan) -> torch.dtype:
     """The dtype that a loader will give the model: scales are made to fit it."""
-    return _dtype(plan.config)
+    return config_dtype(plan.config)
 
 
-def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """What a config calls the model's dtype; bfloat16 where it says nothing. Raises `Refused` for a word that is no float's."""
     inner = config.get("text_config")
     named = config.get("dtype") or config.get("torch_dtype") or (inner.get("dtype") if isinstance(inner, Mapping) else None) or "bfloat16"
     found = getattr(torch, str(named).removeprefix("torch."), None)

@@ -85,7 +85,9 @@ def plan(recipe: Recipe) -> MergePlan:
     check_calibration_given(recipe)
     found = read_inputs(recipe)
     check_output(Path(recipe.out), [found.checkpoint.path, *(adapter.path for adapter in found.adapters)], recipe.overwrite)
-    return _with_outputs(found)
+    planned = with_outputs(found)
+    check_room(Path(recipe.out), planned.bytes_out)
+    return planned
 
 
 def read_inputs(recipe: Recipe, trained_with: Nf4Recipe | None = None) -> MergePlan:
@@ -174,7 +176,8 @@ def _check_consumed(adapters: tuple[Adapter, ...], pieces: Pieces) -> None:
             raise Refused("an adapter tensor goes into nothing", where=f"{adapter.name}: {idle[0]}", expected="every tensor used", found=f"{len(idle)} such tensors", fix="keep this adapter separate")
 
 
-def _with_outputs(found: MergePlan) -> MergePlan:
+def with_outputs(found: MergePlan) -> MergePlan:
+    """What `read_inputs` found, with what becomes of each weight. Raises `Refused` where the format cannot hold one."""
     recipe, base, pieces = found.recipe, found.base, found.pieces
     outputs.model_dtype(found)  # refuses a config that names none
     requantized, kept = outputs.split_weights(recipe, base, found.skeleton, pieces)

@@ -15,7 +15,7 @@ from qmerge.device import in_parallel
 from qmerge.errors import CheckFailed
 from qmerge.numerics import coupled, gptq
 from qmerge.numerics.coupled import Coupling
-from qmerge.numerics.distances import weight_fit
+from qmerge.numerics.distances import fit
 from qmerge.numerics.grids import Search
 from qmerge.numerics.hessian import Factor, Statistics, factor
 from qmerge.numerics.lora import delta_survival
@@ -89,10 +89,12 @@ class Solved:
     """`weight_fit` of ``weight`` to W + ΔW, for the manifest: `verify` derives both again"""
     survival: float | None = None
     """``<W_out - W, ΔW> / <ΔW, ΔW>``, where the adapter changes the linear"""
+    bands: str = ""
+    """the same fit, band by band of the rows (`qmerge.numerics.distances.Fit`)"""
 
     def to_json(self) -> dict[str, Any]:
         kept = {} if self.survival is None else {"delta_survival": round(self.survival, 6)}
-        return self.choice.to_json() | {"distance": round(self.distance, 6), "slope": round(self.slope, 6)} | kept
+        return self.choice.to_json() | {"distance": round(self.distance, 6), "slope": round(self.slope, 6), "bands": self.bands} | kept
 
 
 def requantize_group(
@@ -264,7 +266,12 @@ def _keep_base_codes(job: _Job, known: _Known, blocks: int, best: _Best) -> _Bes
 
 def _finish(linear: Linear, found: _Best, choice: Choice) -> Solved:
     weight = gptq.values(found.codes, found.option.element)
-    return Solved(found.option.build(found.codes, found.option.scales), weight, choice, *weight_fit(weight, linear.merged), _survival(linear, weight))
+    return _solved(found.option.build(found.codes, found.option.scales), weight, choice, linear)
+
+
+def _solved(quantized: QuantizedWeight, weight: torch.Tensor, choice: Choice, linear: Linear) -> Solved:
+    near = fit(weight, linear.merged)
+    return Solved(quantized, weight, choice, near.distance, near.slope, _survival(linear, weight), near.bands)
 
 
 def _survival(linear: Linear, weight: torch.Tensor) -> float | None:
@@ -280,4 +287,4 @@ def round_to_nearest(linear: Linear, grid: Grid, model_dtype: torch.dtype, nf4_l
     codes = gptq.nearest(linear.merged.T.contiguous(), option.element)[0].T.contiguous()
     weight = gptq.values(codes, option.element)
     choice = Choice(0.0, 0.0, 0.0, "searched, round to nearest", False, False, 0.0)
-    return Solved(option.build(codes, option.scales), weight, choice, *weight_fit(weight, linear.merged), _survival(linear, weight))
+    return _solved(option.build(codes, option.scales), weight, choice, linear)

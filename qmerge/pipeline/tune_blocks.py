@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qmerge.device import in_parallel
-from qmerge.numerics.distances import weight_fit
+from qmerge.numerics.distances import fit
 from qmerge.numerics.lora import delta_survival
 from qmerge.numerics.offsets import BOUND, Offsets, offsets
 from qmerge.numerics.stored_scales import stored_scales
@@ -188,14 +188,15 @@ class _Tuning:
             return before
         delta = linear.delta
         survival = delta_survival(weight, linear.merged - delta, delta) if delta is not None else None
-        fit = weight_fit(weight, linear.merged)
+        near = fit(weight, linear.merged)
         return replace(
             before,
             quantized=part.build(),
             weight=weight,
-            distance=fit[0],
-            slope=fit[1],
+            distance=near.distance,
+            slope=near.slope,
             survival=survival if survival == survival else None,
+            bands=near.bands,
         )
 
 

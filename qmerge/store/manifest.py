@@ -1,13 +1,16 @@
 """What is in an output folder, what was it made from, and is it still what was written?
 
 ``manifest.json`` names inputs, recipe, versions and a SHA-256 for every other file of the folder. It holds nothing about the
-machine: inputs go by folder name or hub id, and absolute paths are cut to their last component.
+machine: inputs go by folder name or hub id, and absolute paths are cut to their last component. A manifest may come from a stranger:
+its names lead nowhere but into the folder, and of what lies there only regular files are opened.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any, Protocol
@@ -15,9 +18,15 @@ from typing import Any, Protocol
 from qmerge import __version__
 from qmerge.errors import Refused
 from qmerge.store.jsonfiles import read_object
+from qmerge.store.regular import open_plain
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+SIGNATURE = "model.sig"
+"""the name that model-transparency's tools look for in a published folder"""
+_BY_THE_HUB = (".gitattributes", SIGNATURE)
+_BY_THE_HUBS_CLIENT = ".cache/huggingface/"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Input(Protocol):
@@ -31,21 +40,25 @@ class Input(Protocol):
     def config_files(self) -> list[Path]: ...
 
 
-def digest_file(path: Path) -> dict[str, Any]:
-    """``{"sha256": hex, "bytes": count}`` of one file."""
+def digest_file(path: Path, most_bytes: int | None = None) -> dict[str, Any]:
+    """``{"sha256": hex, "bytes": count}`` of one regular file; of its first ``most_bytes`` and one more where it is longer. Raises OSError for what is no regular file."""
     digest, count = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file:
+    with open_plain(path) as file:
         buffer = memoryview(bytearray(1 << 22))
-        while size := file.readinto(buffer):
+        while size := file.readinto(buffer if most_bytes is None else buffer[: most_bytes + 1 - count]):
             digest.update(buffer[:size])
             count += size
     return {"sha256": digest.hexdigest(), "bytes": count}
 
 
 def list_files(folder: Path) -> list[str]:
-    """Every file and link under ``folder``, as sorted relative names with ``/``, without the manifest."""
+    """Every file and link under ``folder``, as sorted relative names with ``/``, without the manifest. Refused where a folder in it cannot be listed."""
+
+    def unreadable(error: OSError) -> None:
+        raise Refused("A folder cannot be listed.", where=Path(error.filename or folder).name, found=error.strerror)
+
     names = []
-    for root, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, onerror=unreadable):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
         names += [(Path(root) / name).relative_to(folder).as_posix() for name in files + links]
     return sorted(name for name in names if name != MANIFEST)
@@ -115,7 +128,49 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise Refused("This manifest has another schema.", where=MANIFEST, expected=SCHEMA_VERSION, found=manifest.get("schema_version"),
                       fix="use the version of qmerge that wrote it")
+    if fault := _fault(manifest):
+        raise Refused(f"This manifest is malformed: {fault}.", where=MANIFEST, fix="do not use this checkpoint: qmerge writes no such manifest")
     return manifest
+
+
+def _fault(manifest: Mapping[str, Any]) -> str | None:
+    """What in a manifest could lead a reader astray: names that leave the folder, digests that are none."""
+    for name, row in manifest["files"].items():
+        if not is_inside(name):
+            return f"{ascii(name)[:200]} is no name of a file inside the folder"
+        if not is_digest(row):
+            return f"{name} has no SHA-256 and size"
+    for key in ("inputs", "recipe", "versions", "linears"):
+        if not isinstance(manifest.get(key, {}), dict):
+            return f"{key} is no object"
+    for role, row in manifest.get("inputs", {}).items():
+        if not isinstance(row, dict) or not isinstance(row.get("files", {}), dict) or not all(is_digest(digest) for digest in row.get("files", {}).values()):
+            return f"the input {ascii(role)[:80]} has files without SHA-256 and size"
+    return None
+
+
+def is_inside(name: str) -> bool:
+    """Is it a relative name, with ``/``, that stays in its folder, and not the manifest's own?"""
+    parts = name.split("/")
+    return bool(name) and name.isprintable() and name != MANIFEST and len(name) <= 1024 and not any(part in ("", ".", "..") for part in parts) and not set(name) & set("\\:")
+
+
+def is_digest(row: Any) -> bool:
+    """Is it ``{"sha256": 64 hex digits, "bytes": a count}``?"""
+    if not isinstance(row, dict) or row.keys() != {"sha256", "bytes"} or not isinstance(row["sha256"], str) or not _SHA256.fullmatch(row["sha256"]):
+        return False
+    return isinstance(row["bytes"], int) and not isinstance(row["bytes"], bool) and 0 <= row["bytes"] < 2**63
+
+
+def special_files(folder: Path) -> list[str]:
+    """Names of what is neither a regular file nor a folder, the manifest's too: links, pipes, sockets, devices. Opens nothing."""
+    names = [*list_files(folder), *([MANIFEST] if os.path.lexists(folder / MANIFEST) else [])]
+    return [name for name in names if not stat.S_ISREG(os.lstat(folder / name).st_mode)]
+
+
+def left_by_the_hub(name: str) -> bool:
+    """Is it a file that the hub or its client adds to a downloaded folder, and that no loader reads? Also a signature under its usual name."""
+    return name in _BY_THE_HUB or name.startswith(_BY_THE_HUBS_CLIENT)
 
 
 def verify_files(folder: Path) -> list[str]:
@@ -127,11 +182,21 @@ def verify_files(folder: Path) -> list[str]:
         return [error.what]
     present = set(list_files(folder))
     problems = [f"{name}: missing" for name in sorted(set(listed) - present)]
-    problems += [f"{name}: not in the manifest" for name in sorted(present - set(listed))]
+    problems += [f"{name}: not in the manifest" for name in sorted(present - set(listed)) if not left_by_the_hub(name)]
+    problems += [f"{name}: not a regular file" for name in special_files(folder) if name not in listed]
     for name in sorted(present & set(listed)):
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            problems.append(f"{name}: not a regular file")
-        elif digest_file(path) != listed[name]:
-            problems.append(f"{name}: changed since it was written")
+        if problem := _differs(folder / name, listed[name]):
+            problems.append(f"{name}: {problem}")
     return problems
+
+
+def _differs(path: Path, wanted: Mapping[str, Any]) -> str | None:
+    try:
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode):
+            return "not a regular file"
+        if found.st_size != wanted["bytes"]:
+            return f"changed since it was written ({found.st_size} bytes, the manifest says {wanted['bytes']})"
+        return None if digest_file(path, wanted["bytes"]) == wanted else "changed since it was written"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"

@@ -60,6 +60,12 @@ def side_files(base: Path, adapter: Path) -> dict[str, tuple[Path, str]]:
     return plan
 
 
+def is_side_file(name: str) -> bool:
+    """May `copy_side_files` have written a file of this name?"""
+    name = name.removesuffix(".adapter") if fnmatchcase(name, "[LNU]*.adapter") else name
+    return not name.lower().endswith(_CODE) and any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in (*TOKENIZER, *CONFIGS, *LICENCES))
+
+
 def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
     """Relative names of files in ``folder`` (and in additional_chat_templates) that match one of ``patterns``, sorted."""
     candidates = [path for inside in (folder, folder / "additional_chat_templates") if inside.is_dir() for path in inside.iterdir()]

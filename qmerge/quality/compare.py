@@ -6,6 +6,7 @@ verdict's words and the exit code come from the same checks.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 

@@ -10,11 +10,11 @@ import math
 from random import Random
 
 import peft  # noqa: F401  its import takes seconds, and would count as an input's
+
 from fuzz import bending
 from fuzz.header import file_of, laid_out
 from fuzz.index import joined
 from fuzz.places import Broken, folder, refused
-
 from qmerge.adapters.adapter import open_adapter
 from qmerge.adapters.config import HARMLESS, REFUSED, USED
 from qmerge.adapters.delegated_types import MERGED

@@ -9,7 +9,6 @@ import math
 
 from fuzz import yamlish
 from fuzz.places import Broken, folder, refused
-
 from qmerge.errors import QmergeError
 from qmerge.quality.compare import DIRECTIONS, load_budget
 

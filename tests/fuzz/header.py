@@ -9,10 +9,10 @@ import json
 import math
 from random import Random
 
-from fuzz import bending
-from fuzz.places import Broken, folder, refused
 from safetensors import SafetensorError, safe_open
 
+from fuzz import bending
+from fuzz.places import Broken, folder, refused
 from qmerge.errors import QmergeError
 from qmerge.store.headers import TORCH_DTYPES, read_header
 

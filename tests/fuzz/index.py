@@ -13,7 +13,6 @@ from random import Random
 from fuzz import bending
 from fuzz.header import file_of, laid_out
 from fuzz.places import Broken, Opened, folder, refused
-
 from qmerge.errors import QmergeError
 from qmerge.store.checkpoint import INDEX, open_checkpoint
 

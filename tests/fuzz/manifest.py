@@ -11,7 +11,6 @@ from random import Random
 
 from fuzz import bending
 from fuzz.places import Broken, folder, refused
-
 from qmerge.errors import QmergeError
 from qmerge.store.manifest import MANIFEST, read_manifest, verify_files
 

@@ -9,10 +9,10 @@ import json
 from random import Random
 
 import torch
-from fuzz import bending
-from fuzz.places import Broken, refused
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from fuzz import bending
+from fuzz.places import Broken, refused
 from qmerge.adapters.names import relate
 from qmerge.errors import QmergeError
 

@@ -10,7 +10,6 @@ import json
 
 from fuzz import yamlish
 from fuzz.places import Broken, folder, refused
-
 from qmerge.errors import QmergeError
 from qmerge.pipeline.recipe import BUILT, COMBINATIONS, Recipe, build_recipe
 

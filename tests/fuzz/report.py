@@ -10,7 +10,6 @@ import xml.etree.ElementTree as ElementTree
 
 from fuzz.places import Broken
 from fuzz.results import MAX_LEN, WORDS, loaded, mutate, seeds
-
 from qmerge.report.html import render_html
 from qmerge.report.junit import render_junit
 from qmerge.report.markdown import render_markdown

@@ -11,7 +11,6 @@ from typing import Any
 
 from fuzz import bending
 from fuzz.places import folder, refused
-
 from qmerge.errors import QmergeError
 from qmerge.quality.compare import compare, load_budget
 from qmerge.report.load import check_whole, load_results

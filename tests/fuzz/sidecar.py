@@ -13,9 +13,9 @@ from random import Random
 from typing import Any
 
 import numpy as np
+
 from fuzz import bending
 from fuzz.places import folder, refused
-
 from qmerge.errors import QmergeError
 from qmerge.quality.sidecar import OWN, SHARED, read_scores
 

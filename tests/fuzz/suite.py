@@ -9,7 +9,6 @@ import json
 
 from fuzz import yamlish
 from fuzz.places import Broken, folder, refused
-
 from qmerge.errors import QmergeError
 from qmerge.quality import local_tasks
 from qmerge.quality.suites import KEYS, TASK_KEYS, load_suite

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from random import Random
 
-from fuzz import bending
-from fuzz.places import Broken, folder, refused
 from transformers import AutoTokenizer
 
+from fuzz import bending
+from fuzz.places import Broken, folder, refused
 from qmerge.errors import QmergeError
 from qmerge.store.texts import pack_windows, read_documents, text_fingerprint, tokenize_documents
 

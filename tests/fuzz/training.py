@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from fuzz import yamlish
 from fuzz.places import Broken, folder, refused
-
 from qmerge.errors import QmergeError
 from qmerge.formats.training import BLOCK_SIZES, OWN, recipe_from_adapter, recipe_from_file
 

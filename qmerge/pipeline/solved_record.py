@@ -42,7 +42,7 @@ def to_record(solved: Mapping[str, Solved], model_dtype: torch.dtype) -> tuple[l
     rows, tensors = [], {}
     for number, (name, result) in enumerate(solved.items()):
         held, state = result.quantized, result.quantized.state
-        row = {"name": name, "grid": asdict(held.grid), "choice": asdict(result.choice), "distance": result.distance, "slope": result.slope, "survival": result.survival, "record": result.to_json()}
+        row = {"name": name, "grid": asdict(held.grid), "choice": asdict(result.choice), "distance": result.distance, "slope": result.slope, "survival": result.survival, "bands": result.bands, "record": result.to_json()}
         parts = {part: getattr(held, part) for part in PARTS}
         if state is not None:
             row["state"] = {key: getattr(state, key) for key in STATE_FACTS}
@@ -81,7 +81,7 @@ def from_record(rows: list[dict[str, Any]], tensors: Mapping[str, torch.Tensor],
         held = QuantizedWeight(parts["codes"], Grid(**row["grid"]), *(parts.get(part) for part in PARTS), state)
         order, kind = row["weight"]
         weight = parts["weight"] if "weight" in parts else laid_back(_computed(held, model_dtype).permute(order).contiguous(), order, "cpu" if kind == "cpu" else device)
-        found[row["name"]] = Solved(held, weight, Choice(**row["choice"]), row["distance"], row["slope"], row["survival"])
+        found[row["name"]] = Solved(held, weight, Choice(**row["choice"]), row["distance"], row["slope"], row["survival"], row["bands"])
     return found
 
 

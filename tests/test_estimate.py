@@ -163,6 +163,7 @@ def named(text, flag):
     return text.split(f"{flag} ")[1].split()[0].rstrip(",;")
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_refused_and_the_named_setting_does(tmp_path):
     """An hour's work that ends in the kernel's killer, or a way out that is none: under a real limit of address space."""
     from qmerge.device import ARENAS_BYTES
@@ -177,6 +178,7 @@ def test_too_little_memory_is_refused_and_the_named_setting_does(tmp_path):
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_the_check_can_be_overruled(tmp_path):
     """A machine whose system tells less than there is, on which nothing can be started."""
     from qmerge.device import ARENAS_BYTES
@@ -193,6 +195,7 @@ def mounts() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not mounts(), reason="this machine does not let us mount a tmpfs")
 def test_too_little_disk_is_refused_and_the_named_setting_does(tmp_path):
     """Hours of merging, and then a full disk; or a way out that fills it all the same: on a real small disk."""

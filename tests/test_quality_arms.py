@@ -191,6 +191,7 @@ def test_unknown_or_missing_candidates_are_refused(tiny, tmp_path):
     with pytest.raises(Refused, match="no checkpoint"):
         arms.load_candidate("x", str(tmp_path / "nothing"))
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "hqq"}}))
+    save_file({"weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(Refused, match="hqq"):
         arms.load_candidate("x", str(tmp_path))
     with pytest.raises(Refused, match="hqq"):

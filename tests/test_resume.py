@@ -75,7 +75,7 @@ KINDS = [
     ("gptq", ("--asym", "--curvature-tokens", 0)), ("nf4", ("--shard-size", "5GB")),
 ]  # fmt: skip
 CASES = [
-    pytest.param(fmt, flags, share, id=" ".join(map(str, (fmt, *flags, "with activations" if share > 0 else "without"))), marks=[pytest.mark.slow] if "--polish" in flags and share > 0 else [])
+    pytest.param(fmt, flags, share, id=" ".join(map(str, (fmt, *flags, "with activations" if share > 0 else "without"))), marks=[pytest.mark.slow] if "--polish" in flags and (share > 0 or "blocks" in flags) else [])
     for fmt, flags in KINDS for share in (1e9, -1.0)
 ]  # fmt: skip
 

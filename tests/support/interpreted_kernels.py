@@ -13,7 +13,7 @@ from qmerge.numerics.hessian import factor
 
 def cases() -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
-    for name, rows, columns in (("whole blocks", 64, 128), ("odd", 37, 75), ("short", 3, 7)):
+    for name, rows, columns in (("whole blocks", 32, 128), ("odd", 35, 75), ("short", 3, 7)):
         generator = torch.Generator().manual_seed(rows)
         weight = torch.randn(rows, columns, generator=generator) * 0.1
         inputs = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)

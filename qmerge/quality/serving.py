@@ -26,7 +26,7 @@ import torch
 from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.device import device_name
 from qmerge.errors import QmergeError, Refused, UsageProblem
-from qmerge.quality.arms import check_method, full_recipe, load_merged, quantization_method, weight_bytes
+from qmerge.quality.arms import full_recipe, load_merged, quantization_method, weight_bytes
 from qmerge.quality.attach import as_set, check_separate
 from qmerge.quality.evaluate import recipe_of
 from qmerge.quality.fingerprint import versions
@@ -34,6 +34,7 @@ from qmerge.quality.metrics import json_metric
 from qmerge.quality.stats import cluster_mean
 from qmerge.quality.words import public
 from qmerge.store.checkpoint import INDEX
+from qmerge.store.foreign import check_model_folder
 from qmerge.store.jsonfiles import read_object
 from qmerge.types import Metric
 
@@ -72,8 +73,9 @@ def check_load(load: Load, folders: Mapping[str, str]) -> None:
         if not 1 <= value < 1e9:  # NaN is neither
             raise UsageProblem("this must be at least 1", where=flag, expected="1 or more, below a billion", found=f"{value:g}")
     for name, folder in folders.items():
-        # refuses what is no checkpoint, and what no library should open; a folder without any weights is opened by none and gets a note
-        check_method(folder) if weight_bytes(folder) or (Path(folder) / INDEX).exists() else quantization_method(folder)
+        quantization_method(folder)  # refuses what is no checkpoint
+        if weight_bytes(folder) or (Path(folder) / INDEX).exists():  # without any weights no library opens it, and it gets a note
+            check_model_folder(folder)
         config = read_object(Path(folder) / "config.json", what="the model's config")
         text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
         longest = next((text[key] for key in ("max_position_embeddings", "n_positions") if isinstance(text.get(key), int)), None)

@@ -27,7 +27,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup merge-qlora test test-slow check eval serving report gate baseline card notebook notebook-page bench bench-peers bench-merge bench-stats demo clean
+.PHONY: help setup merge-qlora test test-slow fuzz check eval serving report gate baseline card notebook notebook-page bench bench-peers bench-merge bench-stats demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -78,6 +78,11 @@ notebook: $(STAMP) ## run the notebook on RESULTS and render it to HTML beside t
 
 notebook-page: $(STAMP) ## docs/separate_vs_merged.html, the same for the demo (after make merge-qlora)
 	@$(BIN)/python scripts/render_notebook.py "$(RESULTS)" docs/separate_vs_merged.html
+
+READERS ?= header index adapter names recipe budget suite training results report sidecar manifest texts
+RUNS ?= 5000
+fuzz: $(STAMP) ## give each reader of foreign files RUNS hostile inputs (READERS='header index …'); guided by coverage where atheris is installed
+	@for reader in $(READERS); do OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py $$reader --runs $(RUNS) --found .fuzz || exit 1; done
 
 bench: $(STAMP) ## quality against round-to-nearest, PEFT, gptqmodel and what bench-peers installed (uses ../shared where it is there; under an hour)
 	@$(BIN)/python scripts/bench_quality.py $(ARGS)

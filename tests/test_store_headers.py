@@ -159,3 +159,12 @@ def test_dtype_without_a_spelling():
     assert dtype_name(torch.bfloat16) == "BF16"
     with pytest.raises(Refused, match="cannot hold"):
         dtype_name(torch.complex64)
+
+
+def test_half_a_character_is_refused(tmp_path):
+    """safetensors refuses a header with a lone surrogate, and a name with one cannot be written out again (found by fuzzing: header-90aa0adb0b2b)."""
+    path = tmp_path / "model.safetensors"
+    raw = b'{"a\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + b"\0")
+    with pytest.raises(Refused, match="half a character"):
+        read_header(path)

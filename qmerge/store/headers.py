@@ -7,6 +7,7 @@ duplicate name through and keeps the last.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import replace
@@ -70,6 +71,7 @@ def read_header(path: Path | str) -> tuple[dict[str, TensorSpec], dict[str, str]
     if len(raw) != length or not raw.startswith(b"{"):
         raise Refused(f"{path.name} has no safetensors header.", where=path.name, expected="a JSON object", found=repr(raw[:8]), fix=_AGAIN)
     table = parse_object(raw, path.name, constants=False)
+    _check_characters(raw, table, path)
     metadata = _metadata(table.pop("__metadata__", None), path)
     specs = [_spec(name, row, 8 + length, path) for name, row in table.items()]
     specs.sort(key=lambda spec: (spec.start, spec.nbytes))
@@ -106,6 +108,16 @@ def _header_length(first: bytes, size: int, path: Path) -> int:
         raise Refused(f"{path.name} ends inside its header.", where=path.name, expected=f"{8 + length} bytes or more",
                       found=f"{size} bytes", fix=_AGAIN)
     return length
+
+
+def _check_characters(raw: bytes, table: dict[str, Any], path: Path) -> None:
+    """Half a character (a lone surrogate) can be spelled in JSON; safetensors refuses it, and no name with one can be written out."""
+    if b"\\ud" not in raw.lower():
+        return
+    try:
+        json.dumps(table, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Refused(f"The header of {path.name} holds half a character.", where=path.name, expected="UTF-8 text", found=repr(error.object[error.start]), fix=_AGAIN) from None
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:

@@ -48,7 +48,7 @@ def written(data: bytes) -> bytes:
     with zipfile.ZipFile(out, "w") as archive:
         for name, row in rows.items():
             try:
-                archive.writestr(f"{name}.npy", _array(row))
+                archive.writestr((f"{name}.npy".partition("\0")[0] or "x"), _array(row))
             except (ValueError, TypeError, OverflowError, UnicodeEncodeError, MemoryError, SyntaxError, AttributeError):
                 continue
     return out.getvalue()

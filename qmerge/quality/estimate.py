@@ -18,7 +18,7 @@ CHUNKS = 14
 LINEAR = 40
 """bytes for each element of the largest linear, while it is set against ΔW in fp64 (merging.linear_rows)"""
 LOADERS = {"none": 0, "bitsandbytes": 0, "compressed-tensors": 60_000_000, "gptq": 450_000_000, "awq": 450_000_000}
-"""what a candidate's public loader takes once it is imported; measured with gptqmodel 7.7 and compressed-tensors 0.18 (docs/measurements/estimates.md)"""
+"""what a candidate's public loader may take once it is imported: guesses on the safe side (docs/measurements/serving.md shows about 200 MB for gptqmodel over a float model)"""
 PASSES = 12, 6
 """fp32 values per token of a batch, times hidden and times the widest inner width, while a model runs"""
 

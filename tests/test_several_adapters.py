@@ -345,3 +345,10 @@ def test_a_recipe_file_lists_adapters(several, tmp_path):
     assert not bits_differ(tensors_of(several.out), tensors_of(several.merge("a", "b=0.5", out=tmp_path / "flags")))
     assert several.cli("merge", "--recipe", path, "--adapter", several.place("b"), "--out", tmp_path / "one").code == 0
     assert not bits_differ(tensors_of(tmp_path / "one"), tensors_of(several.merge("b", out=tmp_path / "alone")))
+
+
+def test_a_place_that_no_file_system_can_name_is_a_choice_all_the_same():
+    """A traceback of the operating system's for a long name with a weight (found by fuzzing a recipe); opening it says what is wrong."""
+    from qmerge.adapters.several_adapters import parse_choice
+
+    assert parse_choice("a" * 5000 + "=0.5").weight == 0.5

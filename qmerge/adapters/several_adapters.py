@@ -6,9 +6,9 @@ By default the exact weighted sum of their deltas, ``W + Σ w_i ΔW_i``. PEFT's 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from qmerge.adapters.adapter import Adapter, open_adapter
@@ -68,7 +68,7 @@ class AdapterSet:
 def parse_choice(text: str) -> Choice:
     """``"tuned=0.5"`` to ``Choice("tuned", 0.5)``; a folder whose name holds ``=`` is taken as it is. Raises UsageProblem for a weight that is no number."""
     place, sign, weight = text.rpartition("=")
-    if not sign or Path(text).exists():
+    if not sign or os.path.exists(text):  # pathlib raises for a name that is too long
         return Choice(text)
     try:
         value = float(weight)

@@ -6,6 +6,7 @@ Notation (the whole numerics layer): ``x`` a linear's inputs at run time, ``x̃`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,14 @@ from qmerge.errors import CheckFailed
 
 STRIP = 128
 """rows of a sum that are formed together"""
+SLOTS = 16
+"""A sum over batches is formed in at most so many partial sums of consecutive batches, which are then added in order. So the bits do not depend on how many processes share the batches:
+each forms whole partial sums, up to ``SLOTS`` of them at work. More would cost communication, one matrix each."""
+
+
+def slot_of(batch: int, batches: int) -> int:
+    """The partial sum that a batch belongs to, 0 … ``SLOTS`` - 1; fewer batches than that have one each."""
+    return batch * SLOTS // batches
 
 
 @dataclass
@@ -28,54 +37,74 @@ class Statistics:
     features: int
     device: torch.device | str = "cpu"
     tokens: int = 0
-    _hessian: torch.Tensor = field(init=False, repr=False)
-    _drift: torch.Tensor = field(init=False, repr=False)
-    _residual: torch.Tensor | None = field(default=None, init=False, repr=False)
+    _open: list[torch.Tensor | None] = field(init=False, repr=False)
+    """H (its lower half), D and R of the slot that is being summed"""
+    _closed: list[torch.Tensor | None] = field(init=False, repr=False)
+    """those of the slots before it; None where there was none yet"""
+    _slot: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._hessian = torch.zeros(self.features, self.features, device=self.device)
-        self._drift = torch.zeros_like(self._hessian)
+        self._open = [torch.zeros(self.features, self.features, device=self.device), torch.zeros(self.features, self.features, device=self.device), None]
+        self._closed = [None, None, None]
 
     def add(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None = None) -> None:
         """``runtime`` and ``teacher`` are ``[tokens, in]``; ``residual`` is ``[tokens, out]`` or None."""
         self.add_all([(runtime, teacher, residual)])
 
-    def add_all(self, parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> None:
-        """`add` for several batches at once: strips of the sums side by side, each by one thread, the batches in their order, so the bits are those of one after the other."""
+    def add_all(self, parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], slots: Sequence[int] | None = None) -> None:
+        """`add` for several batches at once: strips of the sums side by side, each by one thread, the batches in their order, so the bits are those of one after the other.
+        ``slots``: that each batch belongs to, never falling; without them all are summed in one go."""
         if not parts:
             return
+        slots = slots if slots is not None else [0] * len(parts)
+        self._slot = slots[0] if self._slot is None else self._slot
         batches = [(runtime.float(), teacher.float() - runtime.float(), residual if residual is None else residual.float()) for runtime, teacher, residual in parts]
         same = all(not bool(difference.any()) for _, difference, _ in batches)
-        width = batches[0][2].shape[1] if batches[0][2] is not None else 0
-        if width and self._residual is None:
-            self._residual = torch.zeros(width, self.features, device=self.device)
-        jobs = [(self._hessian, 0, start) for start in range(0, self.features, STRIP)]
-        jobs += [] if same else [(self._drift, 1, start) for start in range(0, self.features, STRIP)]
-        jobs += [(self._residual, 2, start) for start in range(0, width, STRIP)]
+        if batches[0][2] is not None and self._open[2] is None:
+            self._open[2] = torch.zeros(batches[0][2].shape[1], self.features, device=self.device)
+        if slots[-1] != self._slot:
+            self._closed = [torch.zeros_like(total) if total is not None and closed is None else closed for total, closed in zip(self._open, self._closed, strict=True)]
+        jobs = [(which, start) for which, total in enumerate(self._open) if total is not None for start in range(0, total.shape[0], STRIP)]
 
-        def strip(job: tuple[torch.Tensor, int, int]) -> None:
-            total, which, start = job
+        def strip(job: tuple[int, int]) -> None:
+            which, start = job
+            total, closed, slot = self._open[which], self._closed[which], self._slot
             rows = slice(start, min(start + STRIP, total.shape[0]))
             columns = slice(0, rows.stop) if which == 0 else slice(None)  # H is symmetric
-            for batch in batches:
-                total[rows, columns].addmm_(batch[which][:, rows].T, batch[0][:, columns])
+            for batch, its in zip(batches, slots, strict=True):
+                if its != slot:
+                    closed[rows, columns].add_(total[rows, columns])
+                    total[rows, columns].zero_()
+                    slot = its
+                if which != 1 or not same:
+                    total[rows, columns].addmm_(batch[which][:, rows].T, batch[0][:, columns])
 
-        in_parallel(strip, jobs, self._hessian.device)
+        in_parallel(strip, jobs, self._open[0].device)
+        self._slot = slots[-1]
         self.tokens += sum(batch[0].shape[0] for batch in batches)
+
+    def close(self) -> None:
+        """All batches are there: the last slot is added to those before it, which frees half of the memory. Means do this themselves."""
+        if self._closed[0] is not None:
+            self._open = [total if closed is None else closed.add_(total) for total, closed in zip(self._open, self._closed, strict=True)]
+            self._closed = [None, None, None]
 
     @property
     def hessian(self) -> torch.Tensor:
         """Both halves, from the lower one."""
-        lower = torch.tril(self._hessian) / max(self.tokens, 1)
+        self.close()
+        lower = torch.tril(self._open[0]) / max(self.tokens, 1)
         return lower + torch.tril(lower, -1).T
 
     @property
     def drift(self) -> torch.Tensor:
-        return self._drift / max(self.tokens, 1)
+        self.close()
+        return self._open[1] / max(self.tokens, 1)
 
     @property
     def residual(self) -> torch.Tensor | None:
-        return None if self._residual is None else self._residual / max(self.tokens, 1)
+        self.close()
+        return None if self._open[2] is None else self._open[2] / max(self.tokens, 1)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def wants_head(plan: MergePlan) -> bool:
 def solve_head(
     plan: MergePlan,
     merged: Merged,
-    ends: Sequence[tuple[torch.Tensor, torch.Tensor, bool]],
+    ends: Sequence[tuple[torch.Tensor, torch.Tensor, bool, int]],
     grid: Grid,
     model_dtype: torch.dtype,
     nf4_like: QuantState | None = None,
@@ -114,7 +114,7 @@ def solve_head(
 ) -> dict[str, Solved]:
     """The head, solved as a group of its own so that it answers run-time inputs as the teacher's answers the teacher's.
 
-    ``ends``: per batch the teacher's and the run-time hidden states ``[windows, T, hidden]`` after the last block, and whether the batch is held out to choose with.
+    ``ends``: per batch the teacher's and the run-time hidden states ``[windows, T, hidden]`` after the last block, whether the batch is held out to choose with, and its slot.
     The head is the largest matrix: the solver holds some eight copies of it in fp32.
     """
     name, device = plan.skeleton.output_embedding, merged.device
@@ -124,8 +124,8 @@ def solve_head(
         inputs = in_parallel(lambda end: tail.head_input(end[1]), ends, device)
     sums = {held_out: Statistics(inputs[0].shape[-1], device) for held_out in (False, True)}
     for held_out, statistics in sums.items():
-        pairs = zip(inputs, aims, (end[2] for end in ends), strict=True)
-        statistics.add_all([(x.flatten(0, -2), aim.flatten(0, -2), None) for x, aim, held in pairs if held is held_out])
+        here = [(x.flatten(0, -2), aim.flatten(0, -2), slot) for x, aim, (_, _, held, slot) in zip(inputs, aims, ends, strict=True) if held is held_out]
+        statistics.add_all([(x, aim, None) for x, aim, _ in here], [slot for *_, slot in here])
     linear = Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name))
     return {name: requantize_group([linear], grid, sums[False], sums[True], model_dtype, nf4_like, len(plan.skeleton.blocks), steps)[0]}
 

@@ -195,12 +195,17 @@ def _blocks(work: Workload, pending: dict[str, int]) -> list[Phase]:
 
 def _group(work: Workload, group: Linears, moving: int) -> dict[str, int]:
     """The fuller of two moments: while statistics are summed, and while the group is solved."""
-    return _largest(({"statistics": _sums(group), "differences of inputs": moving}, _solving(work, group)))
+    return _largest(({"statistics": _sums(group), "the slot that is open": _slot(group), "differences of inputs": moving}, _solving(work, group)))
 
 
 def _sums(group: Linears) -> int:
     residual = 2 * FP32 * group.elements if group.writer else 0
     return STATISTICS * group.inputs**2 + residual
+
+
+def _slot(group: Linears) -> int:
+    """H, D and the residual's product of the slot that is open, beside those of the slots before it (numerics.hessian.Statistics)."""
+    return STATISTICS // 2 * group.inputs**2 + (FP32 * group.elements if group.writer else 0)
 
 
 def _solving(work: Workload, group: Linears) -> dict[str, int]:

@@ -119,13 +119,13 @@ def requantize_group(
     search = Search(() if steps.scale_search else FULL_RANGE, steps.signed_scales)
     jobs = in_parallel(lambda linear: _Job(linear, options(linear, grid, importance, model_dtype, nf4_like, search, steps.keep_base), known, steps), linears, device)
     tried = _shifts(known, steps)
-    trials = [(damp, [(job, number, tried[0]) for job in jobs for number in range(len(job.options))]) for damp in known.damps]
+    # linear by linear: how many rows a matrix product has can change its rounding, and which linears of a group are solved together depends on the number of ranks
+    trials = [(damp, [(job, number, tried[0]) for number in range(len(job.options))]) for damp in known.damps for job in jobs]
     _settle(in_parallel(lambda trial: _try(*trial, known), trials, device))
     if lost := next((job.linear.name for job in jobs if job.value == float("inf")), None):
         raise CheckFailed("no candidate has a finite error on the held-out tokens", where=lost, fix="check the base and the adapter for NaN or overflow")
     if len(tried) > 1:
-        damps = sorted({job.choice[0] for job in jobs})
-        others = [(damp, [(job, job.choice[1], shift) for job in jobs if job.choice[0] == damp for shift in tried[1:]]) for damp in damps]
+        others = [(job.choice[0], [(job, job.choice[1], shift) for shift in tried[1:]]) for job in jobs]
         _settle(in_parallel(lambda trial: _try(*trial, known), others, device))
     return in_parallel(lambda job: _solve(job, known, blocks, steps), jobs, device)
 

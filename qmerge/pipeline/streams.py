@@ -15,7 +15,7 @@ from torch import nn
 
 from qmerge.device import in_parallel, worker_threads
 from qmerge.numerics.curvature import Curvature
-from qmerge.numerics.hessian import Statistics
+from qmerge.numerics.hessian import Statistics, slot_of
 from qmerge.pipeline.blocks import (
     Call,
     Group,
@@ -56,6 +56,8 @@ class Batch:
     runtime: torch.Tensor
     calls: list[Call]
     held_out: bool
+    slot: int = 0
+    """the partial sum that it belongs to (numerics.hessian.SLOTS), among those that are, or are not, held out"""
 
 
 def requantize_blocks(
@@ -134,7 +136,7 @@ def requantize_blocks(
     if head is not None:
         if kept is not None:
             kept.solving(units - 1)
-        solved = solve_head(plan, merged, [(batch.teacher, batch.runtime, batch.held_out) for batch in batches], head, model_dtype, nf4_like, steps)
+        solved = solve_head(plan, merged, [(batch.teacher, batch.runtime, batch.held_out, batch.slot) for batch in batches], head, model_dtype, nf4_like, steps)
         if kept is not None:
             kept.commit(units - 1, solved, traffic, None)
             kept.rest()
@@ -213,9 +215,11 @@ class _BlockPair:
             numbers = range(start, min(start + together, len(self.batches)))
             parts = in_parallel(lambda number: self._inputs(group, number, reached), numbers, self.device)
             for held_out in (False, True):
-                chosen = [part for number, part in zip(numbers, parts, strict=True) if self.batches[number].held_out is held_out]
+                chosen = [(part, self.batches[number].slot) for number, part in zip(numbers, parts, strict=True) if self.batches[number].held_out is held_out]
                 if chosen:
-                    sums.setdefault(held_out, Statistics(chosen[0][0].shape[1], self.device)).add_all(chosen)
+                    sums.setdefault(held_out, Statistics(chosen[0][0][0].shape[1], self.device)).add_all(*map(list, zip(*chosen, strict=True)))
+            if held_out in sums:  # the windows to solve on come first, and are through
+                sums[False].close()
         return sums[False], sums[True]
 
     def _inputs(self, group: Group, number: int, reached: list[dict[str, torch.Tensor]] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -275,13 +279,13 @@ def start(plan: MergePlan, merged: Merged, calibration: Calibration, batch: int 
     if head and head not in merged.pieces.table:  # tied: the recorder's forward ends in the head, so it needs some weight
         set_weight(model, head, model.get_input_embeddings().weight)
     move_buffers(model, merged.device)
-    parts: list[tuple[torch.Tensor, bool]] = []
+    parts: list[tuple[torch.Tensor, bool, int]] = []
     for ids, held_out in ((calibration.train, False), (calibration.held_out, True)):
-        size = max(1, batch // ids.shape[1])
-        parts += [(part.to(merged.device), held_out) for part in ids.split(size)]
+        split = ids.split(max(1, batch // ids.shape[1]))
+        parts += [(part.to(merged.device), held_out, slot_of(number, len(split))) for number, part in enumerate(split)]
     # one thread per operation, here as in the blocks: the bits must not depend on the thread count
-    hidden, calls = in_parallel(lambda ids: record_calls(model, skeleton.blocks_name, ids), [[part for part, _ in parts]], merged.device)[0]
-    return [Batch(first, first, call, held) for first, call, (_, held) in zip(hidden, calls, parts, strict=True)]
+    hidden, calls = in_parallel(lambda ids: record_calls(model, skeleton.blocks_name, ids), [[ids for ids, *_ in parts]], merged.device)[0]
+    return [Batch(first, first, call, held, slot) for first, call, (_, held, slot) in zip(hidden, calls, parts, strict=True)]
 
 
 def _load_block(empty: nn.Module, prefix: str, merged: Merged, linears: dict[str, bool], model_dtype: torch.dtype, routed: list[ExpertWeight]) -> tuple[nn.Module, nn.Module]:

@@ -33,6 +33,24 @@ def pick_device(wish: str) -> torch.device:
         raise UsageProblem("unknown device", where=f"--device {wish}", expected="cpu, cuda, cuda:N or auto") from problem
 
 
+def own_device(wish: str, local_rank: int, local_size: int) -> str:
+    """One accelerator for each of several processes on a host: ``cuda:0`` for the first, and so on; ``cpu`` where there is none or it is asked for. Raises UsageProblem where they do not suffice."""
+    if local_size == 1 or wish == "cpu" or (wish == "auto" and not torch.cuda.is_available()):
+        return wish
+    if wish not in ("auto", "cuda"):
+        raise UsageProblem("several processes of a host would share one device", where=f"--device {wish}", expected="auto, cuda or cpu", fix="leave --device out: each process takes one of its own")
+    if wish == "auto" or torch.cuda.is_available():
+        if torch.cuda.device_count() < local_size:
+            raise UsageProblem("there are more processes than devices on a host", where=f"--device {wish}", expected=f"{local_size} devices", found=torch.cuda.device_count(), fix="start fewer processes per host")
+        return f"cuda:{local_rank}"
+    return wish
+
+
+def group_backend(device: str) -> str:
+    """What carries tensors between processes."""
+    return "cpu:gloo,cuda:nccl" if device.startswith("cuda") and torch.cuda.is_available() else "gloo"
+
+
 def exact_matmuls() -> None:
     """Keep fp32 products in fp32 on CUDA: TF32 would put 1e-3 errors into a merge."""
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from qmerge.cli.output import Streams
 from qmerge.cli.push import push_command
 from qmerge.cli.reporting import advise_command, report_command
 from qmerge.cli.run import run_command
+from qmerge.cli.several import check_alone
 from qmerge.cli.verify import verify_command
 from qmerge.errors import QmergeError, printable
 
@@ -33,11 +35,13 @@ PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, e
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EPILOG)
 @click.version_option(__version__, prog_name="qmerge")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Merge a QLoRA adapter into its 4-bit base, keep the fine-tune in 4 bits, and measure what it cost.
 
     Start with `qmerge inspect PATH`, then `qmerge run --base … --adapter … --out … --calibration …`.
     """
+    check_alone(context.invoked_subcommand, context.find_object(Streams))
 
 
 for command in (inspect_command, merge_command, eval_command, bench_command, compare_command, report_command, advise_command, card_command, verify_command, push_command, run_command):
@@ -85,7 +89,7 @@ def _explain(problem: BaseException, streams: Streams | None, loud: bool) -> int
         return 1
     if streams and (last := streams.talk.getvalue().strip()):
         click.echo("the libraries' last words:\n  " + "\n  ".join(printable(last).splitlines()[-12:]), err=True)
-    traceback.print_exception(problem)
+    traceback.print_exception(problem, file=sys.stderr if not isinstance(sys.stderr, io.StringIO) else sys.__stderr__)  # also of a rank that another talks for
     return problem.exit_code if isinstance(problem, QmergeError) else 1
 
 

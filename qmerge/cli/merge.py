@@ -10,6 +10,8 @@ from qmerge.cli.evidence import eval_line
 from qmerge.cli.options import merge_options, to_plan
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say
 from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, fit_option, foreseen
+from qmerge.cli.several import several
+from qmerge.ranks import Ranks
 
 
 @click.command("merge", cls=QuietCommand)
@@ -22,7 +24,13 @@ def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: b
     """Merge an adapter into its base and write one checkpoint.
 
     W = dequantize(NF4) + scaling · B·A in fp32; then, for quantizing formats, each linear is requantized so that the model answers as base + adapter did.
+    Started by torchrun or srun, several processes share the work (docs/scale.md).
     """
+    with several(flags["device"]) as ranks:
+        _merge(recipe_file, settings, dry_run, resume, unchecked, as_json, flags, ranks)
+
+
+def _merge(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, resume: bool, unchecked: bool, as_json: bool, flags: dict[str, Any], ranks: Ranks) -> None:
     from qmerge.pipeline.recipe import build_recipe
 
     recipe = build_recipe(recipe_file, settings, flags)
@@ -30,9 +38,9 @@ def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: b
     from qmerge.pipeline.plan import describe_plan, plan, plan_each
     from qmerge.pipeline.run import calibration_for, run, run_dense
 
-    plans = plan_each(recipe) if recipe.each else [plan(recipe)]
+    plans = plan_each(recipe, ranks.first) if recipe.each else [plan(recipe, ranks.first)]
     calibration = None if recipe.each else calibration_for(plans[0])
-    expected = foreseen(plans, calibration, unchecked, resume)
+    expected = foreseen(plans, calibration, unchecked or not ranks.first, resume, processes=ranks.local_size)
     if dry_run:
         if as_json:
             rows = [found.to_json() | estimate_json(expected) for found in plans]
@@ -51,7 +59,9 @@ def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: b
     steps = Steps()
     goes_on = Resume(asked.overwrite) if resume else None
     with Stop(say) as stop:
-        done = run_dense(plans, steps.step, steps.count, goes_on, stop, say) if recipe.each else [run(plans[0], steps.step, calibration, steps.count, resume=goes_on, stop=stop, say=say)]
+        done = run_dense(plans, steps.step, steps.count, goes_on, stop, say, ranks) if recipe.each else [run(plans[0], steps.step, calibration, steps.count, resume=goes_on, stop=stop, say=say, ranks=ranks)]
+    if not ranks.first:
+        return
     rows = [
         {"out": str(one.out), "elapsed_s": round(one.elapsed_s, 2), "peak_rss_bytes": one.peak_rss_bytes, **found.to_json(), **estimate_json(expected)} for one, found in zip(done, plans, strict=True)
     ]

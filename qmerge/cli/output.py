@@ -25,6 +25,10 @@ class Streams:
     def keep(self) -> None:
         sys.stdout = sys.stderr = self.talk
 
+    def mute(self) -> None:
+        """Say nothing at all: another process talks for this one."""
+        self.out = self.err = self.talk
+
     def restore(self) -> None:
         sys.stdout, sys.stderr = self.out, self.err
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 fit_option = click.option("--no-fit-check", "unchecked", is_flag=True, help="Start even where the estimate says that disk or memory will not do. The estimate is shown all the same.")
 
 
-def foreseen(plans: Sequence[MergePlan], calibration: Calibration | None, unchecked: bool, resumed: bool = False, evaluating: int = 0) -> Estimate:
-    """The estimate of a run, after every check that the run itself makes before it writes. Raises Refused where the run cannot fit, unless ``unchecked``."""
+def foreseen(plans: Sequence[MergePlan], calibration: Calibration | None, unchecked: bool, resumed: bool = False, evaluating: int = 0, processes: int = 1) -> Estimate:
+    """The estimate of a run, after every check that the run itself makes before it writes. Raises Refused where the run cannot fit, unless ``unchecked``.
+    ``processes``: as many like this one share the machine's memory."""
     from qmerge.device import return_memory
     from qmerge.pipeline.estimate import estimate
     from qmerge.pipeline.fit import check_fit
@@ -31,7 +32,7 @@ def foreseen(plans: Sequence[MergePlan], calibration: Calibration | None, unchec
         return_memory()
     found = estimate(plans, calibration)
     if not unchecked:
-        for word in check_fit(found, plans, resumed, evaluating):
+        for word in check_fit(found, plans, resumed, evaluating, processes):
             warn(word)
     return found
 

@@ -23,7 +23,7 @@ each forms whole partial sums, up to ``SLOTS`` of them at work. More would cost 
 
 def slot_of(batch: int, batches: int) -> int:
     """The partial sum that a batch belongs to, 0 … ``SLOTS`` - 1; fewer batches than that have one each."""
-    return batch * SLOTS // batches
+    return batch if batches <= SLOTS else batch * SLOTS // batches
 
 
 @dataclass
@@ -37,6 +37,8 @@ class Statistics:
     features: int
     device: torch.device | str = "cpu"
     tokens: int = 0
+    outputs: int = 0
+    """rows of the residual's product, where that is known to be summed"""
     _open: list[torch.Tensor | None] = field(init=False, repr=False)
     """H (its lower half), D and R of the slot that is being summed"""
     _closed: list[torch.Tensor | None] = field(init=False, repr=False)
@@ -45,6 +47,8 @@ class Statistics:
 
     def __post_init__(self) -> None:
         self._open = [torch.zeros(self.features, self.features, device=self.device), torch.zeros(self.features, self.features, device=self.device), None]
+        if self.outputs:
+            self._open[2] = torch.zeros(self.outputs, self.features, device=self.device)
         self._closed = [None, None, None]
 
     def add(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None = None) -> None:
@@ -64,13 +68,10 @@ class Statistics:
             self._open[2] = torch.zeros(batches[0][2].shape[1], self.features, device=self.device)
         if slots[-1] != self._slot:
             self._closed = [torch.zeros_like(total) if total is not None and closed is None else closed for total, closed in zip(self._open, self._closed, strict=True)]
-        jobs = [(which, start) for which, total in enumerate(self._open) if total is not None for start in range(0, total.shape[0], STRIP)]
 
-        def strip(job: tuple[int, int]) -> None:
-            which, start = job
+        def strip(job: tuple[int, slice, slice]) -> None:
+            which, rows, columns = job
             total, closed, slot = self._open[which], self._closed[which], self._slot
-            rows = slice(start, min(start + STRIP, total.shape[0]))
-            columns = slice(0, rows.stop) if which == 0 else slice(None)  # H is symmetric
             for batch, its in zip(batches, slots, strict=True):
                 if its != slot:
                     closed[rows, columns].add_(total[rows, columns])
@@ -79,9 +80,23 @@ class Statistics:
                 if which != 1 or not same:
                     total[rows, columns].addmm_(batch[which][:, rows].T, batch[0][:, columns])
 
-        in_parallel(strip, jobs, self._open[0].device)
+        in_parallel(strip, self._strips(), self._open[0].device)
         self._slot = slots[-1]
         self.tokens += sum(batch[0].shape[0] for batch in batches)
+
+    def _strips(self) -> list[tuple[int, slice, slice]]:
+        """(which sum, rows, columns) of what has to be summed."""
+        found = []
+        for which, total in enumerate(self._open):
+            for start in range(0, 0 if total is None else total.shape[0], STRIP):
+                rows = slice(start, min(start + STRIP, total.shape[0]))
+                found.append((which, rows, slice(0, rows.stop) if which == 0 else slice(None)))  # H is symmetric
+        return found
+
+    def strips(self) -> list[torch.Tensor]:
+        """Views of all that is summed, always in the same order: two sums are added by adding these."""
+        self.close()
+        return [self._open[which][rows, columns] for which, rows, columns in self._strips()]
 
     def close(self) -> None:
         """All batches are there: the last slot is added to those before it, which frees half of the memory. Means do this themselves."""

@@ -25,9 +25,11 @@ from qmerge.formats.base import FOUR_BIT
 from qmerge.formats.dense import cast
 from qmerge.pipeline.kept_shards import KeptShards
 from qmerge.pipeline.merge import Merged, OpenPiece, stretches
+from qmerge.pipeline.spread import share_out
+from qmerge.ranks import ALONE, Ranks
 from qmerge.store.adapter import check_finite
 from qmerge.store.headers import TORCH_DTYPES, rows_of
-from qmerge.store.stream import MAX_SHARD_BYTES, OutTensor, ShardStream, order_key
+from qmerge.store.stream import MAX_SHARD_BYTES, OutTensor, ShardStream, cut, in_order, order_key
 from qmerge.store.tensors import read_tensor
 
 MANY_WEIGHTS = 1 << 32
@@ -59,6 +61,17 @@ class DenseJob:
     """module -> how well its delta was added and how much of it survived the cast"""
     digests: dict[str, dict[str, Any]] = field(default_factory=dict)
     kept: KeptShards | None = None
+    ranks: Ranks = ALONE
+    """each of them writes some of the shards"""
+
+    def stream(self) -> ShardStream:
+        """All shards, or this rank's."""
+        done, tensors = self.kept.digests if self.kept else {}, self.outputs()
+        shards = cut(in_order(tensors), self.shard_bytes)
+        left = [number for number in range(len(shards)) if number not in done]
+        owners = share_out([sum(tensor.nbytes for tensor in shards[number]) for number in left], self.ranks)
+        own = {number for number, owner in zip(left, owners, strict=True) if owner == self.ranks.rank}
+        return ShardStream(self.folder, tensors, self.shard_bytes, done=done, own=own)
 
     def outputs(self) -> list[OutTensor]:
         return [OutTensor(name, self.out_dtype(name), self.file_shape(name)) for name in self.merged.names]
@@ -88,10 +101,12 @@ class _Part:
 def write_dense(jobs: list[DenseJob], device: torch.device, progress: Callable[[str, int, int], None]) -> None:
     """Write every job's shards into its folder and fill its ``records`` and ``digests``. ``progress(label, done, total)`` counts in percent."""
     _warm_up(jobs)
-    streams = {id(job): ShardStream(job.folder, job.outputs(), job.shard_bytes, done=job.kept.digests if job.kept else ()) for job in jobs}
-    total = max(1, sum(tensor.nbytes for stream in streams.values() for tensor in stream.order))
+    streams = {id(job): job.stream() for job in jobs}
     there = {id(job): _there(job, streams[id(job)]) for job in jobs}
-    done, sums = sum(sum(tensor.nbytes for tensor in names.values()) for names in there.values()), {}
+    before = [shard for job in jobs for number, shard in enumerate(streams[id(job)].shards) if job.kept and number in job.kept.digests]
+    own = [stream.shards[number] for stream in streams.values() for number in stream.todo]
+    done, sums = sum(tensor.nbytes for shard in before for tensor in shard), {}
+    total = max(1, done + sum(tensor.nbytes for shard in own for tensor in shard))
     try:
         for part in _in_order(_tasks(jobs, device, there), worker_threads(device)):
             streams[id(part.job)].write(part.data)
@@ -102,27 +117,32 @@ def write_dense(jobs: list[DenseJob], device: torch.device, progress: Callable[[
                 _note(part, sums)
             _keep(part.job, streams)
         for job in jobs:
-            streams[id(job)].finish()
+            streams[id(job)].finish(job.ranks.first)
             job.digests = streams[id(job)].digests
             if job.kept is not None:
                 job.kept.note(streams[id(job)], job.records, wait=True)
+            for digests, records in job.ranks.hear([job.digests, job.records]) if not job.ranks.alone else ():
+                job.digests, job.records = job.digests | digests, job.records | records
     finally:
         for stream in streams.values():
             stream.__exit__(None, None, None)
 
 
 def _there(job: DenseJob, stream: ShardStream) -> dict[str, OutTensor]:
-    """The tensors in shards that an earlier process has finished; the adapter's part in them is used up, and was proved."""
-    if job.kept is None:
-        return {}
-    names = {tensor.name: tensor for shard in stream.shards[: len(job.kept.digests)] for tensor in shard}
+    """The tensors in shards that an earlier process has finished, or another rank writes; the adapter's part in them is used up, and was proved there."""
+    todo = set(stream.todo)
+    names = {tensor.name: tensor for number, shard in enumerate(stream.shards) if number not in todo for tensor in shard}
     job.merged.used_before(names)
-    job.records |= job.kept.records
+    job.records |= job.kept.records if job.kept is not None else {}
     return names
 
 
 def _keep(job: DenseJob, streams: Mapping[int, ShardStream]) -> None:
     """Note the shards that are on the disk, and end here where somebody wishes that and none of this job's is half written."""
+    if job.ranks.asked_to_stop() and job.kept is not None:
+        job.kept.run.stop.wanted = True
+    else:
+        job.ranks.check()
     if job.kept is None:
         return
     stream = streams[id(job)]

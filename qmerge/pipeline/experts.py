@@ -8,7 +8,7 @@ fused parameter while transformers' own loop over experts runs, so nothing is as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from qmerge.numerics.hessian import Statistics
 from qmerge.pipeline.experts_names import ExpertWeight
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.requantize import Linear, Solved
+from qmerge.pipeline.spread import Spread, handed
+from qmerge.ranks import ALONE, Ranks
 
 ARRIVALS = "arrivals"
 """a module that experts get, which does nothing but receive what they receive"""
@@ -66,6 +68,20 @@ class Arrived:
         """(run-time, teacher) hidden states of the tokens of ``expert``; None: of all."""
         rows = slice(None) if expert is None else self.routed(expert)
         return self.runtime[rows, : self.hidden], self.teacher[rows, : self.hidden]
+
+
+def everywhere(spread: Spread, own: dict[int, Arrived], device: torch.device) -> list[Arrived]:
+    """What came in each batch, in the order of the batches, on all ranks. ``own``: by the number of the batch."""
+    ranks, found = spread.ranks, []
+    if ranks.alone:
+        return list(own.values())
+    owners = {number: rank for rank, numbers in enumerate(ranks.hear(list(own))) for number in numbers}
+    for number in range(spread.batches):
+        here = own.get(number)
+        record = None if here is None else ({"held_out": here.held_out}, {"runtime": here.runtime.cpu().contiguous(), "teacher": here.teacher.cpu().contiguous()})
+        facts, tensors = ranks.hand(record, owners[number])
+        found.append(here or Arrived(tensors["runtime"].to(device), tensors["teacher"].to(device), facts["held_out"]))
+    return found
 
 
 def receive(block: nn.Module, names: Iterable[str]) -> None:
@@ -131,6 +147,8 @@ class ExpertSolver:
     solve: Callable[[list[Linear], Statistics, Statistics], list[Solved]]
     nearest: Callable[[Linear], Solved]
     low_traffic: str = POOLED
+    ranks: Ranks = ALONE
+    model_dtype: torch.dtype = torch.float32
     solved: dict[str, Solved] = field(default_factory=dict)
     traffic: dict[str, Traffic] = field(default_factory=dict)
 
@@ -144,11 +162,23 @@ class ExpertSolver:
         self._all: dict[str, Statistics] = {}
 
     def run(self) -> None:
-        """Solve expert by expert, each parameter on the inputs that the ones before it make as they now are."""
-        for expert, parameters in self.by_expert.items():
-            for name in self.order:
-                if name in parameters:
-                    self._one(expert, name, parameters[name])
+        """Solve expert by expert, each parameter on the inputs that the ones before it make as they now are. No expert needs another, so each rank solves some of them."""
+        for place, (expert, parameters) in enumerate(self.by_expert.items()):
+            for name in (name for name in self.order if name in parameters and place % self.ranks.size == self.ranks.rank):
+                self._one(expert, name, parameters[name])
+        if not self.ranks.alone:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """What each rank has solved, on all of them, in the order in which one alone would have."""
+        own, traffic = self.solved, {name: row for rows in self.ranks.hear({name: asdict(row) for name, row in self.traffic.items()}) for name, row in rows.items()}
+        self.solved, self.traffic = {}, {}
+        for place, parameters in enumerate(self.by_expert.values()):
+            for weight in (weight for name in self.order for weight in parameters.get(name, ())):
+                (result,) = handed(self.ranks, [place % self.ranks.size], [weight.name], own, self.model_dtype, self.device)
+                if weight.name not in own:
+                    weight.region.write(self.runtime.get_parameter(weight.parameter.rpartition(".")[2]).data, result.weight)
+                self.solved[weight.name], self.traffic[weight.name] = result, Traffic(**traffic[weight.name])
 
     def _one(self, expert: int, name: str, weights: list[ExpertWeight]) -> None:
         whole = self.teacher.get_parameter(name)

@@ -25,13 +25,14 @@ OVERRULE = "--no-fit-check"
 Fits = Callable[[Estimate], bool]
 
 
-def check_fit(found: Estimate, plans: Sequence[MergePlan], resumed: bool = False, evaluating: int = 0) -> list[str]:
+def check_fit(found: Estimate, plans: Sequence[MergePlan], resumed: bool = False, evaluating: int = 0, processes: int = 1) -> list[str]:
     """Refused where disk, memory or accelerator cannot hold the run, naming what is needed, what is there and the setting that would do. Returns words on what is close.
 
     ``resumed``: what an interrupted run has left beside OUT counts as written. ``evaluating``: memory that measuring the result takes beside the process itself, 0 where nothing is measured.
+    ``processes``: as many like this one are on this machine.
     """
     close = _check_disk(found, plans, resumed)
-    close += _check_memory(found, plans, memory_room(), evaluating)
+    close += _check_memory(found, plans, memory_room(), evaluating, processes)
     return close + _check_device(found, plans)
 
 
@@ -50,9 +51,10 @@ def free_bytes(out: Path) -> int:
     return shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
 
 
-def _check_memory(found: Estimate, plans: Sequence[MergePlan], room: Room | None, evaluating: int) -> list[str]:
+def _check_memory(found: Estimate, plans: Sequence[MergePlan], room: Room | None, evaluating: int, processes: int = 1) -> list[str]:
     if room is None:
         return []
+    room = Room(room.free // processes, room.limit + (f", for each of {processes} processes" if processes > 1 else ""))
     merging = found.ram_bytes - found.base_bytes + LIBRARIES
     if merging > room.free:
         fitting = _settings(found, plans, lambda other: other.ram_bytes - other.base_bytes + LIBRARIES <= SPARE * room.free)

@@ -66,7 +66,7 @@ class Gradients:
         """``visit`` gets every group of ``plan.requantized`` (routed experts apart), the head first, then from the last block to the first; with the sums of their ``inputs`` where
         asked for. ``missing`` gets the name of a linear whose output does not reach the loss through its own block; its group is not visited."""
         plan, merged = self.plan, self.merged
-        batches = start(plan, merged, self.few, BATCH)
+        batches, _ = start(plan, merged, self.few, batch=BATCH)
         entered = _forwards(plan, merged, batches, progress)
         gradients = self._end(batches, visit, inputs)
         apart = {weight.name for weight in plan.routed}

@@ -19,6 +19,7 @@ from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Linear, Solved, Steps, requantize_group
 from qmerge.pipeline.skeleton import Skeleton, set_weight
+from qmerge.pipeline.spread import Spread, handed
 from qmerge.types import Grid, QuantState
 
 
@@ -111,23 +112,32 @@ def solve_head(
     model_dtype: torch.dtype,
     nf4_like: QuantState | None = None,
     steps: Steps | None = None,
+    spread: Spread | None = None,
 ) -> dict[str, Solved]:
     """The head, solved as a group of its own so that it answers run-time inputs as the teacher's answers the teacher's.
 
     ``ends``: per batch the teacher's and the run-time hidden states ``[windows, T, hidden]`` after the last block, whether the batch is held out to choose with, and its slot.
-    The head is the largest matrix: the solver holds some eight copies of it in fp32.
+    The head is the largest matrix: the solver holds some eight copies of it in fp32. ``spread``: ``ends`` are of this rank's batches; the last rank solves.
     """
     name, device = plan.skeleton.output_embedding, merged.device
     with torch.no_grad(), Tail(plan.skeleton) as tail:
         aims = in_parallel(lambda end: tail.head_input(end[0]), ends, device)
         _as_stored(plan.skeleton, model_dtype)
         inputs = in_parallel(lambda end: tail.head_input(end[1]), ends, device)
-    sums = {held_out: Statistics(inputs[0].shape[-1], device) for held_out in (False, True)}
-    for held_out, statistics in sums.items():
-        here = [(x.flatten(0, -2), aim.flatten(0, -2), slot) for x, aim, (_, _, held, slot) in zip(inputs, aims, ends, strict=True) if held is held_out]
-        statistics.add_all([(x, aim, None) for x, aim, _ in here], [slot for *_, slot in here])
-    linear = Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name))
-    return {name: requantize_group([linear], grid, sums[False], sums[True], model_dtype, nf4_like, len(plan.skeleton.blocks), steps)[0]}
+    weight, spread = merged.weight(name), spread or Spread()
+    owner, sums = spread.ranks.size - 1, []
+    for held_out in (False, True):
+        here = [((x.flatten(0, -2), aim.flatten(0, -2), None), slot) for x, aim, (_, _, held, slot) in zip(inputs, aims, ends, strict=True) if held is held_out]
+        if spread.ranks.alone:
+            sums.append(Statistics(weight.shape[1], device))
+            sums[-1].add_all([part for part, _ in here], [slot for _, slot in here])
+        else:
+            sums.append(spread.sums(held_out, here, weight.shape[1], 0, device, [owner]))
+    found = {}
+    if spread.ranks.rank == owner:
+        linear = Linear(name, weight, merged.four_bit(name), merged.delta(name))
+        found = {name: requantize_group([linear], grid, *sums, model_dtype, nf4_like, len(plan.skeleton.blocks), steps)[0]}
+    return {name: handed(spread.ranks, [owner], [name], found, model_dtype, device)[0]}
 
 
 def _as_stored(skeleton: Skeleton, model_dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -162,18 +162,24 @@ class Kept:
 
     def save_streams(self, passed: int, batches: list[Any]) -> None:
         """Keep what enters block ``passed``, if there is time and room for it."""
-        nbytes = sum(stream.numel() * stream.element_size() for batch in batches for stream in (batch.teacher, batch.runtime))
+        if self.worth_keeping(sum(stream.numel() * stream.element_size() for batch in batches for stream in (batch.teacher, batch.runtime))):
+            self.put_streams(passed, ((batch.teacher, batch.runtime) for batch in batches), len(batches))
+
+    def worth_keeping(self, nbytes: int) -> bool:
+        """Is there time and room to keep activations of so many bytes?"""
         elapsed, held = time.perf_counter() - self.began, sum(self._full[number] for number in self._full if self.tensors_of.get(number))
         pressing = self.drops and bool(self.shards) and held > max(self.shard_bytes, 2 * nbytes)
         if not pressing and self.journal.seconds + self.journal.cost(nbytes) > SHARE * elapsed:
-            return
-        if shutil.disk_usage(self.run.folder.home).free < 2 * nbytes:
-            return
+            return False
+        return shutil.disk_usage(self.run.folder.home).free >= 2 * nbytes
+
+    def put_streams(self, passed: int, streams: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int) -> None:
+        """Keep them, the teacher's and the run-time one of each of the ``batches``, if there is room."""
         try:
-            for number, batch in enumerate(batches):
-                flat = {name: laid_flat(getattr(batch, name)) for name in ("teacher", "runtime")}
+            for number, pair in enumerate(streams):
+                flat = {name: laid_flat(stream) for name, stream in zip(("teacher", "runtime"), pair, strict=True)}
                 self.journal.put(f"streams-{passed}-{number}", {name: order for name, (_, order) in flat.items()}, {name: tensor for name, (tensor, _) in flat.items()})
-            self.journal.put("streams", {"passed": passed, "batches": len(batches)})
+            self.journal.put("streams", {"passed": passed, "batches": batches})
         except Interrupted:  # no room for it: the blocks are there all the same, and more of them will have to be run forwards
             self._forget_streams(keep=self.passed)
             return
@@ -188,15 +194,24 @@ class Kept:
 
     def load_streams(self, batches: list[Any]) -> int:
         """Put kept activations into ``batches`` and return how many blocks they have gone through; 0 where there are none that fit."""
-        head = self.journal.get("streams") if self.passed else None
-        parts = [self.journal.get(f"streams-{self.passed}-{number}") for number in range(len(batches))] if head is not None and head[0]["batches"] == len(batches) else [None]
-        if any(part is None for part in parts):
-            self.passed = 0
-            return 0
-        for (orders, tensors), batch in zip(parts, batches, strict=True):
-            for name in ("teacher", "runtime"):
-                setattr(batch, name, laid_back(tensors[name], orders[name], getattr(batch, name).device))
+        if self.streams_of(len(batches)):
+            for batch, pair in zip(batches, map(self.get_streams, range(len(batches))), strict=True):
+                batch.teacher, batch.runtime = (stream.to(batch.teacher.device) for stream in pair)
         return self.passed
+
+    def streams_of(self, batches: int) -> bool:
+        """Are activations kept of so many batches? Those of other numbers are forgotten."""
+        head = self.journal.get("streams") if self.passed else None
+        if head is None or head[0]["batches"] != batches:
+            self.passed = 0
+        return self.passed > 0
+
+    def get_streams(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kept activations of a batch, on the CPU: the teacher's and the run-time one."""
+        found = self.journal.get(f"streams-{self.passed}-{number}")  # was whole when this process began
+        if found is None:
+            raise Interrupted("What was kept of the run cannot be read any more.", where=f"streams-{self.passed}-{number}", fix="run again without --resume")
+        return laid_back(found[1]["teacher"], found[0]["teacher"]), laid_back(found[1]["runtime"], found[0]["runtime"])
 
     # what comes before the blocks
 

@@ -13,24 +13,31 @@ from qmerge.store.stream import ShardStream
 
 
 class KeptShards:
-    """``digests`` of the shards that are finished, first to last, and the ``records`` of the modules in them. ``ready``: are the inputs' digests known? A shard counts from then on."""
+    """``digests`` of the shards that are finished, by number, and the ``records`` of the modules in them. ``ready``: are the inputs' digests known? A shard counts from then on.
 
-    def __init__(self, run: Run, ready: Callable[[], bool]) -> None:
+    ``found``: what another rank has found of them here, which `told` gives; without it this process looks.
+    """
+
+    def __init__(self, run: Run, ready: Callable[[], bool], found: Mapping[str, Any] | None = None) -> None:
         self.run, self._ready = run, ready
-        self.digests: list[dict[str, Any]] = []
+        self.digests: dict[int, dict[str, Any]] = {}
         self.records: dict[str, dict[str, float]] = {}
-        if run.resumed:
+        if found is not None:
+            self.digests, self.records = {int(number): digest for number, digest in found["digests"].items()}, found["records"]
+        elif run.resumed:
             self._look()
+
+    def told(self) -> dict[str, Any]:
+        return {"digests": self.digests, "records": self.records}
 
     def _look(self) -> None:
         out, files = self.run.folder.path, set()
-        while (row := self.run.journal.get(f"shard-{len(self.digests)}")) is not None:
-            path = out / row[0]["file"]
-            if not path.is_file() or digest_file(path) != row[0]["digest"]:
-                break
-            files.add(path.name)
-            self.digests.append(row[0]["digest"])
-            self.records |= row[0]["records"]
+        for name in (name for name in self.run.journal.names() if name.startswith("shard-")):
+            row = self.run.journal.get(name)
+            if row is not None and (path := out / row[0]["file"]).is_file() and digest_file(path) == row[0]["digest"]:
+                files.add(path.name)
+                self.digests[int(name.removeprefix("shard-"))] = row[0]["digest"]
+                self.records |= row[0]["records"]
         clear(out, files)
 
     def note(self, stream: ShardStream, records: Mapping[str, dict[str, float]], wait: bool = False) -> None:
@@ -38,16 +45,17 @@ class KeptShards:
         self.run.place = f"shard {min(stream.closed + 1, len(stream.shards))}/{len(stream.shards)}"
         ahead = 1 < len(stream.shards) > stream.closed  # with one shard nothing could be kept of it
         self.run.stop.finishing = f"shard {stream.closed + 1}/{len(stream.shards)}" if ahead else ""
-        if (durable := stream.durable) == len(self.digests) or not (wait or self._ready()):
+        fresh = [number for number in stream.durable if number not in self.digests]
+        if not fresh or not (self._ready() or wait and self.run.facts is not None):
             return
         sync(stream.folder)
         self.run.begin()
-        for number in range(len(self.digests), durable):
+        for number in fresh:
             name = stream.name_of(number)
             modules = [tensor.name.removesuffix(".weight") for tensor in stream.shards[number]]
             row = {"file": name, "digest": stream.digests[name], "records": {module: records[module] for module in modules if module in records}}
             self.run.journal.put(f"shard-{number}", row)
-            self.digests.append(row["digest"])
+            self.digests[number] = row["digest"]
 
     def ends_here(self, stream: ShardStream) -> bool:
         """Is the run to end, and no shard half written?"""

@@ -80,11 +80,12 @@ class MergePlan:
         }
 
 
-def plan(recipe: Recipe) -> MergePlan:
-    """Read headers and configs, check everything against everything, and say what would be done. Writes nothing."""
+def plan(recipe: Recipe, writes: bool = True) -> MergePlan:
+    """Read headers and configs, check everything against everything, and say what would be done. Writes nothing. ``writes``: will this process write OUT, or another one, perhaps on another host?"""
     check_calibration_given(recipe)
     found = read_inputs(recipe)
-    check_output(Path(recipe.out), [found.checkpoint.path, *(adapter.path for adapter in found.adapters)], recipe.overwrite)
+    if writes:
+        check_output(Path(recipe.out), [found.checkpoint.path, *(adapter.path for adapter in found.adapters)], recipe.overwrite)
     return with_outputs(found)
 
 
@@ -110,12 +111,12 @@ def read_inputs(recipe: Recipe, trained_with: Nf4Recipe | None = None) -> MergeP
     return MergePlan(recipe, base, adapters, skeleton, pieces, config, (), (), 0, 0, tuple(warnings + _warnings(recipe, base, adapters, pieces)))
 
 
-def plan_each(recipe: Recipe) -> list[MergePlan]:
+def plan_each(recipe: Recipe, writes: bool = True) -> list[MergePlan]:
     """One plan per adapter, each into a folder of its own below OUT, named after the adapter."""
     labels = Counter(_label(choice.place) for choice in recipe.choices)
     if twice := [label for label, count in labels.items() if count > 1]:
         raise Refused("two adapters would be written to one folder", where=f"--each --out {recipe.out}", found=f"{twice[0]}, twice", fix="rename a folder, or merge them one by one")
-    return [plan(replace(recipe, adapter=(text,), each=False, out=str(Path(recipe.out) / _label(choice.place)))) for text, choice in zip(recipe.adapter, recipe.choices, strict=True)]
+    return [plan(replace(recipe, adapter=(text,), each=False, out=str(Path(recipe.out) / _label(choice.place))), writes) for text, choice in zip(recipe.adapter, recipe.choices, strict=True)]
 
 
 def _label(place: str) -> str:

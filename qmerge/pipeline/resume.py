@@ -43,10 +43,11 @@ class Resume:
 class Run:
     """A run under way. ``place``: what it has come to, for people; `began` is False until it has something that a later run can go on from."""
 
-    folder: RunFolder
+    folder: RunFolder | None
     journal: Journal
     stop: Stop
-    facts: Callable[[], dict[str, Any]]
+    facts: Callable[[], dict[str, Any]] | None
+    """what the run is of; None where another rank notes that"""
     resumed: bool
     say: Callable[[str], None]
     place: str = "the beginning"
@@ -54,9 +55,15 @@ class Run:
 
     def begin(self) -> None:
         """Note what the run is of, before the first thing is kept of it."""
-        if not self.began:
+        if not self.began and self.facts is not None:
             self.journal.put("run", self.facts())
             self.began = True
+
+
+def joined(home: Path, stop: Stop) -> Run:
+    """The run that another rank has begun, for one that adds to it."""
+    journal = Journal(home / "journal")
+    return Run(None, journal, stop, None, False, lambda _: None, began=journal.facts("run") is not None)
 
 
 def identity(plan: MergePlan, calibration: Calibration | None, steps: Steps | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,8 +80,13 @@ def identity(plan: MergePlan, calibration: Calibration | None, steps: Steps | No
         fixed |= {"calibration": text_facts(calibration.facts), "steps": asdict(steps or Steps())}
     places = {"base": plan.checkpoint.path} | {f"adapter {number + 1}": adapter.path for number, adapter in enumerate(plan.adapters)}
     free = {f"the place of the {role}": hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12] for role, path in places.items()}
-    free |= {"device": plan.recipe.device, "threads": torch.get_num_threads(), "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+    free |= {"device": plan.recipe.device, "threads": torch.get_num_threads(), "processor": processor()}
     return {"fixed": fixed, "free": free}
+
+
+def processor() -> str:
+    """What decides how the CPU rounds."""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def text_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,6 +262,13 @@ def _ended(run: Run, problem: BaseException) -> BaseException:
         return Interrupted(why[0], where=run.folder.out.name, found=why[1], fix=again, written="nothing")
     return Interrupted(why[0], where=f"{run.folder.out.name}, at {run.place}", found=why[1], fix=again + (" and" if "with" in again else " with") + " --resume: it goes on from there",
                        written=f"nothing at the output; {format_bytes(folder_bytes(run.folder.home))} in {run.folder.home.name}")
+
+
+def interrupted(problem: BaseException) -> BaseException:
+    """What to raise for ``problem`` where nothing is to be kept: `Interrupted` where the run could go on after it."""
+    if isinstance(problem, QmergeError) or (why := _interruption(problem)) is None:
+        return problem
+    return Interrupted(why[0], found=why[1], fix="run the same command again with --resume")
 
 
 def _is_bug(problem: BaseException) -> bool:

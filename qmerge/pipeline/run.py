@@ -7,31 +7,34 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qmerge import formats
-from qmerge.device import exact_matmuls, peak_rss_bytes, pick_device
+from qmerge.device import exact_matmuls, own_device, peak_rss_bytes, pick_device
 from qmerge.errors import Refused
 from qmerge.formats import dense, nf4, registry
 from qmerge.pipeline import outputs
-from qmerge.pipeline.budget import Division, choose_grids
+from qmerge.pipeline.along import SameBytes, check_shared
+from qmerge.pipeline.before import Work, before_the_blocks
 from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokenizer
 from qmerge.pipeline.dense import DenseJob, write_dense
 from qmerge.pipeline.distill import DistillSettings, distill
-from qmerge.pipeline.experts import Traffic, few_tokens
-from qmerge.pipeline.gradients import Curvatures, curvatures
+from qmerge.pipeline.experts import few_tokens
 from qmerge.pipeline.kept import Kept
 from qmerge.pipeline.kept_shards import KeptShards
+from qmerge.pipeline.kept_together import KeptTogether
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Linear, Solved, Steps, round_to_nearest
-from qmerge.pipeline.resume import Resume, already_there, versions, working
+from qmerge.pipeline.resume import Resume, already_there, interrupted, joined, versions, working
+from qmerge.pipeline.spread import solved_apart
 from qmerge.pipeline.stop import Stop
 from qmerge.pipeline.streams import requantize_blocks
+from qmerge.ranks import ALONE, Ranks
 from qmerge.store.durable import write_json
 from qmerge.store.manifest import MANIFEST, build_manifest, input_digests, read_manifest
 from qmerge.store.runs import RunFolder
@@ -59,33 +62,40 @@ def quiet(_: str) -> None:
 
 def run(
     plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: Calibration | None = None, count: Callable[[str, int, int], None] | None = None, steps: Steps | None = None,
-    resume: Resume | None = None, stop: Stop | None = None, say: Callable[[str], None] = quiet,
+    resume: Resume | None = None, stop: Stop | None = None, say: Callable[[str], None] = quiet, ranks: Ranks = ALONE,
 ) -> RunReport:  # fmt: skip
     """Write ``plan`` to its OUT: absent or whole, never half. Raises `qmerge.errors.QmergeError` kinds only for what the inputs can cause, and `Interrupted` where it can be gone on with.
 
     ``progress`` gets a line per step, ``count`` a label, what is done and what there is to do. ``resume``: go on with an interrupted run of this OUT, or find that it is there already;
-    ``stop``: somebody's wish to end it, ``say`` gets what a user must know of other runs.
+    ``stop``: somebody's wish to end it, ``say`` gets what a user must know of other runs. ``ranks``: the processes that share the work; the first writes, to the bytes that one alone would.
     """
     if plan.recipe.format in dense.DTYPES:
-        return run_dense([plan], progress, count, resume, stop, say)[0]
+        return run_dense([plan], progress, count, resume, stop, say, ranks)[0]
     began = time.perf_counter()
     check_adapters(plan)
     recipe = plan.recipe
-    device = pick_device(recipe.device)
+    device = pick_device(own_device(recipe.device, ranks.local_rank, ranks.local_size))
     exact_matmuls()
     if calibration is None:
         calibration = calibration_for(plan)
+    check_shared([plan], calibration, steps, ranks)
+    same, stop = SameBytes([plan], ranks), stop or Stop()
+    merged, work = Merged(plan.base, plan.pieces, plan.adapters, device), Work()
+    if not ranks.first:
+        _follow(plan, merged, calibration, work, same, progress, steps, stop, ranks)
+        return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), (), {})
     with Digests([plan]) as inputs:
-        if resume is not None and (report := _there(plan, lambda: inputs.result()[0], calibration, resume)):
+        report = _there(plan, lambda: inputs.result()[0], calibration, resume) if resume is not None else None
+        if ranks.tell(report is not None):
             return report
-        merged = Merged(plan.base, plan.pieces, plan.adapters, device)
-        work = Work()
-        with working(plan, calibration, steps, lambda: inputs.result()[0], resume, stop or Stop(), say) as under_way:
+        with working(plan, calibration, steps, lambda: inputs.result()[0], resume, stop, say) as under_way:
             kept = Kept(under_way, outputs.model_dtype(plan), device, "distill" not in recipe.polish, calibration is not None, recipe.shard_bytes)
-            _before_the_blocks(plan, merged, calibration, work, kept, progress, steps)
+            if not ranks.alone:
+                kept = KeptTogether(kept, ranks, stop, outputs.model_dtype(plan), device, calibration is not None, lambda: same.check(inputs.result))
+            before_the_blocks(plan, merged, calibration, work, kept, progress, steps)
             writer = ShardWriter(under_way.folder.path, recipe.shard_bytes, done=kept.shards, finished=kept.shard)
             with torch.no_grad():
-                for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps):
+                for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps, ranks):
                     writer.add(name, tensor)
             writer.finish()
             merged.check_all_used()
@@ -94,17 +104,58 @@ def run(
     return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), work.records, (few,) if few else ())
 
 
+def _follow(plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, same: SameBytes, progress: Callable[[str], None], steps: Steps | None, stop: Stop, ranks: Ranks) -> None:
+    """The part of a rank that does not write. Raises Interrupted where the run can be gone on with."""
+    if ranks.tell():
+        return
+    model_dtype = outputs.model_dtype(plan)
+    with contextlib.ExitStack() as stack:
+        inputs = stack.enter_context(Digests([plan])) if same.hashes else None
+        kept = KeptTogether(None, ranks, stop, model_dtype, merged.device, calibration is not None, lambda: same.check(inputs.result if inputs else list))
+        try:
+            before_the_blocks(plan, merged, calibration, work, kept, progress, steps)
+            with torch.no_grad():
+                for _ in _units(plan, merged, calibration, work, kept, progress, steps, ranks):
+                    pass
+        except BaseException as problem:
+            raise interrupted(problem) from None
+
+
+def _follow_dense(plans: list[MergePlan], device: torch.device, same: SameBytes, stop: Stop, ranks: Ranks) -> list[RunReport]:
+    """The part of a rank that writes some files into the first one's folders."""
+    jobs = []
+    for row in ranks.tell():
+        plan, folder = plans[row["plan"]], Path(row["folder"])
+        if not (folder / "out").is_dir():
+            raise Refused("A rank cannot see the folder that OUT grows in.", where=f"rank {ranks.rank}", expected="a file system that all ranks share: each writes some of the files", fix="run all ranks on one host, or put OUT on shared storage")
+        kept = KeptShards(joined(folder, stop), lambda folder=folder: joined(folder, stop).began, row["there"])
+        jobs.append(DenseJob(Merged(plan.base, plan.pieces, plan.adapters, device), dense.DTYPES[plan.recipe.format], folder / "out", plan.recipe.shard_bytes, kept=kept, ranks=ranks))
+    with contextlib.ExitStack() as stack:
+        inputs = stack.enter_context(Digests(plans)) if same.hashes else None
+        try:
+            if jobs:
+                write_dense(jobs, device, lambda *_: None)
+                same.check(inputs.result if inputs else list)
+        except BaseException as problem:
+            raise interrupted(problem) from None
+    return [RunReport(Path(plan.recipe.out), 0.0, peak_rss_bytes(), (), {}) for plan in plans]
+
+
 def run_dense(
     plans: list[MergePlan], progress: Callable[[str], None] = quiet, count: Callable[[str, int, int], None] | None = None, resume: Resume | None = None, stop: Stop | None = None,
-    say: Callable[[str], None] = quiet,
+    say: Callable[[str], None] = quiet, ranks: Ranks = ALONE,
 ) -> list[RunReport]:  # fmt: skip
-    """Write float checkpoints, streaming: one pass over the base for all plans (which share it). Each OUT is absent or whole. The rest as in `run`."""
+    """Write float checkpoints, streaming: one pass over the base for all plans (which share it). Each OUT is absent or whole. The rest as in `run`; each of the ``ranks`` writes some of the
+    files, so all must see the folder that OUT lies in."""
     began = time.perf_counter()
     for plan in plans:
         check_adapters(plan)
-    device = pick_device(plans[0].recipe.device)
+    device = pick_device(own_device(plans[0].recipe.device, ranks.local_rank, ranks.local_size))
     exact_matmuls()
-    stop = stop or Stop()
+    check_shared(plans, None, None, ranks)
+    same, stop = SameBytes(plans, ranks), stop or Stop()
+    if not ranks.first:
+        return _follow_dense(plans, device, same, stop, ranks)
     with Digests(plans) as inputs:
         found = [_there(plan, lambda number=number: inputs.result()[number], None, resume) if resume is not None else None for number, plan in enumerate(plans)]
         todo = [number for number, report in enumerate(found) if report is None]
@@ -113,9 +164,11 @@ def run_dense(
             for number in todo:
                 plan = plans[number]
                 under_way = stack.enter_context(working(plan, None, None, lambda number=number: inputs.result()[number], resume, stop, say))
-                jobs.append(DenseJob(Merged(plan.base, plan.pieces, plan.adapters, device), dense.DTYPES[plan.recipe.format], under_way.folder.path, plan.recipe.shard_bytes, kept=KeptShards(under_way, inputs.ready)))
+                jobs.append(DenseJob(Merged(plan.base, plan.pieces, plan.adapters, device), dense.DTYPES[plan.recipe.format], under_way.folder.path, plan.recipe.shard_bytes, kept=KeptShards(under_way, inputs.ready), ranks=ranks))
+            ranks.tell([{"plan": number, "folder": str(job.kept.run.folder.home), "there": job.kept.told()} for number, job in zip(todo, jobs, strict=True)])
             if jobs:
                 write_dense(jobs, device, count or (lambda *_: None))
+                same.check(inputs.result)
             for number, job in zip(todo, jobs, strict=True):
                 job.merged.check_all_used()
                 _finish(plans[number], job.kept.run.folder, manifest(plans[number], None, Work(job.records), inputs.result()[number]), job.digests, progress)
@@ -135,22 +188,6 @@ def _there(plan: MergePlan, inputs: Callable[[], Mapping[str, Any]], calibration
     if not resume.overwrite:
         raise Refused("The output exists, and is not what this command would write.", where=str(out), found=wrong, fix="choose another name, or --overwrite")
     return None
-
-
-def _before_the_blocks(plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept, progress: Callable[[str], None], steps: Steps | None) -> None:
-    """What gradients tell, and how a budget of bits is divided: found, or found by an earlier process."""
-    recipe, began = plan.recipe, time.perf_counter()
-    coupled = calibration is not None and recipe.curvature_tokens and (steps is None or steps.coupled)
-    if recipe.bits_per_weight is None and not coupled:
-        return
-    if (found := kept.phase()) is not None:
-        work.curvatures, work.division = found
-        return
-    if recipe.bits_per_weight is not None:
-        work.division = choose_grids(plan, merged, calibration, outputs.model_dtype(plan), progress, work.curvatures)
-    else:
-        work.curvatures = curvatures(plan, merged, calibration, recipe.curvature_tokens, progress)
-    kept.keep_phase(work.curvatures, work.division, time.perf_counter() - began)
 
 
 def check_adapters(plan: MergePlan) -> None:
@@ -218,30 +255,14 @@ def calibration_for(plan: MergePlan, documents: list | None = None) -> Calibrati
     )
 
 
-@dataclass
-class Work:
-    """What a quantizing run learns on its way, for config and manifest: choices per linear, what each was solved on, what routed experts saw, what polishing did."""
-
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    grids: dict[str, Grid] = field(default_factory=dict)
-    traffic: dict[str, Traffic] = field(default_factory=dict)
-    tuned: list[dict[str, Any]] = field(default_factory=list)
-    distilled: dict[str, Any] | None = None
-    curvatures: Curvatures = field(default_factory=Curvatures)
-    division: Division | None = None
-
-    def polish(self) -> dict[str, Any]:
-        """For the manifest."""
-        return ({"blocks": self.tuned} if self.tuned else {}) | ({"distill": self.distilled} if self.distilled else {})
-
-
 def tensors(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept, progress: Callable[[str], None], steps: Steps | None = None
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the output by name, each once; not those of linears that ``kept`` knows to be in finished shards."""
     chosen = {} if work.division is None else work.division.grids
     packed = {name for name in plan.requantized if chosen.get(name, plan.recipe.grid) is not None}
-    solved = _solved(plan, merged, calibration, work, kept, progress, steps)
+    solved = _solved(plan, merged, calibration, work, kept, progress, steps, ranks)
     trained: dict[str, torch.Tensor] = {}
     if calibration is not None and "distill" in plan.recipe.polish:
         everything = {name: result for _, found in solved for name, result in found.items()}
@@ -267,17 +288,11 @@ def tensors(
 
 
 def _solved(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept, progress: Callable[[str], None], steps: Steps | None
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """The units of `Kept`, each with its linears. Those in finished shards are only noted."""
-    model_dtype, like = outputs.model_dtype(plan), outputs.nf4_template(plan)
-    if calibration is None:
-        units = _stretches(plan, merged, kept, progress, like)
-    else:
-        chosen = None if work.division is None else work.division.grids
-        units = requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures.by_name, kept)
     before = kept.count
-    for number, found in units:
+    for number, found in _units(plan, merged, calibration, work, kept, progress, steps, ranks):
         if number < before:
             rows = kept.facts(number)["linears"]
             merged.used_before(row["name"] for row in rows)
@@ -288,7 +303,17 @@ def _solved(
         yield number, found
 
 
-def _stretches(plan: MergePlan, merged: Merged, kept: Kept, progress: Callable[[str], None], like: QuantState | None) -> Iterator[tuple[int, dict[str, Solved]]]:
+def _units(
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks
+) -> Iterator[tuple[int, dict[str, Solved]]]:
+    model_dtype, like = outputs.model_dtype(plan), outputs.nf4_template(plan)
+    if calibration is None:
+        return _stretches(plan, merged, kept, progress, like, ranks)
+    chosen = None if work.division is None else work.division.grids
+    return requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures.by_name, kept, ranks)
+
+
+def _stretches(plan: MergePlan, merged: Merged, kept: Kept | KeptTogether, progress: Callable[[str], None], like: QuantState | None, ranks: Ranks) -> Iterator[tuple[int, dict[str, Solved]]]:
     """Round to nearest, without calibration: the linears of a block are a unit."""
     model_dtype, blocks = outputs.model_dtype(plan), plan.skeleton.blocks_name + "."
     units = [list(names) for _, names in itertools.groupby(plan.requantized, key=lambda name: name[len(blocks):].partition(".")[0] if name.startswith(blocks) else "")]
@@ -300,7 +325,10 @@ def _stretches(plan: MergePlan, merged: Merged, kept: Kept, progress: Callable[[
             yield number, kept.solved(number)
             continue
         kept.solving(number)
-        found = {name: round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like) for name in names}
+        sizes = [torch.Size(plan.pieces.table[name].shape).numel() for name in names]
+        found = solved_apart(ranks, names, sizes, lambda name: round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like), model_dtype, merged.device)
+        if not ranks.alone:
+            merged.used_before(names)  # merged and proved by one of them
         progress(f"linear {done}/{len(plan.requantized)}")
         kept.commit(number, found, {}, None)
         kept.rest()

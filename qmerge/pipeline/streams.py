@@ -6,7 +6,7 @@ stream through the model as requantized so far. Within a block the groups of lin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,19 +30,22 @@ from qmerge.pipeline.blocks import (
     split_inputs,
 )
 from qmerge.pipeline.calibrate import Calibration
-from qmerge.pipeline.experts import ARRIVALS, Arrived, ExpertSolver, Traffic, receive
+from qmerge.pipeline.experts import ARRIVALS, Arrived, ExpertSolver, Traffic, everywhere, receive
 from qmerge.pipeline.experts_names import ExpertWeight
 from qmerge.pipeline.head import solve_head, wants_head
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Linear, Solved, Steps, requantize_group, round_to_nearest
 from qmerge.pipeline.skeleton import move_buffers, set_weight
+from qmerge.pipeline.spread import Part, Spread, handed, share_out
 from qmerge.pipeline.stepwise import Walk
 from qmerge.pipeline.tune_blocks import Passage, tune_block
+from qmerge.ranks import ALONE, Ranks
 from qmerge.types import Grid, QuantState
 
 if TYPE_CHECKING:
     from qmerge.pipeline.kept import Kept
+    from qmerge.pipeline.kept_together import KeptTogether
 
 TOKENS_PER_BATCH = 4096
 TAPE_BYTES = 2 * 2**30
@@ -58,17 +61,20 @@ class Batch:
     held_out: bool
     slot: int = 0
     """the partial sum that it belongs to (numerics.hessian.SLOTS), among those that are, or are not, held out"""
+    number: int = 0
+    """among all, also those of other ranks"""
 
 
 def requantize_blocks(
     plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, nf4_like: QuantState | None, progress: Callable[[str], None], steps: Steps | None = None,
     traffic: dict[str, Traffic] | None = None, grids: Mapping[str, Grid | None] | None = None, tuned: list[dict[str, Any]] | None = None,
-    curvatures: dict[str, Curvature] | None = None, kept: Kept | None = None,
+    curvatures: dict[str, Curvature] | None = None, kept: Kept | KeptTogether | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """Yields, per block, its number and the solved linears by weight name; the head comes last, where it is requantized. One block's weights and two streams are alive at a time.
     ``traffic`` fills with what routed experts saw. ``grids``: by weight name where it is not the recipe's, None for what stays float. ``tuned`` fills with what ``--polish blocks`` did.
     ``curvatures``: by weight name how rows count together; each is taken out as it is used. ``kept``: what an earlier process has solved is not solved again (without the linears whose
-    tensors are in the output already), and what is solved here is kept."""
+    tensors are in the output already), and what is solved here is kept. ``ranks``: each passes its own batches and solves its share; all of them yield the same."""
     skeleton, grids, curvatures, traffic = plan.skeleton, grids or {}, curvatures if curvatures is not None else {}, traffic if traffic is not None else {}
     head = grids.get(skeleton.output_embedding, plan.recipe.grid) if wants_head(plan) else None
     units = len(skeleton.blocks) + (head is not None)
@@ -78,7 +84,7 @@ def requantize_blocks(
             for index in range(units):
                 yield index, _recall(kept, index, traffic, tuned)
             return
-    batches = start(plan, merged, calibration)
+    batches, spread = start(plan, merged, calibration, ranks)
     passed = kept.load_streams(batches) if kept is not None else 0
     for index, empty in enumerate(skeleton.blocks):
         if kept is not None and index < kept.count:
@@ -98,11 +104,11 @@ def requantize_blocks(
         solved: dict[str, Solved] = {}
         record: dict[str, Any] | None = None
         alone: dict[str, Linear] = {}
-        with _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype, routed), batches, index, [*wanted, *experts]) as pair:
+        with _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype, routed), batches, index, [*wanted, *experts], spread, merged.device) as pair:
             for group in pair.groups:
                 if group.modules[0] in experts:
                     here = [weight for weight in routed if weight.module == experts[group.modules[0]]]
-                    solver = pair.experts(group, here, merged, plan, lambda linears, *sums: requantize_group(linears, plan.recipe.grid, *sums, model_dtype, nf4_like, len(skeleton.blocks), steps),
+                    solver = pair.experts(group, here, merged, plan, model_dtype, lambda linears, *sums: requantize_group(linears, plan.recipe.grid, *sums, model_dtype, nf4_like, len(skeleton.blocks), steps),
                                           lambda linear: round_to_nearest(linear, plan.recipe.grid, model_dtype, nf4_like))  # fmt: skip
                     solver.run()
                     solved |= solver.solved
@@ -115,18 +121,22 @@ def requantize_blocks(
                     for module in group.modules:
                         set_weight(pair.runtime, f"{module}.weight", pair.teacher.get_submodule(module).weight.to(model_dtype).float())
                     continue
-                linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name), merged.delta(name), curvatures.pop(name, None)) for name, module, turned in zip(names, group.modules, conv, strict=True)]
-                found = requantize_group(linears, grid, *pair.statistics(group), model_dtype, nf4_like, len(skeleton.blocks), steps)
+                owners = share_out([pair.teacher.get_submodule(module).weight.numel() for module in group.modules], ranks)
+                rows = list(zip(names, group.modules, conv, [curvatures.pop(name, None) for name in names], owners, strict=True))
+                linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name), merged.delta(name), curvature) for name, module, turned, curvature, owner in rows if owner == ranks.rank]
+                sums = pair.statistics(group, owners, conv[0])
+                own = requantize_group(linears, grid, *sums, model_dtype, nf4_like, len(skeleton.blocks), steps) if linears else []
+                found = handed(ranks, owners, names, {linear.name: result for linear, result in zip(linears, own, strict=True)}, model_dtype, merged.device)
                 for module, turned, result in zip(group.modules, conv, found, strict=True):
                     set_weight(pair.runtime, f"{module}.weight", result.weight.T.contiguous() if turned else result.weight)
                 solved |= dict(zip(names, found, strict=True))
-                alone |= dict(zip(group.modules, linears, strict=True))
+                alone |= {module: linear for linear in linears for name, module, *_ in rows if name == linear.name}
             if again := bool(alone) and "blocks" in plan.recipe.polish:
                 record = {"block": index} | pair.tune(solved, alone, skeleton.linears, model_dtype)
                 if tuned is not None:
                     tuned.append(record)
             pair.advance(again)
-        progress(_line(index, len(skeleton.blocks), batches))
+        progress(_line(index, len(skeleton.blocks), batches, ranks))
         if kept is not None:
             kept.commit(index, solved, traffic, record)
             if index + 1 < units:
@@ -136,14 +146,14 @@ def requantize_blocks(
     if head is not None:
         if kept is not None:
             kept.solving(units - 1)
-        solved = solve_head(plan, merged, [(batch.teacher, batch.runtime, batch.held_out, batch.slot) for batch in batches], head, model_dtype, nf4_like, steps)
+        solved = solve_head(plan, merged, [(batch.teacher, batch.runtime, batch.held_out, batch.slot) for batch in batches], head, model_dtype, nf4_like, steps, spread)
         if kept is not None:
             kept.commit(units - 1, solved, traffic, None)
             kept.rest()
         yield units - 1, solved
 
 
-def _recall(kept: Kept, index: int, traffic: dict[str, Traffic], tuned: list[dict[str, Any]] | None) -> dict[str, Solved]:
+def _recall(kept: Kept | KeptTogether, index: int, traffic: dict[str, Traffic], tuned: list[dict[str, Any]] | None) -> dict[str, Solved]:
     """A unit that was solved before, with what was noted of it."""
     traffic |= kept.traffic(index)
     if (record := kept.facts(index)["tuned"]) is not None and tuned is not None:
@@ -166,8 +176,8 @@ def _run_forwards(plan: MergePlan, merged: Merged, index: int, solved: Mapping[s
         else:  # a budget left it float
             set_weight(runtime, inner, teacher.get_parameter(inner).to(model_dtype).float())
     calls = [batch.calls[index] for batch in batches]
-    aims = in_parallel(lambda part: run_block(teacher, part[0].teacher, part[1]), list(zip(batches, calls, strict=True)), batches[0].teacher.device)
-    ahead = in_parallel(lambda part: run_block(runtime, part[0].runtime, part[1]), list(zip(batches, calls, strict=True)), batches[0].teacher.device)
+    aims = in_parallel(lambda part: run_block(teacher, part[0].teacher, part[1]), list(zip(batches, calls, strict=True)), merged.device)
+    ahead = in_parallel(lambda part: run_block(runtime, part[0].runtime, part[1]), list(zip(batches, calls, strict=True)), merged.device)
     for batch, aim, found in zip(batches, aims, ahead, strict=True):
         batch.teacher, batch.runtime = aim, found
 
@@ -179,13 +189,16 @@ class _BlockPair:
     the activations fit into ``TAPE_BYTES`` each stream passes the block once. Else passes are repeated up to each group, to the same bits.
     """
 
-    def __init__(self, teacher: nn.Module, runtime: nn.Module, batches: list[Batch], index: int, linears: list[str]) -> None:
-        self.teacher, self.runtime, self.batches, self.index = teacher, runtime, batches, index
-        self.device = batches[0].runtime.device
-        probe = batches[0]
-        call = first_row(probe.calls[index], probe.runtime.shape[0])
-        self.groups = find_groups(runtime, linears, probe.runtime[:1], call) if linears else []
-        inside = activation_bytes(runtime, probe.runtime[:1], call) * sum(batch.runtime.shape[0] for batch in batches)
+    def __init__(self, teacher: nn.Module, runtime: nn.Module, batches: list[Batch], index: int, linears: list[str], spread: Spread, device: torch.device) -> None:
+        self.teacher, self.runtime, self.batches, self.index, self.spread, self.device = teacher, runtime, batches, index, spread, device
+        inside, groups = 0, []
+        if batches:
+            probe = batches[0]
+            call = first_row(probe.calls[index], probe.runtime.shape[0])
+            groups = find_groups(runtime, linears, probe.runtime[:1], call) if linears and spread.ranks.first else []
+            inside = activation_bytes(runtime, probe.runtime[:1], call) * sum(batch.runtime.shape[0] for batch in batches)
+        told = spread.ranks.tell([[group.modules, group.residual] for group in groups])  # the first rank has the first batch
+        self.groups = [Group(tuple(modules), residual) for modules, residual in told]
         self.taped, self.walked = inside <= TAPE_BYTES, inside <= TAPE_BYTES and self.device.type == "cpu"
 
     def __enter__(self) -> _BlockPair:
@@ -206,10 +219,16 @@ class _BlockPair:
         weight = self.teacher.get_submodule(module).weight
         return weight.T.contiguous() if turned else weight
 
-    def statistics(self, group: Group) -> tuple[Statistics, Statistics]:
-        """Sums over the windows to solve on and over those to choose with, in the order of the batches."""
+    def statistics(self, group: Group, solvers: Sequence[int] = (0,), turned: bool = False) -> tuple[Statistics | None, Statistics | None]:
+        """Sums over the windows to solve on and over those to choose with, in the order of the batches. On the ``solvers`` among the ranks, None on others.
+        ``turned``: the group's modules hold ``[in, out]``."""
         sums: dict[bool, Statistics] = {}
         reached = self.walk.reach(group) if self.walk is not None else None
+        if not self.spread.ranks.alone:
+            shape = self.teacher.get_submodule(group.modules[0]).weight.shape
+            features, outputs = shape if turned else shape[::-1]
+            here = [self.spread.sums(held_out, self._parts(group, held_out, reached), features, outputs if group.residual else 0, self.device, solvers) for held_out in (False, True)]
+            return here[0], here[1]
         together = len(self.batches) if reached is not None else worker_threads(self.device)
         for start in range(0, len(self.batches), together):  # a few batches' inputs at a time
             numbers = range(start, min(start + together, len(self.batches)))
@@ -222,6 +241,15 @@ class _BlockPair:
                 sums[False].close()
         return sums[False], sums[True]
 
+    def _parts(self, group: Group, held_out: bool, reached: list[dict[str, torch.Tensor]] | None) -> Iterator[tuple[Part, int]]:
+        """The inputs of this rank's batches that are, or are not, held out, with their slots; a few at a time."""
+        numbers = [number for number, batch in enumerate(self.batches) if batch.held_out is held_out]
+        together = worker_threads(self.device)
+        for start in range(0, len(numbers), together):
+            here = numbers[start : start + together]
+            parts = in_parallel(lambda number: self._inputs(group, number, reached), here, self.device)
+            yield from zip(parts, [self.batches[number].slot for number in here], strict=True)
+
     def _inputs(self, group: Group, number: int, reached: list[dict[str, torch.Tensor]] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(run-time inputs, the teacher's, the teacher's residual minus the run-time one) of one batch."""
         batch = self.batches[number]
@@ -232,14 +260,15 @@ class _BlockPair:
         x, residual = split_inputs(group, found, batch.runtime)
         return x, aim, None if residual is None else aim_residual - residual
 
-    def experts(self, group: Group, weights: list[ExpertWeight], merged: Merged, plan: MergePlan, solve: Callable, nearest: Callable) -> ExpertSolver:
+    def experts(self, group: Group, weights: list[ExpertWeight], merged: Merged, plan: MergePlan, model_dtype: torch.dtype, solve: Callable, nearest: Callable) -> ExpertSolver:
         """For the routed experts that ``group`` receives the tokens of."""
         reached = self.walk.reach(group) if self.walk is not None else None
         numbers = range(len(self.batches))
         parts = in_parallel(lambda number: self._inputs(group, number, reached), numbers, self.device)
-        arrived = [Arrived(runtime, teacher, self.batches[number].held_out) for number, (runtime, teacher, _) in zip(numbers, parts, strict=True)]
+        own = {self.batches[number].number: Arrived(runtime, teacher, self.batches[number].held_out) for number, (runtime, teacher, _) in zip(numbers, parts, strict=True)}
+        arrived = everywhere(self.spread, own, self.device)
         module = group.modules[0].rpartition(".")[0]
-        return ExpertSolver(weights, self.teacher.get_submodule(module), self.runtime.get_submodule(module), arrived, merged, solve, nearest, plan.recipe.low_traffic)
+        return ExpertSolver(weights, self.teacher.get_submodule(module), self.runtime.get_submodule(module), arrived, merged, solve, nearest, plan.recipe.low_traffic, self.spread.ranks, model_dtype)
 
     def tune(self, solved: dict[str, Solved], linears: dict[str, Linear], conv: Mapping[str, bool], model_dtype: torch.dtype) -> dict[str, Any]:
         """``--polish blocks``: move codes and scales of ``linears`` (by module name) towards the teacher's block output; ``solved`` is renewed. Returns a record."""
@@ -268,8 +297,8 @@ class _BlockPair:
         self.tape = []
 
 
-def start(plan: MergePlan, merged: Merged, calibration: Calibration, batch: int = TOKENS_PER_BATCH) -> list[Batch]:
-    """Embed every window with the model's own code, ``batch`` tokens at a time; the blocks are stand-ins, so only the tensors around them are loaded."""
+def start(plan: MergePlan, merged: Merged, calibration: Calibration, ranks: Ranks = ALONE, batch: int | None = None) -> tuple[list[Batch], Spread]:
+    """Embed this rank's windows with the model's own code, ``batch`` tokens (``TOKENS_PER_BATCH``) at a time; the blocks are stand-ins, so only the tensors around them are loaded. And who has which batches."""
     skeleton = plan.skeleton
     model = skeleton.model
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
@@ -279,13 +308,16 @@ def start(plan: MergePlan, merged: Merged, calibration: Calibration, batch: int 
     if head and head not in merged.pieces.table:  # tied: the recorder's forward ends in the head, so it needs some weight
         set_weight(model, head, model.get_input_embeddings().weight)
     move_buffers(model, merged.device)
-    parts: list[tuple[torch.Tensor, bool, int]] = []
-    for ids, held_out in ((calibration.train, False), (calibration.held_out, True)):
-        split = ids.split(max(1, batch // ids.shape[1]))
-        parts += [(part.to(merged.device), held_out, slot_of(number, len(split))) for number, part in enumerate(split)]
+    batch = batch or TOKENS_PER_BATCH
+    split = [ids.split(max(1, batch // ids.shape[1])) for ids in (calibration.train, calibration.held_out)]
+    spread = Spread(ranks, *map(len, split))
+    parts: list[tuple[torch.Tensor, bool, int, int]] = []
+    for held_out, before in ((False, 0), (True, spread.train)):
+        rows = [(part, held_out, slot_of(number, len(split[held_out])), before + number) for number, part in enumerate(split[held_out])]
+        parts += [(part.to(merged.device), held_out, slot, number) for part, held_out, slot, number in rows if spread.mine(held_out, slot)]
     # one thread per operation, here as in the blocks: the bits must not depend on the thread count
     hidden, calls = in_parallel(lambda ids: record_calls(model, skeleton.blocks_name, ids), [[ids for ids, *_ in parts]], merged.device)[0]
-    return [Batch(first, first, call, held, slot) for first, call, (_, held, slot) in zip(hidden, calls, parts, strict=True)]
+    return [Batch(first, first, call, held, slot, number) for first, call, (_, held, slot, number) in zip(hidden, calls, parts, strict=True)], spread
 
 
 def _load_block(empty: nn.Module, prefix: str, merged: Merged, linears: dict[str, bool], model_dtype: torch.dtype, routed: list[ExpertWeight]) -> tuple[nn.Module, nn.Module]:
@@ -304,7 +336,8 @@ def _load_block(empty: nn.Module, prefix: str, merged: Merged, linears: dict[str
     return teacher, runtime
 
 
-def _line(index: int, count: int, batches: list[Batch]) -> str:
-    error = sum(float((batch.runtime - batch.teacher).square().sum()) for batch in batches if batch.held_out)
-    size = sum(float(batch.teacher.square().sum()) for batch in batches if batch.held_out)
+def _line(index: int, count: int, batches: list[Batch], ranks: Ranks) -> str:
+    own = [(batch.number, float((batch.runtime - batch.teacher).square().sum()), float(batch.teacher.square().sum())) for batch in batches if batch.held_out]
+    rows = sorted(tuple(row) for rows in ranks.hear(own) for row in rows)
+    error, size = sum(row[1] for row in rows), sum(row[2] for row in rows)
     return f"block {index + 1}/{count}: held-out error of the hidden states {error / max(size, 1e-30):.2e} of their power"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -81,7 +81,7 @@ def header(tensors: Sequence[OutTensor], metadata: Mapping[str, str]) -> bytes:
 
 
 class ShardStream:
-    """Writes a checkpoint front to back. Tensors come in ``order``; each may come in pieces, rows first to last.
+    """Writes a checkpoint front to back, or some of its shards. Their tensors come in ``order``; each may come in pieces, rows first to last.
 
     >>> with ShardStream(folder, tensors) as stream:
     ...     for tensor in stream.order:
@@ -90,9 +90,11 @@ class ShardStream:
     """
 
     def __init__(
-        self, folder: Path, tensors: Sequence[OutTensor], max_shard_bytes: int = MAX_SHARD_BYTES, metadata: Mapping[str, str] = METADATA, done: Sequence[Mapping[str, Any]] = ()
-    ) -> None:
-        """``done``: digests of the shards, first to last, that another stream has left finished in ``folder``; the first tensor to write is then the first of the next one."""
+        self, folder: Path, tensors: Sequence[OutTensor], max_shard_bytes: int = MAX_SHARD_BYTES, metadata: Mapping[str, str] = METADATA, done: Mapping[int, Mapping[str, Any]] | None = None,
+        own: Collection[int] | None = None,
+    ) -> None:  # fmt: skip
+        """``done``: shard number, from 0 -> digest, of the shards that another stream has left finished in ``folder``. ``own``: numbers of those that this stream writes (where they are not
+        done), when others write the rest meanwhile; all of them without it."""
         if not tensors:
             raise Refused("There are no tensors to write.", where=Path(folder).name)
         names = [tensor.name for tensor in tensors]
@@ -103,8 +105,11 @@ class ShardStream:
         self.shards = cut(self.order, max_shard_bytes)
         self.digests: dict[str, dict[str, Any]] = {}
         """file name -> ``{"sha256", "bytes"}`` of every finished file"""
-        self._number, self._left, self._writer = len(done) - 1, 0, DirectWriter()
-        self.digests |= {self.name_of(number): dict(digest) for number, digest in enumerate(done)}
+        done = done or {}
+        self.todo = [number for number in range(len(self.shards)) if number not in done and (own is None or number in own)]
+        """the shards that this stream writes, in order"""
+        self._place, self._left, self._writer = -1, 0, DirectWriter()
+        self.digests |= {self.name_of(number): dict(digest) for number, digest in done.items()}
         self._begun, self._closed = len(done), []
         self._hasher = ThreadPoolExecutor(1)
         self._hash, self._count = hashlib.sha256(), 0
@@ -147,14 +152,14 @@ class ShardStream:
         return self._left > 0
 
     @property
-    def durable(self) -> int:
-        """How many shards, from the first on, are on the disk and hashed."""
-        count = self._begun
-        for written in self._closed:
-            if not written.done() or written.exception() is not None or self.name_of(count) not in self.digests:
+    def durable(self) -> list[int]:
+        """The shards that this stream has brought to the disk, and hashed."""
+        found = []
+        for number, written in zip(self.todo, self._closed, strict=False):
+            if not written.done() or written.exception() is not None or self.name_of(number) not in self.digests:
                 break
-            count += 1
-        return count
+            found.append(number)
+        return found
 
     def settle(self) -> None:
         """Wait until all closed shards are `durable`. Raises Interrupted when the disk is full."""
@@ -163,23 +168,27 @@ class ShardStream:
         while self._hashing:
             self._hashing.popleft().result()
 
-    def finish(self) -> dict[str, str]:
-        """Write the index if there are several shards. Returns tensor -> file name, sorted. A tensor that was not written whole is a bug and raises."""
-        while self._number + 1 < len(self.shards) and not self._left and not sum(tensor.nbytes for tensor in self.shards[self._number + 1]):
+    def finish(self, index: bool = True) -> dict[str, str]:
+        """Write the ``index`` if there are several shards. Returns tensor -> file name, sorted. A tensor that was not written whole is a bug and raises."""
+        while self._place + 1 < len(self.todo) and not self._left and not sum(tensor.nbytes for tensor in self.shards[self.todo[self._place + 1]]):
             self._open_next()  # a shard of empty tensors has a header all the same
             self._close()
-        if self._left or self._number != len(self.shards) - 1:
+        if self._left or self._place != len(self.todo) - 1:
             raise RuntimeError("the checkpoint was not written to its end")
         weight_map = {tensor.name: self.name_of(number) for number, shard in enumerate(self.shards) for tensor in shard}
         weight_map = dict(sorted(weight_map.items()))
-        if len(self.shards) > 1:
+        if len(self.shards) > 1 and index:
             write_json(self.folder / INDEX, {"metadata": {"total_size": sum(tensor.nbytes for tensor in self.order)}, "weight_map": weight_map})
         self.settle()
         sync(self.folder)
         return weight_map
 
+    @property
+    def _number(self) -> int:
+        return self.todo[self._place]
+
     def _open_next(self) -> None:
-        self._number += 1
+        self._place += 1
         path, first = self.folder / self.name_of(self._number), header(self.shards[self._number], self.metadata)
         self._left, self._hash, self._count = sum(tensor.nbytes for tensor in self.shards[self._number]), hashlib.sha256(), 0
         with room_needed(path.name):

@@ -21,7 +21,7 @@ fit_option = click.option("--no-fit-check", "unchecked", is_flag=True, help="Sta
 def foreseen(plans: Sequence[MergePlan], calibration: Calibration | None, unchecked: bool, resumed: bool = False, evaluating: int = 0, processes: int = 1) -> Estimate:
     """The estimate of a run, after every check that the run itself makes before it writes. Raises Refused where the run cannot fit, unless ``unchecked``.
     ``processes``: as many like this one share the machine's memory."""
-    from qmerge.device import return_memory
+    from qmerge.device import one_heap
     from qmerge.pipeline.estimate import estimate
     from qmerge.pipeline.fit import check_fit
     from qmerge.pipeline.run import check_adapters
@@ -29,7 +29,7 @@ def foreseen(plans: Sequence[MergePlan], calibration: Calibration | None, unchec
     for plan in plans:
         check_adapters(plan)
     if plans[0].requantized:  # a float merge lives on stretches that glibc keeps at hand
-        return_memory()
+        one_heap()
     found = estimate(plans, calibration)
     if not unchecked:
         for word in check_fit(found, plans, resumed, evaluating, processes):

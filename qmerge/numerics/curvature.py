@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qmerge.errors import CheckFailed
+from qmerge.numerics.products import add_product
 
 DAMP = 0.1
 """added to G's diagonal, in means of it: G is estimated on few tokens"""
@@ -33,12 +34,12 @@ class Curvature:
         return [slice(start, min(start + self.width, self.outputs)) for start in range(0, self.outputs, self.width)]
 
     def add(self, gradient: torch.Tensor) -> None:
-        """``gradient`` fp32 ``[tokens, outputs]``."""
+        """``gradient`` fp32 or bf16 ``[tokens, outputs]``; products are summed in fp32."""
         if not self.blocks:
             self.blocks = [torch.zeros(span.stop - span.start, span.stop - span.start, device=gradient.device) for span in self.spans()]
         for span, total in zip(self.spans(), self.blocks, strict=True):
             part = gradient[:, span]
-            total.addmm_(part.T, part)
+            add_product(total, part.T, part)
 
     def join(self, other: Curvature) -> None:
         for mine, its in zip(self.blocks, other.blocks, strict=True):

@@ -13,6 +13,7 @@ import torch
 
 from qmerge.device import in_parallel
 from qmerge.errors import CheckFailed
+from qmerge.numerics.products import add_product
 
 STRIP = 128
 """rows of a sum that are formed together"""
@@ -39,6 +40,8 @@ class Statistics:
     tokens: int = 0
     outputs: int = 0
     """rows of the residual's product, where that is known to be summed"""
+    compute: torch.dtype = torch.float32
+    """what factors are rounded to before they are multiplied; products are summed in fp32"""
     _open: list[torch.Tensor | None] = field(init=False, repr=False)
     """H (its lower half), D and R of the slot that is being summed"""
     _closed: list[torch.Tensor | None] = field(init=False, repr=False)
@@ -62,7 +65,7 @@ class Statistics:
             return
         slots = slots if slots is not None else [0] * len(parts)
         self._slot = slots[0] if self._slot is None else self._slot
-        batches = [(runtime.float(), teacher.float() - runtime.float(), residual if residual is None else residual.float()) for runtime, teacher, residual in parts]
+        batches = [self._factors(*part) for part in parts]
         same = all(not bool(difference.any()) for _, difference, _ in batches)
         if batches[0][2] is not None and self._open[2] is None:
             self._open[2] = torch.zeros(batches[0][2].shape[1], self.features, device=self.device)
@@ -78,11 +81,17 @@ class Statistics:
                     total[rows, columns].zero_()
                     slot = its
                 if which != 1 or not same:
-                    total[rows, columns].addmm_(batch[which][:, rows].T, batch[0][:, columns])
+                    add_product(total[rows, columns], batch[which][:, rows].T, batch[0][:, columns], exact=which == 0)
 
         in_parallel(strip, self._strips(), self._open[0].device)
         self._slot = slots[-1]
         self.tokens += sum(batch[0].shape[0] for batch in batches)
+
+    def _factors(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(x, x̃ - x, r) as they are multiplied. Differences are taken before anything is rounded."""
+        runtime = runtime.float()
+        rows = runtime, teacher.float() - runtime, None if residual is None else residual.float()
+        return rows if self.compute == torch.float32 else tuple(None if row is None else row.to(self.compute) for row in rows)
 
     def _strips(self) -> list[tuple[int, slice, slice]]:
         """(which sum, rows, columns) of what has to be summed."""

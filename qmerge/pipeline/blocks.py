@@ -11,21 +11,23 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from qmerge.device import products_in
 from qmerge.errors import Refused
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one block call besides the hidden states."""
+    """The arguments of one block call besides the hidden states, and in what its matrix products are taken."""
 
     args: tuple
     kwargs: dict[str, Any]
+    compute: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,10 @@ class _Recorder(nn.Module):
         return (hidden_states,) if self.as_tuple else hidden_states
 
 
-def record_calls(model: nn.Module, blocks_name: str, batches: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[list[Call]]]:
+def record_calls(model: nn.Module, blocks_name: str, batches: list[torch.Tensor], compute: torch.dtype = torch.float32) -> tuple[list[torch.Tensor], list[list[Call]]]:
     """First block's inputs per batch ``[windows, T, hidden]`` and, per batch, the `Call` of each block.
 
-    ``batches`` are token ids int64 ``[windows, T]``. The weights outside the blocks must be real, those inside may be on the meta device.
+    ``batches`` are token ids int64 ``[windows, T]``, ``compute`` is for the calls. The weights outside the blocks must be real, those inside may be on the meta device.
     """
     blocks = model.get_submodule(blocks_name)
     hidden, calls = [], []
@@ -73,7 +75,7 @@ def record_calls(model: nn.Module, blocks_name: str, batches: list[torch.Tensor]
         if len(log) != len(blocks):
             raise Refused("the decoder does not call its blocks once each in order", where=blocks_name, expected=f"{len(blocks)} calls", found=f"{len(log)}")
         hidden.append(log[0][0].detach())
-        calls.append([_share(Call(args, kwargs), calls[0][index] if calls else None) for index, (_, args, kwargs) in enumerate(log)])
+        calls.append([_share(Call(args, kwargs, compute), calls[0][index] if calls else None) for index, (_, args, kwargs) in enumerate(log)])
     return hidden, calls
 
 
@@ -104,7 +106,7 @@ def _share(call: Call, first: Call | None) -> Call:
             return tuple(same(x, y) for x, y in zip(a, b, strict=True))
         return a
 
-    return Call(same(call.args, first.args), {key: same(value, first.kwargs.get(key)) for key, value in call.kwargs.items()})
+    return Call(same(call.args, first.args), {key: same(value, first.kwargs.get(key)) for key, value in call.kwargs.items()}, call.compute)
 
 
 def first_row(call: Call, windows: int) -> Call:
@@ -115,12 +117,12 @@ def first_row(call: Call, windows: int) -> Call:
             return value[:1]
         return tuple(cut(item) for item in value) if isinstance(value, tuple) else value
 
-    return Call(cut(call.args), {key: cut(value) for key, value in call.kwargs.items()})
+    return Call(cut(call.args), {key: cut(value) for key, value in call.kwargs.items()}, call.compute)
 
 
 def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     """The block's output hidden states ``[windows, T, hidden]``."""
-    with torch.no_grad():
+    with torch.no_grad(), products_in(call.compute, hidden.device):
         out = block(hidden, *call.args, **call.kwargs)
     return out[0] if isinstance(out, tuple) else out
 
@@ -156,7 +158,7 @@ def find_groups(block: nn.Module, linears: list[str], hidden: torch.Tensor, call
 
         handles += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
     try:
-        result = run_block(block, hidden, call)
+        result = run_block(block, hidden, replace(call, compute=torch.float32))  # sums are recognised by their values
     finally:
         for handle in handles:
             handle.remove()

@@ -91,7 +91,7 @@ def receive(block: nn.Module, names: Iterable[str]) -> None:
     def announce(experts: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         chosen = next(value for value in others if not value.is_floating_point())
-        hidden = hidden.reshape(-1, hidden.shape[-1])
+        hidden = hidden.reshape(-1, hidden.shape[-1]).float()  # numbers of experts go along with it
         chosen = chosen.reshape(hidden.shape[0], -1).to(hidden)
         experts.get_submodule(ARRIVALS)(torch.cat([hidden, chosen, torch.full_like(chosen[:, :1], chosen.shape[1])], dim=1))
 

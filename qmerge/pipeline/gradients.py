@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qmerge.device import in_parallel, worker_threads
+from qmerge.device import COMPUTE, in_parallel, products_in, worker_threads
 from qmerge.numerics.curvature import Curvature
 from qmerge.numerics.hessian import Statistics
 from qmerge.pipeline.blocks import Call, Group, empty_copy, find_groups, first_row, run_block
@@ -84,13 +84,14 @@ class Gradients:
         plan = self.plan
         seed = torch.Generator().manual_seed(plan.recipe.seed)
         seeds = [torch.randint(2**62, (len(batch.teacher),), generator=seed).tolist() for batch in batches]
+        compute = COMPUTE[plan.recipe.compute]
         with Tail(plan.skeleton) as tail:
-            parts = in_parallel(lambda number: _draw(tail, batches[number].teacher, seeds[number]), range(len(batches)), self.merged.device)
+            parts = in_parallel(lambda number: _draw(tail, batches[number].teacher, seeds[number], compute), range(len(batches)), self.merged.device)
         if inputs and wants_head(plan):
             name = plan.skeleton.output_embedding
             squares = sum(found for _, _, found in parts)
             curvature = Curvature(len(squares), 1, list(squares.reshape(-1, 1, 1)))
-            sums = [_statistics([(batch.held_out, x) for batch, (_, x, _) in zip(batches, parts, strict=True)], held, self.merged.device) for held in (False, True)]
+            sums = [_statistics([(batch.held_out, x) for batch, (_, x, _) in zip(batches, parts, strict=True)], held, self.merged.device, compute) for held in (False, True)]
             visit(Seen((name,), *sums, {name: curvature}, sums[0].tokens + sums[1].tokens))
         return [gradient for gradient, _, _ in parts]
 
@@ -170,7 +171,7 @@ def _teacher(plan: MergePlan, merged: Merged, index: int) -> nn.Module:
     return block
 
 
-def _draw(tail: Tail, hidden: torch.Tensor, seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _draw(tail: Tail, hidden: torch.Tensor, seeds: list[int], compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gradient by ``hidden`` of the log-likelihood of tokens drawn from the model's distribution, the head's inputs, Σ over tokens of the squared gradient by the logits).
 
     One window at a time: logits are large.
@@ -179,13 +180,14 @@ def _draw(tail: Tail, hidden: torch.Tensor, seeds: list[int]) -> tuple[torch.Ten
     for window, seed in zip(hidden, seeds, strict=True):
         with torch.enable_grad():
             leaf = window.unsqueeze(0).detach().requires_grad_()
-            x, logits = tail.logits(leaf)
+            with products_in(compute, leaf.device):
+                x, logits = tail.logits(leaf)
             logs = logits[0].float().log_softmax(-1)
             drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=torch.Generator().manual_seed(seed)).to(logs.device)
             by_logits, by_hidden = torch.autograd.grad(logs.gather(1, drawn).sum(), (logits, leaf))
         gradients.append(by_hidden[0])
         inputs.append(x[0].detach())
-        squares = squares + by_logits[0].square().sum(0)
+        squares = squares + by_logits[0].float().square().sum(0)
     return torch.stack(gradients), torch.stack(inputs), squares
 
 
@@ -227,13 +229,13 @@ class _Block:
             if idle := [name for name in names if name not in sums]:
                 missing(idle[0])
                 continue
-            both = [_statistics([(held, kept[group]) for held, kept in inputs], held_out, self.device) if self.inputs else None for held_out in (False, True)]
+            both = [_statistics([(held, kept[group]) for held, kept in inputs], held_out, self.device, self.calls[0].compute) if self.inputs else None for held_out in (False, True)]
             seen.append(Seen(names, *both, {name: sums[name] for name in names}, tokens))
         return seen, back
 
     def _one(self, entered: torch.Tensor, number: int, gradient: torch.Tensor) -> tuple[dict[Group, torch.Tensor], dict[str, Curvature], torch.Tensor]:
         self._here.inputs, self._here.sums = {}, {}
-        with torch.enable_grad(), _repeatable(self.device):
+        with torch.enable_grad(), _repeatable(self.device), products_in(self.calls[number].compute, self.device):
             leaf = entered.to(self.device).detach().requires_grad_()
             out = self.module(leaf, *self.calls[number].args, **self.calls[number].kwargs)
             (found,) = torch.autograd.grad(out[0] if isinstance(out, tuple) else out, leaf, gradient)
@@ -250,7 +252,7 @@ class _Block:
             sums, name = self._here.sums, self.full(module)
 
             def keep(gradient: torch.Tensor) -> None:
-                sums.setdefault(name, Curvature(gradient.shape[-1], self.width)).add(gradient.reshape(-1, gradient.shape[-1]).float())
+                sums.setdefault(name, Curvature(gradient.shape[-1], self.width)).add(gradient.reshape(-1, gradient.shape[-1]))
 
             if out.requires_grad:  # not so for what only side inputs of the block feed
                 out.register_hook(keep)
@@ -265,8 +267,8 @@ def _repeatable(device: torch.device) -> Any:
     return nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)
 
 
-def _statistics(rows: list[tuple[bool, torch.Tensor]], held_out: bool, device: torch.device) -> Statistics:
+def _statistics(rows: list[tuple[bool, torch.Tensor]], held_out: bool, device: torch.device, compute: torch.dtype) -> Statistics:
     """Sums of one group's inputs over the batches that are ``held_out`` or not."""
-    sums = Statistics(rows[0][1].shape[-1], device)
+    sums = Statistics(rows[0][1].shape[-1], device, compute=compute)
     sums.add_all([(x, x, None) for held, inputs in rows if held is held_out for x in (inputs.flatten(0, -2),)])
     return sums

@@ -13,6 +13,7 @@ from qmerge import formats
 from qmerge.adapters.adapter import Adapter
 from qmerge.adapters.claims import EMBEDDINGS
 from qmerge.adapters.several_adapters import SUM, check_several, joint_edits
+from qmerge.device import pick_compute, pick_device
 from qmerge.errors import Refused
 from qmerge.formats.base import Base, Nf4Recipe, open_base
 from qmerge.pipeline import outputs
@@ -97,6 +98,8 @@ def read_inputs(recipe: Recipe, trained_with: Nf4Recipe | None = None) -> MergeP
     if recipe.on == "original" and recipe.original and (dora := next((adapter for adapter in adapters if adapter.config.get("use_dora")), None)):
         raise Refused("DoRA's magnitudes were trained over the quantized base, so they do not belong on the float one.", where=dora.name, expected="--on dequantized", found="--on original --original …",
                       fix="leave --on and --original out")
+    if recipe.format in formats.QUANTIZING and not recipe.rtn:
+        recipe = replace(recipe, compute=pick_compute(recipe.compute, pick_device(recipe.device)))
     four_bit = trained_with or nf4_recipe_of(recipe, adapters)
     skeleton = build_skeleton(checkpoint) if four_bit is not None or _skeleton_needed(recipe, checkpoint, adapters) else None
     base = open_base(checkpoint, on=recipe.on, recipe=four_bit, linears=skeleton.linears if skeleton else _conv_by_adapter(adapters),

@@ -20,6 +20,7 @@ MOST = 2**31
 """counts of windows and tokens that no run reaches"""
 POLISH = ("blocks", "distill")
 LOW_TRAFFIC = ("pooled", "rtn")
+COMPUTES = ("auto", "fp32", "bf16")
 COMBINATIONS = ("svd", "linear", "cat", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")
 """PEFT's names; `qmerge.adapters.combine` refuses two of them with the reason"""
 FIXED: dict[str, dict[str, Any]] = {"awq": {"symmetric": False}}
@@ -32,7 +33,8 @@ class Recipe:
 
     ``bits``, ``group_size`` and ``symmetric`` are those of int formats; ``block_size`` and ``double_quant`` those of nf4 and fp4, None for what the base has
     (64 and double where it has none). ``bits_per_weight`` is a budget for stored bits, spent where the measured loss says so. ``curvature_tokens``: calibration tokens, about, that
-    tell how errors of a linear's outputs count together; 0: they count one by one. A budget measures on 16384 of its own, which then tell this too.
+    tell how errors of a linear's outputs count together; 0: they count one by one. A budget measures on 16384 of its own, which then tell this too. ``compute``: in what the matrix
+    products of the calibration text's passes are taken; a plan has made of ``auto`` what suits the machine.
     """
 
     base: str = ""
@@ -62,6 +64,7 @@ class Recipe:
     original: str | None = None
     nf4_recipe: str | None = None
     device: str = "auto"
+    compute: str = "auto"
     overwrite: bool = False
     combine: str = "sum"
     density: float | None = None
@@ -96,7 +99,7 @@ class Recipe:
         """The fields that decide the result: no paths, no device."""
         quantizing = {"bits", "group_size", "symmetric", "bits_per_weight"} if self.format in BITS else {"block_size", "double_quant"} if self.format in BLOCK_SIZES else set()
         quantizing |= {name for name in ("quantize_head", "pad") if getattr(self, name)}
-        calibrated = {"template", "generic_share", "samples", "tokens", "curvature_tokens", "seed", "polish", "low_traffic"} if self.format in QUANTIZING and not self.rtn else set()
+        calibrated = {"template", "generic_share", "samples", "tokens", "curvature_tokens", "seed", "polish", "low_traffic", "compute"} if self.format in QUANTIZING and not self.rtn else set()
         combined = {"combine", "density", "combine_rank", "seed"} if self.combine != SUM else set()
         wanted = {"format", "on", "nf4_recipe", "rtn", "residual_base"} | quantizing | calibrated | combined
         row = {field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value for field in fields(self) if field.name in wanted}
@@ -210,6 +213,8 @@ def _check_values(recipe: Recipe, faults: list[str]) -> None:
         faults.append(f"--seed {recipe.seed}: expected at least 0 and below 2^63")
     if recipe.curvature_tokens < 0:
         faults.append(f"--curvature-tokens {recipe.curvature_tokens}: expected at least 0 (none)")
+    if recipe.compute not in COMPUTES:
+        faults.append(f"--compute {recipe.compute[:40]}: expected {', '.join(COMPUTES)}")
     _check_adapters(recipe, faults)
     if recipe.rtn and recipe.calibration:
         faults.append("--rtn uses no calibration text, and --calibration was given: leave one of them out")

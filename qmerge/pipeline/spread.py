@@ -43,7 +43,7 @@ class Spread:
     def mine(self, held_out: bool, slot: int) -> bool:
         return self.owner(held_out, slot) == self.ranks.rank
 
-    def sums(self, held_out: bool, parts: Iterable[tuple[Part, int]], features: int, outputs: int, device: torch.device, solvers: Sequence[int]) -> Statistics | None:
+    def sums(self, held_out: bool, parts: Iterable[tuple[Part, int]], features: int, outputs: int, device: torch.device, solvers: Sequence[int], compute: torch.dtype = torch.float32) -> Statistics | None:
         """The sum over all ranks' batches on the ``solvers``, None elsewhere. ``parts``: this rank's, with their slots, in order. ``outputs``: rows of the residual's product, or 0."""
         reduced = _Reduced(self, held_out, features, outputs, device)
         partial, current = None, None
@@ -51,7 +51,7 @@ class Spread:
             if partial is not None and slot != current:
                 reduced.add(partial)
                 partial = None
-            partial, current = partial or Statistics(features, device, outputs=outputs), slot
+            partial, current = partial or Statistics(features, device, outputs=outputs, compute=compute), slot
             partial.add_all([part])
         if partial is not None:
             reduced.add(partial)

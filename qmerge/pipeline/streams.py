@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qmerge.device import in_parallel, worker_threads
+from qmerge.device import COMPUTE, in_parallel, worker_threads
 from qmerge.numerics.curvature import Curvature
 from qmerge.numerics.hessian import Statistics, slot_of
 from qmerge.pipeline.blocks import (
@@ -104,7 +104,7 @@ def requantize_blocks(
         solved: dict[str, Solved] = {}
         record: dict[str, Any] | None = None
         alone: dict[str, Linear] = {}
-        with _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype, routed), batches, index, [*wanted, *experts], spread, merged.device) as pair:
+        with _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype, routed), batches, index, [*wanted, *experts], spread, merged.device, COMPUTE[plan.recipe.compute]) as pair:
             for group in pair.groups:
                 if group.modules[0] in experts:
                     here = [weight for weight in routed if weight.module == experts[group.modules[0]]]
@@ -189,8 +189,8 @@ class _BlockPair:
     the activations fit into ``TAPE_BYTES`` each stream passes the block once. Else passes are repeated up to each group, to the same bits.
     """
 
-    def __init__(self, teacher: nn.Module, runtime: nn.Module, batches: list[Batch], index: int, linears: list[str], spread: Spread, device: torch.device) -> None:
-        self.teacher, self.runtime, self.batches, self.index, self.spread, self.device = teacher, runtime, batches, index, spread, device
+    def __init__(self, teacher: nn.Module, runtime: nn.Module, batches: list[Batch], index: int, linears: list[str], spread: Spread, device: torch.device, compute: torch.dtype) -> None:
+        self.teacher, self.runtime, self.batches, self.index, self.spread, self.device, self.compute = teacher, runtime, batches, index, spread, device, compute
         inside, groups = 0, []
         if batches:
             probe = batches[0]
@@ -227,7 +227,7 @@ class _BlockPair:
         if not self.spread.ranks.alone:
             shape = self.teacher.get_submodule(group.modules[0]).weight.shape
             features, outputs = shape if turned else shape[::-1]
-            here = [self.spread.sums(held_out, self._parts(group, held_out, reached), features, outputs if group.residual else 0, self.device, solvers) for held_out in (False, True)]
+            here = [self.spread.sums(held_out, self._parts(group, held_out, reached), features, outputs if group.residual else 0, self.device, solvers, self.compute) for held_out in (False, True)]
             return here[0], here[1]
         together = len(self.batches) if reached is not None else worker_threads(self.device)
         for start in range(0, len(self.batches), together):  # a few batches' inputs at a time
@@ -236,7 +236,7 @@ class _BlockPair:
             for held_out in (False, True):
                 chosen = [(part, self.batches[number].slot) for number, part in zip(numbers, parts, strict=True) if self.batches[number].held_out is held_out]
                 if chosen:
-                    sums.setdefault(held_out, Statistics(chosen[0][0][0].shape[1], self.device)).add_all(*map(list, zip(*chosen, strict=True)))
+                    sums.setdefault(held_out, Statistics(chosen[0][0][0].shape[1], self.device, compute=self.compute)).add_all(*map(list, zip(*chosen, strict=True)))
             if held_out in sums:  # the windows to solve on come first, and are through
                 sums[False].close()
         return sums[False], sums[True]
@@ -316,7 +316,7 @@ def start(plan: MergePlan, merged: Merged, calibration: Calibration, ranks: Rank
         rows = [(part, held_out, slot_of(number, len(split[held_out])), before + number) for number, part in enumerate(split[held_out])]
         parts += [(part.to(merged.device), held_out, slot, number) for part, held_out, slot, number in rows if spread.mine(held_out, slot)]
     # one thread per operation, here as in the blocks: the bits must not depend on the thread count
-    hidden, calls = in_parallel(lambda ids: record_calls(model, skeleton.blocks_name, ids), [[ids for ids, *_ in parts]], merged.device)[0]
+    hidden, calls = in_parallel(lambda ids: record_calls(model, skeleton.blocks_name, ids, COMPUTE[plan.recipe.compute]), [[ids for ids, *_ in parts]], merged.device)[0]
     return [Batch(first, first, call, held, slot, number) for first, call, (_, held, slot, number) in zip(hidden, calls, parts, strict=True)], spread
 
 

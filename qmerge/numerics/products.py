@@ -1,0 +1,21 @@
+"""How is a product of bf16 matrices added to an fp32 sum, where the library rounds each product to bf16?
+
+A CPU's matrix units sum in fp32, but torch hands the result out in bf16 only. What that rounding took away is had from a second product, which starts at minus the first one's
+result: together they hold some 17 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, exact: bool = True) -> None:
+    """``total += left @ right``; ``total`` fp32 ``[m, n]``, ``left`` ``[m, k]`` and ``right`` ``[k, n]`` both fp32 or both bf16. Not ``exact``: a bf16 product is rounded to bf16 first,
+    for half the time; that is 2⁻⁹ of each element, which averages out over the batches that are summed."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+        return
+    first = torch.mm(left, right)
+    total.add_(first)
+    if exact:
+        total.add_(torch.addmm(first, left, right, beta=-1))

@@ -126,14 +126,15 @@ def _round_tile(target: torch.Tensor, factor: Factor, grid: ElementGrid, feed: t
     return found.T.contiguous(), left.T.contiguous()
 
 
-def descend(codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, coupling: Coupling, sweeps: int = 1, tile: int | None = None) -> torch.Tensor:
+def descend(codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, coupling: Coupling, sweeps: int = 1, tile: int | None = None, pull: torch.Tensor | None = None) -> torch.Tensor:
     """Codes uint8 ``[out, in]`` after up to ``sweeps`` passes over the rows that lower ``tr(G E (H + λI) Eᵀ)``, ``E = Q - target``; each row is swept three times.
 
     ``damp`` = λ / mean(diag H). Elsewhere than on a CPU, or where ``tile`` is given, the rows of a tile move together, and keep their move only where it lowers the sum.
+    ``pull``: E (H + λI) of ``codes`` where it is known; that of the result when this returns.
     """
     matrix = damped(hessian, damp)
     current = gptq.values(codes, grid)
-    pull = (current - target) @ matrix
+    pull = (current - target) @ matrix if pull is None else pull
     codes = codes.clone()
     compiled, size = _way(target, tile)
     for part in coupling.parts:

@@ -15,28 +15,42 @@ import torch
 from qmerge.numerics.gptq import ElementGrid, nearest, values
 
 
-def lean(error: torch.Tensor, delta: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much of the adapter's effect is lost, per row, as ``<E, ΔW>_H / <ΔW, ΔW>_H`` (-1: all of it; 0: none on balance), and that effect's size ``<ΔW, ΔW>_H``; both ``[out, 1]``.
+class Lean:
+    """How much of the adapter's effect an error undoes.
 
     Rounding that starts on a grid which holds the base exactly stops early on the way from W to W + ΔW: what is left of its error points back to W.
     In one linear that is small beside the rest; over the blocks it adds up, because it has one direction.
     """
-    seen = delta @ hessian
-    size = (seen * delta).sum(1, keepdim=True)
-    return (seen * error).sum(1, keepdim=True) / size.clamp(min=1e-30), size
+
+    def __init__(self, delta: torch.Tensor, hessian: torch.Tensor) -> None:
+        """``delta`` ΔW fp32 ``[out, in]``, ``hessian`` ``[in, in]``."""
+        self.delta, self.seen = delta, delta @ hessian
+        self.size = (self.seen * delta).sum(1, keepdim=True)
+        """the effect's size ``<ΔW, ΔW>_H``, ``[out, 1]``"""
+
+    def share(self, error: torch.Tensor) -> torch.Tensor:
+        """Per row ``<E, ΔW>_H / <ΔW, ΔW>_H``, ``[out, 1]``: -1 where all of the effect is lost, 0 where none is on balance."""
+        return (self.seen * error).sum(1, keepdim=True) / self.size.clamp(min=1e-30)
+
+
+def lean(error: torch.Tensor, delta: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`Lean.share` of ``error``, `Lean.size`)."""
+    found = Lean(delta, hessian)
+    return found.share(error), found.size
 
 
 def descend(
-    codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, sweeps: int = 3, block: int = 64
+    codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, sweeps: int = 3, block: int = 64, pull: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Codes uint8 ``[out, in]`` after up to ``sweeps`` passes that lower ``tr(E (H + λI) Eᵀ)``, ``E = Q - target``; ``hessian`` ``[in, in]``, ``damp`` = λ / mean(diag H).
 
-    Columns in descending order of diag(H), as the solver takes them. ``block`` is speed only, on a GPU.
+    Columns in descending order of diag(H), as the solver takes them. ``block`` is speed only, on a GPU. ``pull``: E (H + λI) of ``codes``, contiguous, where it is known; that of the
+    result when this returns.
     """
     matrix = damped(hessian, damp)
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
     current = values(codes, grid)
-    gradient = (current - target) @ matrix
+    gradient = (current - target) @ matrix if pull is None else pull
     if codes.device.type == "cpu":
         return _descend_compiled(codes.clone(), current, gradient, matrix, order, grid, sweeps)
     return _descend(codes, current, gradient, matrix, order, grid, sweeps, block)
@@ -79,9 +93,10 @@ def _descend(
     sweeps: int,
     block: int,
 ) -> torch.Tensor:
-    """All rows at once, column by column; the gradients outside a block follow by one matrix product."""
+    """All rows at once, column by column; the gradients outside a block follow by one matrix product. ``gradient`` ends as that of the result."""
     matrix, ordered = matrix[order][:, order], grid.take(order)
     steps = 1.0 / torch.diagonal(matrix).clamp(min=1e-30)
+    whole = gradient
     current, gradient, found = (part.T[order].contiguous() for part in (current, gradient, codes))
     sweep = _sweeper(current.device)
     for _ in range(sweeps):
@@ -90,8 +105,9 @@ def _descend(
             moved = torch.empty_like(current[span])
             sweep(current[span], gradient[span], ordered.columns(span), matrix[span, span], steps[span], found[span], moved)
             gradient.addmm_(matrix[:, span], moved)
-    result = torch.empty_like(found)
-    result[order] = found
+    result, left = torch.empty_like(found), torch.empty_like(gradient)
+    result[order], left[order] = found, gradient
+    whole.copy_(left.T)
     return result.T.contiguous()
 
 

@@ -7,6 +7,7 @@ overfit (damping, how far to shift the target, whether to keep the base's block 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from qmerge.numerics.distances import fit
 from qmerge.numerics.grids import Search
 from qmerge.numerics.hessian import Factor, Statistics, factor
 from qmerge.numerics.lora import delta_survival
-from qmerge.numerics.polish import damped, descend, lean, refit
+from qmerge.numerics.polish import Lean, damped, descend, refit
 from qmerge.numerics.shift import Judge, aim, shifts
 from qmerge.pipeline.candidates import BASES, FULL_RANGE, Linear, Option, options, positions
 from qmerge.types import Grid, QuantizedWeight, QuantState
@@ -221,46 +222,51 @@ def _solve(job: _Job, known: _Known, blocks: int, steps: Steps) -> Solved:
     damp, number, shift = job.choice
     linear, level, option, coupling = job.linear, known.factor(damp), job.options[number], job.coupling
     delta = linear.delta if steps.lean else None
+    there, judged = (None, None) if delta is None else (Lean(delta, known.hessian), Lean(delta, known.seen))
     target = aim(linear.merged, known.shifts(linear.merged, level, slice(None), bool(shift[0]), bool(shift[1])), *shift)
     codes = gptq.solve(target, level, option.element) if coupling is None else coupled.solve(target, level, option.element, coupling)
-    best = _Best(_with_lean(codes, option, job, known, blocks, delta), option, codes)
+    best = _Best(_with_lean(codes, option, job, blocks, judged), option, codes)
     goal, matrix = target, damped(known.hessian, level.damp)
+    raised = level.damp * float(torch.diagonal(known.hessian).double().mean())
+    pull: torch.Tensor | None = None
     fitting = steps.refit and option.storable is not None and option.element.levels is None
     for turn in range(1 + (LEAN_ROUNDS if delta is not None and (steps.descent or fitting) else 0)):
         if fitting and turn == 0:
             wanted = goal if coupling is None else goal - coupling.pulled(gptq.values(codes, option.element) - goal)
             option = option.with_scales(refit(option.scales, option.units(codes), wanted, matrix, option.storable, option.size))
-        if steps.descent and coupling is None:
-            codes = descend(codes, goal, known.hessian, level.damp, option.element)
-        elif steps.descent:
-            codes = coupled.descend(codes, goal, known.hessian, level.damp, option.element, coupling)
-        value = _with_lean(codes, option, job, known, blocks, delta)
+        if steps.descent:
+            pull = (gptq.values(codes, option.element) - goal) @ matrix if pull is None else pull
+            way = descend if coupling is None else partial(coupled.descend, coupling=coupling)
+            codes = way(codes, goal, known.hessian, level.damp, option.element, pull=pull)
+        value = _with_lean(codes, option, job, blocks, judged)
         if value < best.value:
             best = _Best(value, option, codes, True)
-        if delta is not None:
-            goal = goal - lean(gptq.values(codes, option.element) - target, delta, known.hessian)[0] * delta
+        if there is not None:
+            share = there.share(gptq.values(codes, option.element) - target)
+            goal = goal - share * delta
+            if pull is not None:  # the error grows by what the goal loses
+                pull += share * (there.seen + raised * delta)
     if steps.keep_base:
-        best = _keep_base_codes(job, known, blocks, best)
+        best = _keep_base_codes(job, blocks, best)
     return _finish(linear, best, Choice(level.damp, *shift, best.option.label, best.polished, coupling is not None, best.value))
 
 
-def _with_lean(codes: torch.Tensor, option: Option, job: _Job, known: _Known, blocks: int, delta: torch.Tensor | None) -> float:
+def _with_lean(codes: torch.Tensor, option: Option, job: _Job, blocks: int, judged: Lean | None) -> float:
     weight = gptq.values(codes, option.element)
     value = job.judge(weight)
-    if delta is None:
+    if judged is None:
         return value
-    share, size = lean(weight - job.linear.merged, delta, known.seen)
-    total = float(size.sum())
-    return value + blocks * (float((share * size).sum()) ** 2 / total if total > 0 else 0.0)
+    lost, total = float((judged.share(weight - job.linear.merged) * judged.size).sum()), float(judged.size.sum())
+    return value + blocks * (lost**2 / total if total > 0 else 0.0)
 
 
-def _keep_base_codes(job: _Job, known: _Known, blocks: int, best: _Best) -> _Best:
+def _keep_base_codes(job: _Job, blocks: int, best: _Best) -> _Best:
     """On the base's own grid a linear that the adapter does not touch may be best left byte for byte as it is."""
     kept = next((option for option in job.options if option.label == BASES), None)
     if kept is None or (job.linear.delta is not None and bool(job.linear.delta.any())):
         return best
     codes = positions(job.linear.base.state, job.linear.base.codes).to(job.linear.merged.device)
-    value = _with_lean(codes, kept, job, known, blocks, None)
+    value = _with_lean(codes, kept, job, blocks, None)
     return _Best(value, kept, codes) if value < best.value else best
 
 

@@ -39,7 +39,7 @@ class Curvature:
             self.blocks = [torch.zeros(span.stop - span.start, span.stop - span.start, device=gradient.device) for span in self.spans()]
         for span, total in zip(self.spans(), self.blocks, strict=True):
             part = gradient[:, span]
-            add_product(total, part.T, part)
+            add_product(total, part.T, part, exact=False)
 
     def join(self, other: Curvature) -> None:
         for mine, its in zip(self.blocks, other.blocks, strict=True):

@@ -15,8 +15,10 @@ from qmerge.device import in_parallel
 from qmerge.errors import CheckFailed
 from qmerge.numerics.products import add_product
 
-STRIP = 128
-"""rows of a sum that are formed together"""
+STRIP = 512
+"""rows of a sum that are formed together: a product of few rows spends its time on bringing the other factor into shape"""
+LEAF = 128
+"""columns of a triangular matrix that are inverted by substitution"""
 SLOTS = 16
 """A sum over batches is formed in at most so many partial sums of consecutive batches, which are then added in order. So the bits do not depend on how many processes share the batches:
 each forms whole partial sums, up to ``SLOTS`` of them at work. More would cost communication, one matrix each."""
@@ -65,8 +67,7 @@ class Statistics:
             return
         slots = slots if slots is not None else [0] * len(parts)
         self._slot = slots[0] if self._slot is None else self._slot
-        batches = [self._factors(*part) for part in parts]
-        same = all(not bool(difference.any()) for _, difference, _ in batches)
+        batches = in_parallel(lambda part: self._factors(*part), parts, self._open[0].device)
         if batches[0][2] is not None and self._open[2] is None:
             self._open[2] = torch.zeros(batches[0][2].shape[1], self.features, device=self.device)
         if slots[-1] != self._slot:
@@ -80,18 +81,18 @@ class Statistics:
                     closed[rows, columns].add_(total[rows, columns])
                     total[rows, columns].zero_()
                     slot = its
-                if which != 1 or not same:
+                if batch[which] is not None:
                     add_product(total[rows, columns], batch[which][:, rows].T, batch[0][:, columns], exact=which == 0)
 
         in_parallel(strip, self._strips(), self._open[0].device)
         self._slot = slots[-1]
         self.tokens += sum(batch[0].shape[0] for batch in batches)
 
-    def _factors(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(x, x̃ - x, r) as they are multiplied. Differences are taken before anything is rounded."""
-        runtime = runtime.float()
-        rows = runtime, teacher.float() - runtime, None if residual is None else residual.float()
-        return rows if self.compute == torch.float32 else tuple(None if row is None else row.to(self.compute) for row in rows)
+    def _factors(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(x, x̃ - x, r) as they are multiplied; None for zeros. Differences are taken before anything is rounded."""
+        same = runtime is teacher or torch.equal(runtime, teacher)
+        rows = runtime, None if same else teacher.float() - runtime.float(), residual
+        return tuple(None if row is None else row.to(self.compute) for row in rows)
 
     def _strips(self) -> list[tuple[int, slice, slice]]:
         """(which sum, rows, columns) of what has to be summed."""
@@ -187,7 +188,7 @@ def inverse_root(matrix: torch.Tensor) -> torch.Tensor | None:
 def _inverse_upper(upper: torch.Tensor) -> torch.Tensor:
     """The inverse of an upper triangular matrix, by halves: two products a level, and no work on zeros."""
     size = upper.shape[0]
-    if size <= STRIP:
+    if size <= LEAF:
         return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True)
     half = size // 2
     first, last = _inverse_upper(upper[:half, :half]), _inverse_upper(upper[half:, half:])

@@ -26,6 +26,8 @@ class Ranked(Jobs):
     def words(self, out, fmt, *flags):
         if not hasattr(self, "text"):
             self.text = write_rows(self.root / "text.jsonl", sentences(OWN, 200, 5))
+        if "--rtn" in flags:
+            return [*super().words(out, "bf16"), "--format", fmt, "--group-size", 32, *flags]
         words = super().words(out, fmt, "--samples", 12, "--curvature-tokens", 64, *flags) if fmt != "bf16" else super().words(out, fmt, *flags)
         return [self.text if word == self.zoo.calibration else word for word in words]
 
@@ -76,12 +78,14 @@ def test_any_number_of_ranks_writes_the_bytes_of_one(jobs, fmt, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--rtn",), ("--quantize-head",), ("--curvature-tokens", 0), ("--polish", "distill")], ids=lambda flags: flags[0].lstrip("-"))
-def test_options_that_several_ranks_can_share(jobs, flags):
+@pytest.mark.parametrize(("fmt", "flags"), [
+    ("gptq", ("--rtn",)), ("gptq", ("--quantize-head",)), ("gptq", ("--curvature-tokens", 0)), ("gptq", ("--polish", "distill")), ("compressed-tensors", ("--group-size", 32, "--bits-per-weight", 6)),
+], ids=lambda value: value if isinstance(value, str) else value[-2 + len(value) % 2].lstrip("-"))  # fmt: skip
+def test_options_that_several_ranks_can_share(jobs, fmt, flags):
     """A step that another rank's text, or another rank's linears, are missing in."""
-    out = jobs.place() / "out"
-    assert jobs.ended(2, out, "gptq", *flags) == [0, 0], jobs.last_words()
-    assert jobs.files(out) == jobs.alone("gptq", *flags)
+    out, wanted = jobs.place() / "out", jobs.alone(fmt, *flags)
+    assert jobs.ended(2, out, fmt, *flags) == [0, 0], jobs.last_words()
+    assert jobs.files(out) == wanted
 
 
 def test_what_is_not_shared_is_refused_by_name(jobs):

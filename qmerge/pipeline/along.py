@@ -31,7 +31,8 @@ def check_shared(plans: Sequence[MergePlan], calibration: Calibration | None, st
         return
     for name in (ALONE_ONLY[part] for plan in plans for part in plan.recipe.polish if part in ALONE_ONLY):
         raise UsageProblem("This step is not shared among ranks.", where=name, found=f"{ranks.size} ranks", fix="leave it out, or run on one rank: start qmerge without torchrun or srun")
-    agreed(ranks, {"setting": [plan.recipe.to_json() | {"shard_size": plan.recipe.shard_bytes} for plan in plans], "step": asdict(steps or Steps())}, differences, _settings)
+    recipes = [plan.recipe.to_json() | {"shard_size": plan.recipe.shard_bytes} for plan in plans]
+    agreed(ranks, {"setting": recipes[0] if len(recipes) == 1 else dict(enumerate(recipes)), "step": asdict(steps or Steps())}, differences, _settings)
     facts: dict[str, Any] = {"version": versions(), "code of qmerge": solver_digest(), "processor": processor()}
     if calibration is not None:
         facts["calibration"] = text_facts(calibration.facts)

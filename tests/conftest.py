@@ -172,6 +172,13 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return Zoo(tmp_path_factory.mktemp("zoo"))
 
 
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory, zoo: Zoo) -> Any:
+    from support.packed import Packed
+
+    return Packed(tmp_path_factory.mktemp("packed"), zoo)
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a command gave back. ``code`` is the exit code that a shell would see."""

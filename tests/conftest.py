@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -165,6 +166,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def eager() -> None:
     """bitsandbytes and gptqmodel compile small functions of theirs for seconds; here they run as written."""
     torch.compiler.set_stance("force_eager")
+    gc.freeze()  # the libraries' million objects are not searched for garbage again: gptqmodel collects at each load
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -165,11 +166,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def eager() -> None:
     """bitsandbytes and gptqmodel compile small functions of theirs for seconds; here they run as written."""
     torch.compiler.set_stance("force_eager")
+    gc.freeze()  # the libraries' million objects are not searched for garbage again: gptqmodel collects at each load
 
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory, zoo: Zoo) -> Any:
+    from support.packed import Packed
+
+    return Packed(tmp_path_factory.mktemp("packed"), zoo)
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,7 @@ def measured(bench, zoo, tmp_path_factory):
     return found, bench.page.markdown(json.loads(json.dumps(header, allow_nan=False))), *said_each
 
 
+@pytest.mark.slow  # each arm is made in a process of its own, as its tools are
 def test_every_arm_is_made_or_says_why_not(measured):
     """Would catch an arm that a format refuses, or whose tool is not installed, going missing silently."""
     found, page, *_ = measured
@@ -185,6 +186,7 @@ def test_every_arm_is_made_or_says_why_not(measured):
     assert "--bits 16" in page and "make bench-peers" in page
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_ours_is_measured_from_disk_beside_the_peer(measured):
     """Would catch arms that are measured on the wrong model: ours must be nearer to the reference than PEFT's, and PEFT's as far as nearest NF4."""
     kl = {name: row["kl_mean"]["value"] for name, row in measured[0]["metrics"]["in-domain"].items()}
@@ -192,12 +194,14 @@ def test_a_checkpoint_of_ours_is_measured_from_disk_beside_the_peer(measured):
     assert kl["peft-nf4"] == pytest.approx(kl["rtn"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_what_was_made_and_measured_is_not_made_again(measured):
     """Would catch keys that never match, so that every run starts from nothing."""
     *_, first, second = measured
     assert [line for line in first if "making" in line] and not [line for line in second if "making" in line or "measured" in line]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_off_is_set_against_all_steps(measured):
     """Would catch an ablation that was made with all steps on (ratio 1), and a step that the page leaves out."""
     found, page, *_ = measured
@@ -214,6 +218,7 @@ def test_every_switch_of_the_solver_has_its_ablation(bench):
     assert bench.driver.steps() == list(Steps.__dataclass_fields__)
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_figure_of_an_arm(measured):
     """Would catch a table that loses bits, seconds or memory."""
     found, page, *_ = measured

@@ -43,26 +43,24 @@ def test_help_starts_without_torch():
 
 
 @pytest.mark.parametrize("words", [("--also", "foo"), ("--suite", "nope.yaml"), ("--budget", "strickt"), ("--also", "original")])
-def test_what_measuring_would_refuse_is_refused_before_the_merge(tmp_path, words):
+def test_what_measuring_would_refuse_is_refused_before_the_merge(cli, tmp_path, words):
     """Hours of merging, and then a typo in an option of the evaluation."""
     demo = Path(__file__).parent.parent / "examples" / "demo"
-    found = _run("run", "--base", f"{demo}/base-nf4", "--adapter", f"{demo}/adapter", "--out", str(tmp_path / "out"),
+    found = cli("run", "--base", f"{demo}/base-nf4", "--adapter", f"{demo}/adapter", "--out", str(tmp_path / "out"),
                  "--calibration", f"{demo}/calibration.jsonl", "--text", f"{demo}/eval-prose.jsonl", *words)
-    assert found.returncode == 2 and words[1] in found.stderr + found.stdout
+    assert found.code == 2 and words[1] in found.err + found.out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_results_are_not_written_over_a_folder(tmp_path):
+def test_results_are_not_written_over_a_folder(cli, tmp_path):
     """Measuring for an hour and then finding that --out is a folder."""
-    found = _run("eval", "--base", "b", "--adapter", "a", "--candidate", "c", "--text", "t.txt", "--out", str(tmp_path))
-    assert found.returncode == 2 and "names a folder" in found.stderr
+    found = cli("eval", "--base", "b", "--adapter", "a", "--candidate", "c", "--text", "t.txt", "--out", str(tmp_path))
+    assert found.code == 2 and "names a folder" in found.err
 
 
-def test_verify_refuses_swapped_inputs_and_says_nothing_of_the_checkpoint(tmp_path):
+def test_verify_refuses_swapped_inputs_and_says_nothing_of_the_checkpoint(cli, zoo, written):
     """A wrong --base path in CI must not condemn a good checkpoint: that is 4, not 1."""
-    demo = Path(__file__).parent.parent / "examples" / "demo"
-    out = tmp_path / "out"
-    assert _run("merge", "--base", f"{demo}/base-nf4", "--adapter", f"{demo}/adapter", "--out", str(out), "--format", "bf16").returncode == 0
-    found = _run("verify", str(out), "--base", f"{demo}/adapter", "--adapter", f"{demo}/base-nf4")
-    assert found.returncode == 4 and "do not serve" not in found.stderr
-    assert _run("verify", str(out), "--base", f"{demo}/base-nf4", "--adapter", f"{demo}/adapter").returncode == 0
+    out, base, adapter = written("llama", "bf16")[0], zoo.nf4("llama"), zoo.adapter("llama")
+    found = cli("verify", out, "--base", adapter, "--adapter", base)
+    assert found.code == 4 and "do not serve" not in found.err
+    assert cli("verify", out, "--base", base, "--adapter", adapter).code == 0

@@ -28,7 +28,7 @@ def check(row):
     assert 0.8 * told["bytes_written"] <= row.disk <= 1.2 * told["disk_most_bytes"], (told["disk_most_bytes"], row.disk)
 
 
-@pytest.mark.parametrize("fmt", ["bf16", "gptq", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fmt", ["bf16", *(pytest.param(fmt, marks=pytest.mark.slow) for fmt in ("gptq", "nf4"))])
 def test_a_small_model_takes_what_it_foresaw(script, tmp_path, fmt):
     """A refusal, or a start, on figures that no process ever had."""
     (tmp_path / "run").mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,9 @@ import pytest
 import torch
 from conftest import Zoo, run_cli
 from safetensors.torch import load_file, save_file
-from test_formats_base import Packed
+from support.packed import Packed
 
 from qmerge.pipeline.inspection import inspect
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory, zoo: Zoo) -> Packed:
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # gptqmodel wants two threads, also on two cores
-    return Packed(tmp_path_factory.mktemp("packed"), zoo)
 
 
 def told(path: str | Path) -> tuple[dict[str, Any], str]:

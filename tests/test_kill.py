@@ -13,7 +13,7 @@ import pytest
 from support.forked import Hooked, ended, ended_within, fork
 from support.resume import FORMATS, Jobs
 
-HOOKS, MOMENTS = 7, 4
+HOOKS, MOMENTS = 4, 2
 """per format, in a default run"""
 
 

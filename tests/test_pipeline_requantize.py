@@ -24,8 +24,19 @@ from qmerge.types import Grid
 
 pytest.importorskip("gptqmodel")
 SYM, ASYM, NF4 = ("gptq",), ("gptq", "--asym", "--group-size", "32"), ("nf4",)
-FORMATS = pytest.mark.parametrize("fmt", [SYM, ASYM, NF4], ids=["gptq-sym", "gptq-asym", "nf4"])
+NAMES = {SYM: "gptq-sym", ASYM: "gptq-asym", NF4: "nf4"}
+FORMATS = pytest.mark.parametrize("fmt", NAMES, ids=NAMES.get)
 EVERY = pytest.mark.parametrize("kind", KINDS)
+RARE = [("qwen2", ASYM), ("gpt2", ASYM), ("gemma2", SYM)]
+"""slow: each of these formats, and each of these kinds of model, is in the other pairs too"""
+
+
+def pairs(*without: tuple[str, tuple[str, ...]]) -> pytest.MarkDecorator:
+    """Kinds of model by formats."""
+    return pytest.mark.parametrize(("kind", "fmt"), [
+        pytest.param(kind, fmt, id=f"{kind}-{NAMES[fmt]}", marks=[pytest.mark.slow] if (kind, fmt) in RARE else [])
+        for kind in KINDS for fmt in NAMES if (kind, fmt) not in without
+    ])  # fmt: skip
 
 
 def unpacked(folder: Path, fmt: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -57,8 +68,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@FORMATS
-@EVERY
+@pairs()
 def test_file_holds_what_the_pipeline_computed(zoo, written, kind, fmt):
     """Evidence about weights that are not in the file: codes, scales or zeros changed by packing, or scales rounded by it."""
     out, weights = written(kind, *fmt)
@@ -68,13 +78,10 @@ def test_file_holds_what_the_pipeline_computed(zoo, written, kind, fmt):
         assert torch.equal(weight, weights[f"{name}.weight"]), name
 
 
-@FORMATS
-@EVERY
+@pairs(("gpt2", ASYM))  # gptqmodel loads asymmetric v1 files only where it wrote them, and transformers 5.23 no gptq GPT-2 at all
 def test_public_loader_holds_and_answers_the_same(zoo, written, kind, fmt):
     """A loader that reads other weights than we wrote, leaves some at random, or keeps LoRA modules. Weights must be equal bit for bit; logits differ by no
     more than twice what bf16 arithmetic on the same weights does."""
-    if kind == "gpt2" and fmt == ASYM:
-        pytest.skip("gptqmodel loads asymmetric v1 files only where it wrote them, and transformers 5.23 no gptq GPT-2 at all")
     out, _ = written(kind, *fmt)
     ids, model = zoo.batch(), public(kind, out, fmt)
     theirs, ours = loaded_weights(model), unpacked(out, fmt)
@@ -89,8 +96,7 @@ def test_public_loader_holds_and_answers_the_same(zoo, written, kind, fmt):
     assert 8 < text.shape[1] <= 13 and int(text.max()) < 320
 
 
-@FORMATS
-@EVERY
+@pairs()
 def test_shapes_are_the_bases_and_changed_linears_changed(zoo, written, kind, fmt):
     """A padded or transposed linear, or a fine-tune that was rounded away: every linear that the adapter changes must differ from the base's."""
     out, _ = written(kind, *fmt)
@@ -102,8 +108,7 @@ def test_shapes_are_the_bases_and_changed_linears_changed(zoo, written, kind, fm
             assert not torch.equal(weight, base[name]), name
 
 
-@FORMATS
-@EVERY
+@pairs()
 def test_all_else_is_the_bases(zoo, written, kind, fmt):
     """Biases, norms or embeddings cast, lost or requantized: Qwen2's q, k, v biases and GPT-2's everywhere must be the base's, byte for byte."""
     out, weights = written(kind, *fmt)
@@ -116,7 +121,7 @@ def test_all_else_is_the_bases(zoo, written, kind, fmt):
     assert {name for name in found if not name.endswith(parts)} - kept == (set(weights) if fmt == NF4 else set())
 
 
-@EVERY
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind in ("qwen2", "gemma2") else []) for kind in KINDS])
 def test_calibrated_beats_plain_rounding_and_the_bare_base(zoo, written, kind):
     """A solver that costs time and gains nothing, or a 4-bit file that passes every check of its format and has forgotten the fine-tune: KL to the separate
     model on text that it has not seen. Plain rounding onto NF4 is where the bare base is."""
@@ -170,7 +175,7 @@ def test_two_runs_give_the_same_bytes(zoo, written, fmt):
 
 
 @pytest.mark.parametrize("fmt", [("gptq",), ("nf4",)], ids=lambda fmt: fmt[0])
-@pytest.mark.parametrize("threads, tape", [(1, 2**31), (3, 2**31), (2, 0)])
+@pytest.mark.parametrize("threads, tape", [pytest.param(1, 2**31, marks=pytest.mark.slow), (3, 2**31), (2, 0)])
 def test_threads_and_memory_do_not_change_the_bytes(zoo, written, fmt, threads, tape, monkeypatch):
     """A sum split over as many threads as there are, or a pass that is repeated where memory is short and is not the same pass: another machine, another model."""
     first, before = written("llama", *fmt)[0], torch.get_num_threads()

@@ -24,9 +24,9 @@ OFF = 1.02
 def test_round_to_nearest_ends_in_3_by_retention(cli, tmp_path):
     """The product's own reason: a merge that loads, reads well, and has lost the fine-tune, let through by `run` or by `compare`."""
     text, out, budget = tmp_path / "prose.jsonl", tmp_path / "out", tmp_path / "retention.yaml"
-    text.write_text("".join((DEMO / "eval-prose.jsonl").read_text().splitlines(keepends=True)[:6]))
+    text.write_text("".join((DEMO / "eval-prose.jsonl").read_text().splitlines(keepends=True)[:3]))
     budget.write_text("retention: {min: 0.9}\n")  # alone: nothing else may be what fails
-    ran = cli("run", "--base", DEMO / "base-nf4", "--adapter", DEMO / "adapter", "--format", "nf4", "--rtn", "--text", text, "--eval-tokens", 256, "--budget", budget, "--out", out, "--device", "cpu")
+    ran = cli("run", "--base", DEMO / "base-nf4", "--adapter", DEMO / "adapter", "--format", "nf4", "--rtn", "--text", text, "--eval-tokens", 128, "--budget", budget, "--out", out, "--device", "cpu")
     assert ran.code == 3 and "out on prose: retention" in ran.out
     judged = cli("compare", f"{out}.eval/results.json")
     assert judged.code == 3 and re.search(r"out on prose: retention 0\.[012]\d* .*< 0\.9", judged.out)

@@ -10,11 +10,13 @@ from test_pipeline_requantize import NF4, SYM, own_model, public
 
 from qmerge.store.manifest import read_manifest
 
-FORMATS = [SYM, NF4]
+CASES = [
+    pytest.param(fmt, steps, marks=() if (fmt, steps) in [(SYM, "distill"), (NF4, "blocks,distill")] else pytest.mark.slow, id=f"{fmt[0]}-{steps}")
+    for fmt in (SYM, NF4) for steps in ("blocks", "distill", "blocks,distill")
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("steps", ["blocks", "distill", "blocks,distill"])
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt[0])
+@pytest.mark.parametrize(("fmt", "steps"), CASES)
 def test_the_file_is_the_polished_model(zoo, written, cli, fmt, steps):
     """Steps that run and whose result is not what is written, or that leave a file which its loader or `verify` does not read."""
     plain, _ = written("llama", *fmt)
@@ -39,5 +41,5 @@ def test_the_file_is_the_polished_model(zoo, written, cli, fmt, steps):
 
 def test_no_state_is_left_beside_the_output(written):
     """The folder that a killed run would go on from, left behind by one that finished."""
-    out, _ = written("llama", "nf4", "--polish", "distill")
+    out, _ = written("llama", "nf4", "--polish", "blocks,distill")
     assert not [path.name for path in out.parent.iterdir() if "qmerge-" in path.name]

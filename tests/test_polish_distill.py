@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from support.polish import SETTINGS, Case, digest, solve
+from support.forked import ended_within, fork
+from support.polish import SETTINGS, Case, digest, distilled, solve
 
 from qmerge.formats import nf4 as nf4_format
 from qmerge.numerics import nf4
@@ -148,30 +146,17 @@ def test_any_number_of_threads_gives_the_same_bytes(case, trained, fmt):
 
 def test_killed_and_run_again_gives_the_same_bytes(zoo, trained, tmp_path):
     """A state that forgets an optimizer's moment, the batch order or the best so far; or one that a kill leaves half-written. A real process, SIGKILL."""
-    work, out = tmp_path / "work", tmp_path / "digest"
-    command = [
-        sys.executable,
-        "-m",
-        "support.polish",
-        zoo.nf4("llama"),
-        zoo.adapter("llama"),
-        zoo.calibration,
-        "gptq",
-        "1",
-        str(work),
-        str(out),
-    ]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for line in process.stdout:
-        if "step 8/" in line:
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    work, out, log, wanted = tmp_path / "work", tmp_path / "digest", tmp_path / "log", digest(trained("llama", "gptq"))
+    words = (zoo.nf4("llama"), zoo.adapter("llama"), zoo.calibration, "gptq", str(work), str(out))
+
+    def killed_at_step_8() -> None:
+        distilled(*words, lambda line: os.kill(os.getpid(), signal.SIGKILL) if "step 8/" in line else None)
+
+    assert ended_within(fork(killed_at_step_8, log), 120) == -signal.SIGKILL, log.read_text()
     assert not out.exists() and (work / "distill.safetensors").exists()
-    again = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-    assert "goes on after step" in again.stdout
-    assert out.read_text() == digest(trained("llama", "gptq"))
+    assert ended_within(fork(lambda: distilled(*words, lambda line: os.write(1, f"{line}\n".encode())), log), 120) == 0, log.read_text()
+    assert "goes on after step" in log.read_text()
+    assert out.read_text() == wanted
 
 
 def test_a_state_of_other_settings_is_not_taken(case, tmp_path):

@@ -72,6 +72,7 @@ def test_no_tensor_is_as_wide_as_windows_times_vocabulary():
     assert CHUNK_BYTES // 2 < seen.nbytes <= CHUNK_BYTES < 4 * LONG * VOCABULARY / 10
 
 
+@pytest.mark.slow
 def test_resident_memory_stays_below_a_quarter_gigabyte():
     """Many small tensors that live together; what a process really took is what ends it. In a process of its own: a peak is never taken back."""
     code = PEAK.format(path=[str(p) for p in sys.path])

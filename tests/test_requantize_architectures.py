@@ -207,11 +207,13 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-EVERY = pytest.mark.parametrize("key", REQUANTIZED)
-FORMATS = pytest.mark.parametrize("fmt", ["gptq", "nf4"])
+# every architecture in one of the formats; the other one is slow
+EVERY = pytest.mark.parametrize(("key", "fmt"), [
+    pytest.param(key, fmt, id=f"{key}-{fmt}", marks=() if number % 2 == turn or key == "llama" else pytest.mark.slow)
+    for number, key in enumerate(REQUANTIZED) for turn, fmt in enumerate(("gptq", "nf4"))
+])  # fmt: skip
 
 
-@FORMATS
 @EVERY
 def test_loader_reads_what_was_solved(shop, zoo, key, fmt):
     """A weight that the public loader reads otherwise than it was solved, leaves at random or does not find; a tied, projected or fused part lost on the way."""
@@ -220,7 +222,6 @@ def test_loader_reads_what_was_solved(shop, zoo, key, fmt):
     assert distance(logits(public(made.folder), ids), logits(filled(shop, key, fmt, made.weights), ids)) < 1e-4
 
 
-@FORMATS
 @EVERY
 def test_every_linear_is_solved_and_the_model_answers_better(shop, zoo, key, fmt):
     """A linear that was only rounded, or solved on another linear's inputs, in whatever layer it sits. On text not seen, what each linear makes of the inputs that it really gets must
@@ -261,7 +262,6 @@ def test_adapted_linear_outside_the_blocks_is_refused_in_nf4(shop, tmp_path):
     assert answer.code == 4 and "model.decoder.project_out" in answer.err and not (tmp_path / "out").exists()
 
 
-@FORMATS
 @EVERY
 def test_verify_finds_everything_in_place(shop, cli, key, fmt):
     """A whole file called incomplete: fused experts that it holds one by one, projections or heads under other names."""

@@ -10,12 +10,14 @@ import pytest
 import torch
 from support.adapters import Blank, Refusal
 from support.bench import MOVED, Bench
-from support.matrix import MEASURED, REGENERATE, Place, places, render
+from support.matrix import MEASURED, REGENERATE, Place, in_every_run, places, render
 
 from qmerge.errors import QmergeError
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 CELLS = [place for place in places() if not isinstance(place.cell, Blank)]
+QUICK = in_every_run()
+EXACT = [pytest.param(place, id=place.id, marks=() if place.id in QUICK else pytest.mark.slow) for place in CELLS if not isinstance(place.cell, Refusal)]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def measured() -> dict[str, float]:
     return {}
 
 
-@pytest.mark.parametrize("place", [place for place in CELLS if not isinstance(place.cell, Refusal)], ids=lambda place: place.id)
+@pytest.mark.parametrize("place", EXACT)
 def test_merged_answers_as_separate(bench, measured, place: Place):
     """A factor, a scale, a tie, an order of weights or a name on disk that is lost in this feature, architecture and kind of base."""
     with warnings.catch_warnings():

@@ -17,7 +17,7 @@ from support.several import COLUMNS, SEVERAL, TYPES
 
 TYPES_GROUP, BASES_GROUP = "PEFT types beside LoRA", "Bases"
 MEASURED = "Measured when this page was written"
-REGENERATE = "python -m pytest tests/test_support_matrix.py --write-support"
+REGENERATE = "python -m pytest tests/test_support_matrix.py -m 'slow or not slow' --write-support"
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,18 @@ def places() -> Iterator[Place]:
         yield from (Place(TYPES_GROUP, row, key, "nf4", feature(ARCHITECTURES[key])) for key in COLUMNS)
 
 
+def in_every_run() -> set[str]:
+    """Of each row every third exact cell, another one to begin with in each row, so that every row and every column is there: the ids of what a default run tests. The others are slow."""
+    rows: dict[tuple[str, str], list[Place]] = {}
+    for place in places():
+        if isinstance(place.cell, Exact):
+            rows.setdefault((place.group, place.row), []).append(place)
+    return {place.id for number, cells in enumerate(rows.values()) for place in cells[number % min(3, len(cells)) :: 3]}
+
+
 INTRODUCTION = f"""# What is merged, and what is refused
 
-This page is written by tests/test_support_matrix.py (`{REGENERATE}`), and a test fails when it says something else than the tests do.
+This page is written by tests/test_support_matrix.py (`{REGENERATE}`), and a test fails when it says something else than the tests do. `make test` runs every refusal and a third of the exact cells, CI all of them.
 
 **exact**: `qmerge merge --format fp32`, loaded by transformers in fp32, gives the logits of the separate model: PEFT's adapter on the dequantized base in fp32.
 The largest difference is at most {TOLERANCE:g} of the largest logit (where a note says so, another share), and the adapter moves the logits by at least {MOVED:g} of it. Both sides compute in fp32 and differ in the

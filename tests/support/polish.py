@@ -1,12 +1,9 @@
-"""A solved tiny model, ready to be polished; run as a script it distills one in a process that may be killed.
-
-`python -m support.polish BASE ADAPTER CALIBRATION FORMAT THREADS WORKDIR OUT`: prints a line per step and, at the end, writes the digest of the result to OUT.
-"""
+"""A solved tiny model, ready to be polished, and its distillation for a process that may be killed."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,11 +60,8 @@ def digest(found: Distilled) -> str:
     return total.hexdigest()
 
 
-def main(base: str, adapter: str, calibration: str, fmt: str, threads: str, workdir: str, out: str) -> None:
-    torch.set_num_threads(int(threads))
-    found = distill(*solve(base, adapter, calibration, fmt), SETTINGS, Path(workdir), lambda line: print(line, flush=True))
+def distilled(base: str, adapter: str, calibration: str, fmt: str, workdir: str, out: str, say: Callable[[str], None]) -> None:
+    """On one thread; ``say`` gets a line per step. At the end the digest of the result is written to ``out``."""
+    torch.set_num_threads(1)
+    found = distill(*solve(base, adapter, calibration, fmt), SETTINGS, Path(workdir), say)
     Path(out).write_text(digest(found))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from qmerge.pipeline.resume import Run
@@ -25,7 +26,7 @@ class KeptShards:
     def _look(self) -> None:
         out, files = self.run.folder.path, set()
         while (row := self.run.journal.get(f"shard-{len(self.digests)}")) is not None:
-            path = out / row[0]["file"]
+            path = out / Path(row[0]["file"]).name
             if not path.is_file() or digest_file(path) != row[0]["digest"]:
                 break
             files.add(path.name)

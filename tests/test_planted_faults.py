@@ -12,7 +12,8 @@ import torch
 from conftest import OWN, sentences, write_rows
 from safetensors.torch import load_file, save_file
 
-from qmerge.store.manifest import digest_file
+from qmerge.store.durable import json_bytes
+from qmerge.store.manifest import digest_file, sealed
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 OFF = 1.02
@@ -43,7 +44,7 @@ def planted(source: Path, target: Path, change) -> Path:
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     manifest = json.loads((target / "manifest.json").read_text())
     manifest["files"]["model.safetensors"] = digest_file(target / "model.safetensors")
-    (target / "manifest.json").write_text(json.dumps(manifest))
+    (target / "manifest.json").write_bytes(json_bytes(sealed(manifest)))
     return target
 
 

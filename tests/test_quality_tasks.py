@@ -396,3 +396,40 @@ def test_public_benchmarks_offline(arm, long_arm):
         run_suite(opened, *arm)
     found = run_suite(opened, *long_arm)
     assert all(len(items) == 2 for items in found.values()) and len(set(cluster_labels(found["winogrande"]))) == 1
+
+
+def chatting(suite_file: Path, folder: Path) -> Path:
+    for file in suite_file.parent.glob("*.jsonl"):
+        shutil.copy(file, folder)
+    (folder / "chat.yaml").write_text(yaml.safe_dump({"tasks": [CHOICE], "chat_template": True}))
+    return folder / "chat.yaml"
+
+
+def test_chats_of_a_suite_are_those_of_lm_eval(arm, suite_file, tmp_path, monkeypatch):
+    """Written in a child, a prompt must not differ from what lm-eval itself would have asked."""
+    from lm_eval.models.huggingface import HFLM
+
+    from qmerge.quality import tasks
+    from qmerge.store.templates import ChatWriter
+
+    model, tokenizer = arm
+    history = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what saw the cat?"}]
+    with ChatWriter(tokenizer) as chats:
+        assert tasks.write_chat(chats, history, True) == HFLM(pretrained=model, tokenizer=tokenizer).apply_chat_template(history)
+    ours = run_suite(open_tasks(load_suite(str(chatting(suite_file, tmp_path)))), model, tokenizer)
+    monkeypatch.setattr(tasks, "write_chat", lambda chats, history, prompt: HFLM.apply_chat_template(HFLM(pretrained=model, tokenizer=tokenizer), history, prompt))
+    assert run_suite(open_tasks(load_suite(str(tmp_path / "chat.yaml"))), model, tokenizer) == ours
+
+
+def test_a_suite_with_a_template_that_never_ends(arm, suite_file, tmp_path, monkeypatch):
+    """A stranger's template is a program: in lm-eval's process it held the evaluation for ever."""
+    import copy
+
+    from qmerge.store import templates
+
+    tokenizer = copy.deepcopy(arm[1])
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
+    monkeypatch.setattr(templates, "LIMIT_S", 1.0)
+    with pytest.raises(Refused, match="chat template cannot write") as found:
+        run_suite(open_tasks(load_suite(str(chatting(suite_file, tmp_path)))), arm[0], tokenizer)
+    assert "nothing within" in str(found.value)

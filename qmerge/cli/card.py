@@ -33,11 +33,12 @@ def card_command(
     from qmerge.report.card import Facts, render_card
     from qmerge.store.jsonfiles import read_object
     from qmerge.store.manifest import MANIFEST, read_manifest
+    from qmerge.store.publish import put_aside
     from qmerge.store.renew import add_file
 
     folder = Path(out)
     if not (folder / MANIFEST).is_file():
-        raise Refused("qmerge did not write this folder", where=out, expected=MANIFEST, found="none" if folder.is_dir() else "a file" if folder.exists() else "no such folder")
+        raise Refused("qmerge did not write this folder", where=out, expected=MANIFEST, found="none" if folder.is_dir() else "a file" if folder.exists() else "no such folder", fix=put_aside(folder))
     manifest = read_manifest(folder)
     if not isinstance(manifest.get("inputs"), dict):
         raise Refused("the manifest names no inputs", where=MANIFEST, expected="what it was made from, by role", found=type(manifest.get("inputs")).__name__)
@@ -95,9 +96,16 @@ def _origin(row: dict[str, Any], role: str, place: str | None, hub_id: str | Non
     if recorded and (not config.is_file() or digest_file(config)["sha256"] != recorded):
         raise Refused(f"this is not the {role} that the checkpoint was made from", where=found_name, expected=f"{config.name} with the SHA-256 in the manifest", found="another, or none")
     card = folder / CARD
-    text = card.read_bytes()[:200_000].decode("utf-8", "replace") if card.is_file() else ""
+    text = _beginning(card) if card.is_file() else ""
     licence = licence_of(text, read_object(config, what="the config") if config.is_file() else {})
     return Origin(name, known or (found_name if HUB_ID.fullmatch(found_name) else None), revision, licence)
+
+
+def _beginning(card: Path) -> str:
+    from qmerge.store.regular import open_plain
+
+    with open_plain(card) as file:
+        return file.read(200_000).decode("utf-8", "replace")
 
 
 def _measured(folder: Path, manifest: dict[str, Any], path: str | None) -> tuple[dict[str, Any] | None, str | None]:

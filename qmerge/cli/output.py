@@ -1,7 +1,12 @@
-"""Where do results and talk go? Results to stdout, everything else to stderr."""
+"""Where do results and talk go? Results to stdout, everything else to stderr.
+
+Talk that nobody can hear any more (a closed terminal, a full disk behind ``2>``) ends no work. A result that cannot be given away is an error, and says that the work is done.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import sys
@@ -10,7 +15,7 @@ from typing import Any, TextIO
 
 import click
 
-from qmerge.errors import UsageProblem, printable
+from qmerge.errors import QmergeError, UsageProblem, printable
 
 
 class Streams:
@@ -60,20 +65,32 @@ def _streams() -> tuple[TextIO, TextIO]:
 
 def result(text: str) -> None:
     """A line of what was asked for. Names of strangers' files in it reach no terminal as commands, here and below."""
-    click.echo(printable(text), file=_streams()[0])
+    try:
+        click.echo(printable(text), file=_streams()[0])
+    except OSError as problem:
+        if problem.errno == errno.EPIPE:  # the reader went away, as `head` does
+            raise
+        raise QmergeError("the result cannot be written to standard output", found=problem.strerror, fix="look at where standard output goes; the work is done and need not be done again",
+                          written="every file that this command writes") from problem
 
 
 def result_json(value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
-    click.echo(text if printable(text) == text else json.dumps(value, indent=2, default=str), file=_streams()[0])
+    result(text if printable(text) == text else json.dumps(value, indent=2, default=str))
 
 
 def say(text: str) -> None:
-    click.echo(printable(text), file=_streams()[1])
+    talk(printable(text))
 
 
 def warn(text: str) -> None:
-    click.echo(f"{click.style('warning', fg='yellow')}: {printable(text)}", file=_streams()[1])
+    talk(f"{click.style('warning', fg='yellow')}: {printable(text)}")
+
+
+def talk(text: str, newline: bool = True) -> None:
+    """On stderr, if anybody is there."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+        click.echo(text, file=_streams()[1], nl=newline)
 
 
 class Steps:
@@ -91,9 +108,9 @@ class Steps:
             self.step(label)
         elif self.live:
             self.label = f"{printable(label)} {done}/{total}"
-            click.echo(f"\r           {self.label}", file=_streams()[1], nl=False)
+            talk(f"\r           {self.label}", newline=False)
 
     def _clear(self) -> None:
         if self.live and self.label:
-            click.echo("\r" + " " * (len(self.label) + 12) + "\r", file=_streams()[1], nl=False)
+            talk("\r" + " " * (len(self.label) + 12) + "\r", newline=False)
             self.label = ""

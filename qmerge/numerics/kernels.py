@@ -7,6 +7,9 @@ for code books with sorted levels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -14,7 +17,20 @@ TILE = 32
 """rows of a weight that are rounded side by side: two AVX-512 registers"""
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's ``njit``, with the machine code kept on the disk where there is a place for it: beside this file, or in the user's cache. In a container whose user may write to neither numba
+    would raise; there it is compiled anew in each process, which takes some seconds."""
+
+    def compile_it(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:
+            return njit(**options)(function)
+
+    return compile_it
+
+
+@compiled(nogil=True, fastmath={"contract"})
 def round_block_int(work, scale, zero, top, upper, inverse, codes, errors):  # noqa: ANN001, ANN201  numba infers the types
     """Round ``work`` ``[columns, rows]`` (changed), one column after the other, feeding errors on within the block.
 
@@ -36,7 +52,7 @@ def round_block_int(work, scale, zero, top, upper, inverse, codes, errors):  # n
                     work[k, r] -= errors[j, r] * u
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(nogil=True, fastmath={"contract"})
 def round_block_book(work, scale, levels, bounds, upper, inverse, codes, errors):  # noqa: ANN001, ANN201
     """`round_block_int` for a code book: ``levels`` sorted, ``bounds`` the midpoints between them; a value on a bound goes to the lower level."""
     columns, rows = work.shape
@@ -63,7 +79,7 @@ def round_block_book(work, scale, levels, bounds, upper, inverse, codes, errors)
                     work[k, r] -= errors[j, r] * u
 
 
-@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"}, inline="always")
+@compiled(nogil=True, fastmath={"contract", "reassoc"}, inline="always")
 def _nearest(wanted, scale, zero, top, levels, bounds):  # noqa: ANN001, ANN202
     """(code uint8, value) of the grid value nearest to ``wanted``, which is in units of ``scale``; ``levels`` empty: an integer grid."""
     if levels.shape[0] == 0:
@@ -75,7 +91,7 @@ def _nearest(wanted, scale, zero, top, levels, bounds):  # noqa: ANN001, ANN202
     return np.uint8(found), levels[found] * scale
 
 
-@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+@compiled(nogil=True, fastmath={"contract", "reassoc"})
 def descend_rows(codes, current, gradient, matrix, steps, order, scale, zero, top, levels, bounds, sweeps):  # noqa: ANN001, ANN201
     """Coordinate descent on codes: per row, each column in ``order`` moves to its best grid value with all others fixed.
 
@@ -108,7 +124,7 @@ def descend_rows(codes, current, gradient, matrix, steps, order, scale, zero, to
 float32 = np.float32
 
 
-@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+@compiled(nogil=True, fastmath={"contract", "reassoc"})
 def best_int(groups, cost, scales, zeros, top):  # noqa: ANN001, ANN201
     """Per group, the index (int64) of the trial whose round-to-nearest has the least weighted squared error; the first of equals.
 
@@ -132,7 +148,7 @@ def best_int(groups, cost, scales, zeros, top):  # noqa: ANN001, ANN201
     return found
 
 
-@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+@compiled(nogil=True, fastmath={"contract", "reassoc"})
 def best_book(groups, cost, scales, levels, bounds):  # noqa: ANN001, ANN201
     """`best_int` for a code book with sorted ``levels`` and the midpoints ``bounds``."""
     count, size = groups.shape
@@ -158,7 +174,7 @@ def best_book(groups, cost, scales, levels, bounds):  # noqa: ANN001, ANN201
     return found
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(nogil=True, fastmath={"contract"})
 def round_tile_int(work, target, scale, zero, top, upper, inverse, feed, codes, errors, misses):  # noqa: ANN001, ANN201
     """`round_block_int` for rows that count together. ``target`` is ``work`` before any column's error came in; what row r misses of it, as moved by the rows
     before r, comes off row k's by ``feed[r, k]`` ``[rows, rows]`` and goes into ``misses`` ``[columns, rows]``.
@@ -184,7 +200,7 @@ def round_tile_int(work, target, scale, zero, top, upper, inverse, feed, codes, 
                 work[k, r] -= errors[j, r] * u
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(nogil=True, fastmath={"contract"})
 def round_tile_book(work, target, scale, levels, bounds, upper, inverse, feed, codes, errors, misses):  # noqa: ANN001, ANN201
     """`round_tile_int` for a code book with sorted ``levels`` and the midpoints ``bounds``."""
     columns, rows = work.shape
@@ -210,7 +226,7 @@ def round_tile_book(work, target, scale, levels, bounds, upper, inverse, feed, c
                 work[k, r] -= errors[j, r] * u
 
 
-@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+@compiled(nogil=True, fastmath={"contract", "reassoc"})
 def descend_tile(codes, current, pull, base, share, matrix, steps, order, scale, zero, top, levels, bounds):  # noqa: ANN001, ANN201
     """`descend_rows` for rows that count together, one after the other, each swept three times.
 

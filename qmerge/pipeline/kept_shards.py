@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from qmerge.pipeline.resume import Run
@@ -34,7 +35,7 @@ class KeptShards:
         out, files = self.run.folder.path, set()
         for name in (name for name in self.run.journal.names() if name.startswith("shard-")):
             row = self.run.journal.get(name)
-            if row is not None and (path := out / row[0]["file"]).is_file() and digest_file(path) == row[0]["digest"]:
+            if row is not None and (path := out / Path(row[0]["file"]).name).is_file() and digest_file(path) == row[0]["digest"]:
                 files.add(path.name)
                 self.digests[int(name.removeprefix("shard-"))] = row[0]["digest"]
                 self.records |= row[0]["records"]

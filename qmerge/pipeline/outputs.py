@@ -19,7 +19,7 @@ from qmerge.pipeline.merge import is_nf4
 from qmerge.pipeline.pieces import Pieces
 from qmerge.pipeline.recipe import Recipe
 from qmerge.pipeline.skeleton import Skeleton
-from qmerge.store.inert import inert
+from qmerge.store.settings import known_settings
 from qmerge.types import Grid, QuantState
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qmerge.pipeline.requantize import Solved
 
 WRITTEN_ANEW = ("quantization_config", "torch_dtype")
-"""keys of the base's config that the output's own replace; `qmerge.store.inert` drops those that name code or files"""
+"""keys of the base's config that the output's own replace; `qmerge.store.settings` keeps those that are known"""
 
 
 def split_weights(recipe: Recipe, base: Base, skeleton: Skeleton | None, pieces: Pieces) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -162,7 +162,7 @@ def output_config(plan: MergePlan, grids: Mapping[str, Grid] | None = None) -> d
     ``grids``: weight name -> what it was solved on (each ``Solved.quantized.grid``), where that may differ from the recipe's, as with mixed precision. A weight of
     ``plan.requantized`` that is not among them stayed float.
     """
-    config = {key: value for key, value in inert(plan.config).items() if key not in WRITTEN_ANEW}
+    config = {key: value for key, value in known_settings(plan.config)[0].items() if key not in WRITTEN_ANEW}
     named = str(model_dtype(plan)).removeprefix("torch.")
     config["dtype"] = dense.CONFIG_NAMES.get(plan.recipe.format, named)
     fmt = registry.of_format(plan.recipe.format)

@@ -16,6 +16,7 @@ from qmerge.adapters.tying import Both, head_edit, head_follows
 from qmerge.errors import Refused
 from qmerge.formats.base import Base
 from qmerge.pipeline.skeleton import Skeleton
+from qmerge.store.headers import TORCH_DTYPES
 
 _LAYER = re.compile(r"((?:.*\.)?(?:layers|layer|h|blocks))\.(\d+)\.(.+)")
 
@@ -174,3 +175,18 @@ def expanded_config(config: Mapping[str, Any], pieces: Pieces) -> dict[str, Any]
             found[inner] = target | {"tie_word_embeddings": False}
     return found
 
+
+def check_floats(base: Base, pieces: Pieces) -> None:
+    """Refused where an adapter changes a weight that is stored as whole numbers, or in 8 bits with a scale beside it, without a quantization that is read here: the sum would be cut to
+    whole numbers, or be of values that nothing has multiplied by their scale."""
+    specs = base.checkpoint.specs
+    for name in pieces.edited:
+        source = pieces.table[name].source
+        if source is None or base.encoded(source) or source not in specs:
+            continue
+        stem, dtype = source.removesuffix("weight"), specs[source].dtype
+        scale = next((other for other in specs if other != source and other.startswith(stem) and "scale" in other.removeprefix(stem)), None) if dtype.startswith("F8") else None
+        if scale is None and TORCH_DTYPES[dtype].is_floating_point:
+            continue
+        raise Refused("an adapter changes a weight that is stored in a way that qmerge does not decode", where=source, expected="floating-point values, or a quantization that the config names and qmerge reads",
+                      found=f"{dtype}" + (f", with {scale} beside it" if scale else ""), fix="give the float base, or one quantized with bitsandbytes, GPTQ or AWQ")

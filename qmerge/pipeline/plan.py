@@ -19,11 +19,12 @@ from qmerge.formats.base import Base, Nf4Recipe, open_base
 from qmerge.pipeline import outputs
 from qmerge.pipeline.experts_names import ExpertWeight, float_experts, routed_weights, spell, written_edits
 from qmerge.pipeline.naming import Names, foreign_modules
-from qmerge.pipeline.pieces import Pieces, expanded_config, make_pieces
+from qmerge.pipeline.pieces import Pieces, check_floats, expanded_config, make_pieces
 from qmerge.pipeline.recipe import Recipe, nf4_recipe_of
 from qmerge.pipeline.skeleton import Skeleton, build_skeleton, may_hold_conv1d
 from qmerge.store.checkpoint import Checkpoint, open_checkpoint
 from qmerge.store.publish import check_output
+from qmerge.store.settings import known_settings
 from qmerge.units import format_bytes
 
 NARROW, RATHER_NARROW = 32, 128
@@ -108,6 +109,7 @@ def read_inputs(recipe: Recipe, trained_with: Nf4Recipe | None = None) -> MergeP
         skeleton = _skeleton_or_none(checkpoint)
     pieces, skeleton = _pieces(recipe, base, adapters, skeleton)
     _check_consumed(adapters, pieces)
+    check_floats(base, pieces)
     config = expanded_config(checkpoint.config, pieces)
     if skeleton is not None and recipe.format in formats.QUANTIZING and (pieces.layers or pieces.vocabulary):
         skeleton = build_skeleton(checkpoint, config)
@@ -245,6 +247,8 @@ def _warnings(recipe: Recipe, base: Base, adapters: tuple[Adapter, ...], pieces:
         found.append(f"the adapter resizes the vocabulary: vocab_size becomes {pieces.vocabulary}")
     if pieces.layers is not None:
         found.append(f"the adapter replicates layers: the output has {len(pieces.layers)}, made from base layers {', '.join(map(str, pieces.layers))}")
+    if unknown := known_settings(base.checkpoint.config)[1]:
+        found.append(f"left out of config.json, as transformers knows no such settings of this architecture: {', '.join(unknown[:8])}" + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""))
     if recipe.residual_base:
         found.append("--residual-base: taken at your word that this base is the one that the adapter's initialisation left behind")
     return found

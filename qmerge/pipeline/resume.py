@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -79,7 +80,7 @@ def identity(plan: MergePlan, calibration: Calibration | None, steps: Steps | No
     if calibration is not None:
         fixed |= {"calibration": text_facts(calibration.facts), "steps": asdict(steps or Steps())}
     places = {"base": plan.checkpoint.path} | {f"adapter {number + 1}": adapter.path for number, adapter in enumerate(plan.adapters)}
-    free = {f"the place of the {role}": hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12] for role, path in places.items()}
+    free = {f"the place of the {role}": hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:12] for role, path in places.items()}
     free |= {"device": plan.recipe.device, "threads": torch.get_num_threads(), "processor": processor()}
     return {"fixed": fixed, "free": free}
 
@@ -202,13 +203,18 @@ def _choose(left: list[Left], out: Path, facts: _Facts, say: Callable[[str], Non
     """The interrupted run to go on with, the one that holds most of those that fit; None where there is none. Raises Refused where a process is at work on one, or none fits."""
     if alive := [one for one in left if one.alive]:
         raise Refused("A run of this output is at work.", where=alive[0].home.name, found="a process that holds its lock", fix="wait for it to end, or stop it; it will say how to go on")
-    there = sorted((one for one in left if one.resumable), key=lambda one: (-len(one.journal.names()), -one.nbytes))
+    for one in (one for one in left if one.foreign):
+        say(f"note: {one.home.name} was made by another user; it is not gone on with, as what lies in it would become part of the output")
+    there = sorted((one for one in left if one.resumable and not one.foreign), key=lambda one: (-len(one.journal.names()), -one.nbytes))
     if not there:
         say(f"--resume: no interrupted run of {out.name} to go on with; starting from the beginning")
         return None
     reasons = []
     for one in there:
         before, now = one.journal.facts("run"), facts()
+        if not _is_record(before):
+            reasons.append(["its record of what it is of is malformed"])
+            continue
         cut = _other_shards(one, before["fixed"], now["fixed"])
         if not (wrong := differences(before["fixed"] | cut, now["fixed"] | cut)):
             if changed := differences(before["free"], now["free"]) + (["shard size"] if cut else []):
@@ -218,6 +224,11 @@ def _choose(left: list[Left], out: Path, facts: _Facts, say: Callable[[str], Non
         reasons.append(wrong)
     raise Refused("The interrupted run is of something else, so it cannot be continued.", where=there[0].home.name, found="\n              ".join(reasons[0][:8]),
                   fix="run with what it was begun with, or without --resume to start anew (and delete that folder)", written="nothing; the interrupted run is as it was")
+
+
+def _is_record(found: Any) -> bool:
+    """Has it the fields of `identity`?"""
+    return isinstance(found, dict) and all(isinstance(found.get(part), dict) for part in ("fixed", "free")) and isinstance(found["fixed"].get("recipe"), dict) and "shard_size" in found["fixed"]["recipe"]
 
 
 def _other_shards(one: Left, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokeni
 from qmerge.pipeline.dense import DenseJob, write_dense
 from qmerge.pipeline.distill import DistillSettings, distill
 from qmerge.pipeline.experts import few_tokens
+from qmerge.pipeline.inputs import Digests, check_inputs
 from qmerge.pipeline.kept import Kept
 from qmerge.pipeline.kept_shards import KeptShards
 from qmerge.pipeline.kept_together import KeptTogether
@@ -36,7 +36,7 @@ from qmerge.pipeline.stop import Stop
 from qmerge.pipeline.streams import requantize_blocks
 from qmerge.ranks import ALONE, Ranks
 from qmerge.store.durable import write_json
-from qmerge.store.manifest import MANIFEST, build_manifest, input_digests, read_manifest
+from qmerge.store.manifest import MANIFEST, build_manifest, read_manifest
 from qmerge.store.runs import RunFolder
 from qmerge.store.sidefiles import copy_side_files
 from qmerge.store.writer import ShardWriter
@@ -206,40 +206,9 @@ def _finish(plan: MergePlan, folder: RunFolder, facts: dict[str, Any], digests: 
     if fmt is not None and fmt.config_file:
         write_json(folder.path / fmt.config_file, config["quantization_config"])
     copy_side_files(plan.checkpoint.path, plan.adapters[0].path, folder.path)
+    check_inputs(plan, facts["inputs"])
     progress("publishing")
     folder.commit(build_manifest(folder.path, known=digests, **facts))
-
-
-class Digests:
-    """The inputs' digests, computed in a thread of their own while the work goes on, each input once; asked for at the commit point."""
-
-    def __init__(self, plans: Sequence[MergePlan]) -> None:
-        self._sources = [
-            {"base": plan.checkpoint} | {("adapter" if index == 0 else f"adapter_{index + 1}"): adapter for index, adapter in enumerate(plan.adapters)} for plan in plans
-        ]
-        self._pool = ThreadPoolExecutor(1)
-
-    def __enter__(self) -> Digests:
-        self._found = self._pool.submit(self._all)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _all(self) -> list[dict[str, Any]]:
-        known: dict[tuple[Path, str], dict[str, Any]] = {}
-        for source in (source for sources in self._sources for source in sources.values()):
-            if (source.path, source.name) not in known:
-                known[source.path, source.name] = input_digests(source)
-        return [{role: known[source.path, source.name] for role, source in sources.items()} for sources in self._sources]
-
-    def ready(self) -> bool:
-        """Are they known, so that `result` does not wait?"""
-        return self._found.done()
-
-    def result(self) -> list[dict[str, Any]]:
-        """Role -> digests, per plan."""
-        return self._found.result()
 
 
 def calibration_for(plan: MergePlan, documents: list | None = None) -> Calibration | None:

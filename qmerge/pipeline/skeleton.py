@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ from torch import nn
 
 from qmerge.errors import Refused
 from qmerge.store.checkpoint import Checkpoint
-from qmerge.store.inert import inert
+from qmerge.store.durable import room_needed
+from qmerge.store.settings import known_settings
+
+MALFORMED = (ArithmeticError, AttributeError, ImportError, LookupError, MemoryError, OSError, RecursionError, RuntimeError, TypeError, ValueError)
+"""what transformers and torch raise where a config says what no model has"""
+LEAST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -77,23 +83,35 @@ def build_skeleton(checkpoint: Checkpoint, changed: dict[str, Any] | None = None
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _check_layers(checkpoint.config if changed is None else changed, checkpoint)
     try:
-        config = _config(inert(checkpoint.config if changed is None else changed), AutoConfig)
+        config = _config(known_settings(checkpoint.config if changed is None else changed)[0], AutoConfig)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
             # None: what transformers picks for this class, whatever the file asks for; Gemma 2 has no sdpa, and no machine every kernel. eager: one expert after the other
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=None, experts_implementation="eager", trust_remote_code=False)
-    except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError) as problem:
+    except MALFORMED as problem:
         raise Refused("transformers cannot build a causal language model from this config", where=f"{checkpoint.name}/config.json",
-                      found=str(problem).splitlines()[0][:200], fix="qmerge never runs remote code; the architecture must be one that transformers has") from problem
+                      found=(str(problem).splitlines() or [type(problem).__name__])[0][:200], fix="qmerge never runs remote code; the architecture must be one that transformers has") from problem
     model.eval().requires_grad_(False)
     return describe(model, checkpoint.name)
 
 
+def _check_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Refused where a config counts layers that no file of this size could hold: each would be built, for ever."""
+    most = max(LEAST_LAYERS, 2 * len(checkpoint.specs))
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_layers(value, checkpoint)
+        elif isinstance(value, (int, float)) and value > most and ("layers" in key or key == "n_layer"):
+            raise Refused("the config counts more layers than the checkpoint could hold", where=f"{checkpoint.name}/config.json: {key}", expected=f"at most {most}, as there are {len(checkpoint.specs)} tensors", found=str(value)[:40])
+
+
 def _config(source: dict[str, Any], loader: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:  # transformers reads configs from folders
-        (Path(folder) / "config.json").write_text(json.dumps(source), encoding="utf-8")
+        with room_needed("the folder for temporary files"):
+            (Path(folder) / "config.json").write_text(json.dumps(source), encoding="utf-8")
         return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 

@@ -1,10 +1,12 @@
 """Does somebody want the run to end, and what is finished before it does?
 
-The first SIGINT or SIGTERM lets the step that is under way come to its end (`finishing` names it); a second one, or one where nothing would be saved by waiting, ends the run at once.
+The first SIGINT, SIGTERM or SIGHUP lets the step that is under way come to its end (`finishing` names it); a second one, or one where nothing would be saved by waiting, ends the run at once. A signal that is ignored
+(nohup's SIGHUP, SIGINT of what a script put into the background) stays so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -23,7 +25,8 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._arrived) for number in (signal.SIGINT, signal.SIGTERM)}
+            heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._arrived) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -38,7 +41,8 @@ class Stop:
         try:
             self._say(f"stopping: finishing {self.finishing}; once more to stop at once")
         except RuntimeError:  # the signal came in the middle of another line
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     def check(self) -> None:
         """Raises Interrupted where the end is wanted: what was `finishing` is finished."""

@@ -13,6 +13,8 @@ from qmerge.device import in_parallel
 from qmerge.pipeline import memory
 from qmerge.pipeline.workload import Linears, Workload
 
+USUAL_FLOPS, USUAL_HASHING = 20e9, 500e6
+"""of a thread"""
 SIZE = 512
 """of the matrices that are multiplied for a rate"""
 START_S = 5.0
@@ -33,10 +35,19 @@ class Rates:
 
     flops: float
     bytes_hashed: float
+    guessed: bool = False
+    """there was no memory to measure them in"""
 
     @classmethod
     def measured(cls, threads: int) -> Rates:
-        """On the CPU, as the run computes: one product per thread."""
+        """On the CPU, as the run computes: one product per thread. Where a limit leaves no memory for that, a guess: whether the run fits is for others to say."""
+        try:
+            return cls._measured(threads)
+        except (MemoryError, RuntimeError):  # torch says the latter
+            return cls(USUAL_FLOPS * max(1, threads), USUAL_HASHING, guessed=True)
+
+    @classmethod
+    def _measured(cls, threads: int) -> Rates:
         one, data = torch.ones(SIZE, SIZE), bytes(4 << 20)
         jobs = list(range(max(1, threads)))
         passed = _fastest(lambda: in_parallel(lambda _: one @ one, jobs, torch.device("cpu")))
@@ -44,6 +55,8 @@ class Rates:
 
     @property
     def basis(self) -> str:
+        if self.guessed:
+            return "operations by formula at a guessed speed: there was no memory to measure it in"
         return f"operations by formula at {self.flops / 1e9:.0f} GFLOP/s in products and {self.bytes_hashed / 1e6:.0f} MB/s of hashing, both measured now; a busy or slower disk is not foreseen"
 
 

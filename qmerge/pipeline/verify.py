@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qmerge.errors import QmergeError, Refused
+from qmerge.errors import Interrupted, QmergeError, Refused
 from qmerge.pipeline.calibrate import load_tokenizer
 from qmerge.pipeline.rederive import Check, check_against_inputs, explain, plan_again
 from qmerge.pipeline.skeleton import Skeleton, build_skeleton
@@ -19,7 +19,8 @@ from qmerge.store.checkpoint import INDEX, Checkpoint
 from qmerge.store.foreign import check_model_folder
 from qmerge.store.inert import NAMES_CODE
 from qmerge.store.jsonfiles import read_object
-from qmerge.store.manifest import MANIFEST, read_manifest, special_files, verify_files
+from qmerge.store.manifest import MANIFEST, read_manifest, seal_fault, special_files, verify_files
+from qmerge.store.publish import put_aside
 from qmerge.store.sidefiles import is_side_file
 from qmerge.store.signature import check_signature
 
@@ -35,7 +36,8 @@ def verify(out: str, base: str | None = None, adapters: Sequence[str] = (), allo
     files of model-transparency. Raises `QmergeError` only where there is nothing to check (no folder, no manifest, one that is malformed) or the inputs are of another merge."""
     folder = Path(out)
     if not folder.is_dir():
-        raise Refused("there is no such folder", where=out, expected="a checkpoint that qmerge wrote", found="nothing" if not folder.exists() else "a file")
+        raise Refused("there is no such folder", where=out, expected="a checkpoint that qmerge wrote", found="nothing" if not folder.exists() else "a file", fix=put_aside(folder))
+    here = _place(folder)
     if special := special_files(folder):
         fix = "; a download with links: hf download ORG/NAME --local-dir DIR" if any((folder / name).is_symlink() for name in special) else ""
         return [Check("files", False, f"{special[0]} is no regular file, and {len(special) - 1} others; nothing in the folder was opened{fix}")]
@@ -63,7 +65,19 @@ def verify(out: str, base: str | None = None, adapters: Sequence[str] = (), allo
             checks += check_against_inputs(manifest, written, inputs)
     except QmergeError as problem:
         checks.append(Check("reading", False, explain(problem)))
-    return checks
+    if _place(folder) != here:
+        raise Interrupted("the folder was replaced while it was being verified", where=out, found="another folder of that name", fix="run the same command again", written="nothing")
+    fault = seal_fault(folder)
+    return [*checks, Check("manifest", fault is None, fault or f"{MANIFEST} is what its own digest says")]
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """Which folder it is, whatever its name. A run with ``--overwrite`` puts another one in its place."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _kinds(manifest: dict[str, Any]) -> Check:

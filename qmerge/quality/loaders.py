@@ -76,7 +76,7 @@ def _from_compressed(path: str) -> nn.Module:
     tensors |= {name: tensor.float() for name, tensor in tensors.items() if name.endswith(".weight_scale")}
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        kind = getattr(transformers, (config.architectures or ["none"])[0])
+        kind = _class_named(config.architectures)
         wish = transformers.CompressedTensorsConfig(dequantize=True)
         model, found = kind.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=wish, output_loading_info=True
@@ -86,6 +86,17 @@ def _from_compressed(path: str) -> nn.Module:
     if found["missing_keys"]:
         raise Refused("transformers finds no weights for a part of this checkpoint", where=label(path), expected="every parameter in the file", found=sorted(found["missing_keys"])[0])
     return model
+
+
+def _class_named(architectures: Any) -> Any:
+    """transformers' model class that a config names. Raises ValueError for every other word: any name of the package would do else, and it comes from the file."""
+    import transformers
+
+    name = architectures[0] if isinstance(architectures, list) and architectures else "none"
+    kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(f"transformers has no model class called {str(name)[:60]!r}")
+    return kind
 
 
 def quantization_config(path: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from qmerge.errors import Refused, UsageProblem
 from qmerge.quality import local_tasks
 from qmerge.quality.suites import Suite
+from qmerge.store.templates import ChatWriter
 
 CORRECTNESS = ("acc_norm", "acc", "exact_match", "em")
 """what is taken where the suite names no metric, the first that the task reports: length-normalised accuracy for ARC, HellaSwag, PIQA and
@@ -90,23 +91,49 @@ def open_tasks(suite: Suite) -> OpenSuite:
     return OpenSuite(suite, manager, opened)
 
 
-def run_suite(opened: OpenSuite, model: torch.nn.Module, tokenizer: Any) -> Answers:
-    """Every item's answer, through ``lm_eval.simple_evaluate`` on ``HFLM`` with log-softmax in fp32."""
+def write_chat(chats: ChatWriter, history: list[dict[str, str]], prompt: bool) -> str:
+    """One chat as lm-eval writes it: ``prompt`` opens the model's turn, else the last turn stays open; where the template knows no system turn, without it."""
+    options = {"add_generation_prompt": prompt, "continue_final_message": not prompt}
+    try:
+        return chats.write(history, "a suite's chat_template", **options)
+    except Refused:
+        rest = [message for message in history if message.get("role") != "system"]
+        if len(rest) == len(history):
+            raise
+        return chats.write(rest, "a suite's chat_template", **options)
+
+
+def _evaluate(opened: OpenSuite, lm: Any) -> dict[str, Any]:
+    """lm-eval's own results. Raises Refused where it cannot run the suite."""
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
 
     options = opened.suite.options
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=options.get("batch_size", 8))
-    tasks = [task for parts in opened.tasks.values() for task in parts]
     try:
-        found = lm_eval.simple_evaluate(
-            model=lm, tasks=tasks, task_manager=opened.manager, limit=options.get("limit"), apply_chat_template=options.get("chat_template", False),
+        return lm_eval.simple_evaluate(
+            model=lm, tasks=[task for parts in opened.tasks.values() for task in parts], task_manager=opened.manager, limit=options.get("limit"), apply_chat_template=options.get("chat_template", False),
             log_samples=True, bootstrap_iters=0,
         )  # fmt: skip
     except AssertionError as error:  # HFLM's own check, which says nothing
         raise Refused("lm-eval cannot run the suite", expected="answers that fit the model's context", found=str(error) or "an answer longer than the model's context", fix="leave such items out, or lower max_tokens") from error
     except FAILURES as error:
         raise Refused("lm-eval cannot run the suite", found=f"{type(error).__name__}: {error}", fix="check the tasks' settings and data") from error
+
+
+def run_suite(opened: OpenSuite, model: torch.nn.Module, tokenizer: Any) -> Answers:
+    """Every item's answer, through ``lm_eval.simple_evaluate`` on ``HFLM`` with log-softmax in fp32."""
+    from lm_eval.models.huggingface import HFLM
+
+    options = opened.suite.options
+
+    class Bounded(HFLM):
+        """Chats are written in a child: lm-eval would run the template, which is a stranger's program, in this process."""
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            return write_chat(chats, chat_history, add_generation_prompt)
+
+    with ChatWriter(tokenizer) as chats:
+        lm = Bounded(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=options.get("batch_size", 8))
+        found = _evaluate(opened, lm)
     asked = opened.suite.tasks
     return {
         name: [item for task in parts for item in _items(task, found["samples"][task.task_name], _wanted(asked, name, task.task_name), _truncated(lm, task))]

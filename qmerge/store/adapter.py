@@ -6,6 +6,7 @@ Several adapters may share a folder, one per subfolder; ``folder#name`` picks on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qmerge.store.headers import read_header, rows_of
 from qmerge.store.hub import resolve
 from qmerge.store.jsonfiles import read_object
 from qmerge.store.regular import check_contained
+from qmerge.store.steady import Stamp, stamps_of
 from qmerge.store.tensors import read_tensor
 from qmerge.store.unpickle import as_safetensors
 from qmerge.types import TensorSpec
@@ -43,6 +45,8 @@ class AdapterFiles:
     """the weight file as the user has it: ``weights``, or the pickle that it was made of"""
     keep: Any = field(default=None, repr=False)
     """holds a temporary folder alive"""
+    stamps: Mapping[Path, Stamp | None] = field(default_factory=dict, repr=False)
+    """of all files, as they were before the first was read"""
 
     def load(self, tensor_name: str) -> torch.Tensor:
         """A tensor of the file as stored. Refused for an unknown name."""
@@ -72,6 +76,13 @@ class AdapterFiles:
     def config_files(self) -> list[Path]:
         """The other files that decide what the weights mean."""
         return [self.path / CONFIG]
+
+    def still_so(self) -> bool:
+        """Do config and header say what they said when the folder was opened? Reads them again; of a pickle nobody can tell without it being read once more, so: no."""
+        try:
+            return self.weights == self.source and read_object(self.path / CONFIG, what="the adapter's config") == self.config and read_header(self.weights)[0] == self.specs
+        except Refused:
+            return False
 
     @property
     def weight_bytes(self) -> int:
@@ -113,9 +124,10 @@ def open_files(path_or_id: str | Path, revision: str | None = None, allow_pickle
         raise Refused("The folder holds several adapters, and none was named.", where=name, expected="one of " + ", ".join(f"{text}#{item}" for item in names),
                       found=text, fix=f"--adapter '{text}#{names[0]}'")
     check_contained(folder, CONFIG)
+    stamps = stamps_of([folder / CONFIG, folder / (WEIGHTS if (folder / WEIGHTS).is_file() else PICKLE)])
     config = read_object(folder / CONFIG, what="the adapter's config")
     weights, source, keep = _weights(folder, named, allow_pickle)
-    return AdapterFiles(folder, named, wanted, commit, config, weights, read_header(weights)[0], source, keep)
+    return AdapterFiles(folder, named, wanted, commit, config, weights, read_header(weights)[0], source, keep, stamps)
 
 
 def _inside(folder: Path, name: str) -> bool:

@@ -5,7 +5,8 @@ A checkpoint is data: names, shapes, bytes and a config. No model class is built
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qmerge.store.headers import read_header
 from qmerge.store.hub import resolve
 from qmerge.store.jsonfiles import read_object
 from qmerge.store.regular import check_contained
+from qmerge.store.steady import Stamp, stamps_of
 from qmerge.store.tensors import read_tensor
 from qmerge.types import TensorSpec
 
@@ -34,6 +36,8 @@ class Checkpoint:
     revision: str | None
     config: dict[str, Any]
     specs: dict[str, TensorSpec]
+    stamps: Mapping[Path, Stamp | None] = field(default_factory=dict, repr=False)
+    """of all files, as they were before the first was read"""
 
     def load(self, name: str) -> torch.Tensor:
         """The tensor ``name`` as stored (shape and dtype of ``specs[name]``), fresh and writable. Refused for an unknown name."""
@@ -49,6 +53,14 @@ class Checkpoint:
         """The other files that decide what the weights mean: the config, and the index where there is one."""
         return [path for path in (self.path / "config.json", self.path / INDEX) if path.is_file()]
 
+    def still_so(self) -> bool:
+        """Do config, index and headers say what they said when the folder was opened? Reads them again."""
+        try:
+            now = open_checkpoint(self.path)
+        except Refused:
+            return False
+        return now.config == self.config and now.specs == self.specs
+
     @property
     def weight_bytes(self) -> int:
         """Bytes on disk of all weight files, headers included."""
@@ -63,6 +75,7 @@ def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Chec
     """
     folder, name, commit = resolve(path_or_id, revision)
     check_contained(folder, "config.json")
+    stamps = stamps_of([folder / "config.json", folder / INDEX, *sorted(folder.glob("*.safetensors"))])
     config = read_object(folder / "config.json", what="the model's config")
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
@@ -77,7 +90,8 @@ def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Chec
         raise _no_weights(folder, name)
     if not specs:
         raise Refused("The checkpoint holds no tensors.", where=name, expected="weights", found="an empty header")
-    return Checkpoint(folder, name, commit, config, specs)
+    used = {folder / "config.json", folder / INDEX, *(folder / spec.file for spec in specs.values())}
+    return Checkpoint(folder, name, commit, config, specs, {path: stamp for path, stamp in stamps.items() if path in used})
 
 
 def _no_weights(folder: Path, name: str) -> Refused:

@@ -48,7 +48,12 @@ def write_chunks(path: Path, chunks: Iterable[Any]) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Create ``path`` with ``value`` as JSON: keys sorted, two spaces, a newline at the end; the same value gives the same bytes."""
-    write_chunks(path, [(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=True) + "\n").encode()])
+    write_chunks(path, [json_bytes(value)])
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=True) + "\n").encode()
 
 
 def sync(path: Path) -> None:

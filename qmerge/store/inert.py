@@ -12,10 +12,12 @@ from typing import Any
 
 NAMES_CODE = frozenset({
     "auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "transformers_weights", "attn_implementation", "experts_implementation", "kernel_config", "use_kernels",
-    "adapter_path", "lora_path", "parent_library", "megatron_core", "megatron_config",
+    "adapter_path", "lora_path", "distributed_config", "fusion_config", "extra_files", "extra_config_files", "parent_library", "megatron_core", "megatron_config",
 })  # fmt: skip
 PLAIN_IMPLEMENTATIONS = frozenset({"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "grouped_mm", "batched_mm"})
 """what transformers itself brings under ``attn_implementation`` and ``experts_implementation``"""
+PLACES = frozenset({"name_or_path", "tokenizer_file", "special_tokens_map_file", "added_tokens_file", "vocab_file", "merges_file", "cache_dir", "local_dir"})
+"""what tokenizers and configs of older versions note of where they were"""
 REDIRECTING = frozenset({"transformers_weights", "kernel_config", "use_kernels"})
 """refused in a config that a library has to read itself; the other keys do nothing there, as long as trust_remote_code is False"""
 
@@ -25,6 +27,17 @@ def inert(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: inert(item) for key, item in value.items() if not (isinstance(key, str) and (key in NAMES_CODE or key.startswith("_")))}
     return [inert(item) for item in value] if isinstance(value, list) else value
+
+
+def without_code(value: Any) -> Any:
+    """``value`` (a tokenizer's or processor's config, JSON data) without keys that name code, at any depth, and without the places that libraries note there of the machine that it was saved on."""
+    if isinstance(value, Mapping):
+        return {key: without_code(item) for key, item in value.items() if not (key in NAMES_CODE or key.lstrip("_") in PLACES and _is_local(item))}
+    return [without_code(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_local(value: Any) -> bool:
+    return isinstance(value, str) and (value.startswith(("/", "~", "\\\\", "file:")) or value[1:3] in (":\\", ":/"))
 
 
 def redirecting(config: Any, path: str = "") -> Iterator[str]:

@@ -17,11 +17,14 @@ from typing import Any, Protocol
 
 from qmerge import __version__
 from qmerge.errors import Refused
+from qmerge.store.durable import json_bytes
 from qmerge.store.jsonfiles import read_object
 from qmerge.store.regular import open_plain
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+SEAL = "manifest_sha256"
+"""the manifest's own digest, over all its other fields: against a lost bit, not against somebody who computes it anew (docs/signing.md)"""
 SIGNATURE = "model.sig"
 """the name that model-transparency's tools look for in a published folder"""
 _BY_THE_HUB = (".gitattributes", SIGNATURE)
@@ -83,16 +86,21 @@ def input_digests(source: Input) -> dict[str, Any]:
 
 
 def portable(value: Any) -> Any:
-    """``value`` as JSON data without absolute paths: ``portable({"text": "/home/me/chat.jsonl"}) == {"text": "chat.jsonl"}``."""
+    """``value`` as JSON data without absolute paths: ``portable({"text": "/home/me/chat.jsonl"}) == {"text": "chat.jsonl"}``. Bytes of a name that are no UTF-8 are spelt ``\\udcff``: a file
+    of JSON could not hold them."""
     if isinstance(value, Mapping):
-        return {str(key): portable(item) for key, item in value.items()}
+        return {_utf8(str(key)): portable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [portable(item) for item in value]
     if isinstance(value, PurePath):
-        return value.name if value.is_absolute() or str(value).startswith("~") else value.as_posix()
+        return _utf8(value.name if value.is_absolute() or str(value).startswith("~") else value.as_posix())
     if isinstance(value, str) and "\n" not in value and (os.path.isabs(value) or value.startswith("~/")):
-        return PurePath(value).name
-    return value
+        return _utf8(PurePath(value).name)
+    return _utf8(value) if isinstance(value, str) else value
+
+
+def _utf8(text: str) -> str:
+    return text if text.isprintable() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def build_manifest(
@@ -108,7 +116,7 @@ def build_manifest(
 
     ``extra`` adds fields of the caller beside these; one that has the name of a field above is overruled by it.
     """
-    return {
+    return sealed({
         **portable(extra or {}),
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "qmerge", "version": __version__},
@@ -116,7 +124,23 @@ def build_manifest(
         "recipe": portable(recipe),
         "versions": portable(versions),
         "files": digest_files(folder, known),
-    }
+    })  # fmt: skip
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """``manifest`` with its own digest, in place of one that it may have had."""
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return rest | {SEAL: hashlib.sha256(json_bytes(rest)).hexdigest()}
+
+
+def seal_fault(folder: Path) -> str | None:
+    """What is wrong with the manifest as a file, judged by its own digest and by the one way in which qmerge writes it; None where it is as it was written."""
+    manifest = read_manifest(folder)
+    if SEAL not in manifest:
+        return f"{MANIFEST} has no digest of its own"
+    if sealed(manifest)[SEAL] != manifest[SEAL]:
+        return f"{MANIFEST} is not what its own digest says"
+    return None if digest_file(folder / MANIFEST)["sha256"] == hashlib.sha256(json_bytes(manifest)).hexdigest() else f"{MANIFEST} was written anew, or a byte between its fields has changed"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import uuid
@@ -19,9 +20,17 @@ from typing import Any
 from qmerge.errors import Refused
 from qmerge.store.durable import room_needed, sync, sync_tree, write_json
 from qmerge.store.hub import in_hub_cache
-from qmerge.store.manifest import MANIFEST, list_files, read_manifest
+from qmerge.store.manifest import MANIFEST, digest_file, list_files, read_manifest
 
 _LONGEST_NAME = 220  # bytes; the temporary name is longer, and file systems stop at 255
+
+
+def put_aside(out: Path) -> str | None:
+    """A word where ``out`` is not there and an old one of its name lies beside it: a swap was killed between its two renames."""
+    if os.path.lexists(out):
+        return None
+    found = sorted(path.name for path in Path(out).absolute().parent.glob(f".{glob.escape(Path(out).name)}.qmerge-old-????????") if (path / MANIFEST).is_file())
+    return f"{found[-1]} beside it is the old one, which a swap that was killed had put aside: rename it to {Path(out).name}" if found else None
 
 
 def check_output(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
@@ -35,6 +44,8 @@ def check_output(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
         raise Refused("The output needs a name of its own.", where=str(out), expected="a folder that does not exist yet")
     if len(os.fsencode(out.name)) > _LONGEST_NAME:
         raise Refused("The name of the output is too long.", where=out.name, expected=f"at most {_LONGEST_NAME} bytes")
+    if _utf8_fault(out.name):
+        raise Refused("The name of the output is not UTF-8, and libraries that load tokenizers and weights open no such folder.", where=ascii(out.name), expected="a name in UTF-8")
     if out.is_symlink():
         raise Refused("The output is a symbolic link; qmerge does not write through links.", where=str(out), fix="name the folder itself")
     _check_places(out.parent.resolve() / out.name, inputs)
@@ -44,6 +55,14 @@ def check_output(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise Refused("The output cannot be created there.", where=str(nearest), expected="a folder that can be written to",
                       found="no write permission" if nearest.is_dir() else "not a folder")
+
+
+def _utf8_fault(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _check_places(target: Path, inputs: Iterable[Path]) -> None:
@@ -76,6 +95,14 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
     if foreign:
         raise Refused("The output holds files that qmerge did not write; they would be lost.", where=str(out), found=", ".join(foreign[:5]),
                       fix="move them away, or choose another name")
+
+
+def _digest_of(folder: Path) -> str | None:
+    """Of its manifest; None where it has none."""
+    try:
+        return digest_file(folder / MANIFEST)["sha256"]
+    except OSError:
+        return None
 
 
 class OutputFolder:
@@ -112,8 +139,9 @@ class OutputFolder:
             with contextlib.suppress(OSError):
                 made.rmdir()
 
-    def commit(self, manifest: Mapping[str, Any]) -> None:
-        """Make the files durable, write ``manifest`` last, rename to OUT. Refused if OUT has meanwhile become something else."""
+    def commit(self, manifest: Mapping[str, Any], instead_of: str | None = None) -> None:
+        """Make the files durable, write ``manifest`` last, rename to OUT. Refused if OUT has meanwhile become something else; with ``instead_of``, the SHA-256 of a manifest, also if OUT's
+        is another one by now."""
         sync_tree(self.path)
         write_json(self.path / MANIFEST, dict(manifest))
         sync(self.path)
@@ -121,6 +149,9 @@ class OutputFolder:
         aside = self._sibling("old") if self.out.exists() else None
         if aside:
             os.rename(self.out, aside)
+        if instead_of is not None and (aside is None or _digest_of(aside) != instead_of):
+            self._put_back(aside)
+            raise Refused("The output was replaced by another run meanwhile; it is left as that run wrote it.", where=str(self.out), fix="run the same command again")
         try:
             os.rename(self.path, self.out)
         except BaseException as error:

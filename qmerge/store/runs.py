@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Left:
     home: Path
     nbytes: int
     alive: bool
+    foreign: bool = False
+    """another user made it, as anybody can in a folder such as /tmp: what lies in it would become part of the output"""
 
     @property
     def journal(self) -> Journal:
@@ -50,7 +53,26 @@ def find_runs(out: Path) -> list[Left]:
     parent, form = out.parent.resolve(), re.compile(re.escape(f".{out.name}.qmerge-run-") + "[0-9a-f]{8}")
     names = sorted(os.listdir(parent)) if parent.is_dir() else []
     homes = [parent / name for name in names if form.fullmatch(name) and (parent / name).is_dir() and not (parent / name).is_symlink()]
-    return [Left(home, folder_bytes(home), is_alive(home)) for home in homes]
+    if not homes:
+        return []
+    mine = _uid_in(parent)
+    return [Left(home, folder_bytes(home), is_alive(home), mine is not None and _uid_of(home) not in (mine, None)) for home in homes]
+
+
+def _uid_in(parent: Path) -> int | None:
+    """As whom this process writes there: a network file system may take root for somebody else. None where it cannot write."""
+    try:
+        with tempfile.TemporaryFile(dir=parent) as probe:
+            return os.fstat(probe.fileno()).st_uid
+    except OSError:
+        return None
+
+
+def _uid_of(home: Path) -> int | None:
+    try:
+        return os.lstat(home).st_uid
+    except OSError:
+        return None
 
 
 def folder_bytes(folder: Path) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.store.durable import room_needed, sync, write_json
-from qmerge.store.inert import NAMES_CODE
+from qmerge.store.inert import without_code
 from qmerge.store.jsonfiles import MAX_JSON_BYTES, read_object
 from qmerge.store.regular import check_contained, open_plain, read_plain
 
@@ -85,11 +85,12 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _without_code(source: Path) -> dict[str, Any] | None:
-    """The content of a config that names code, without it; None for every other file, which is copied as it is."""
+    """The content of a config that names code or a folder of somebody's machine, without it; None for every other file, which is copied as it is."""
     if source.name not in (*CONFIGS, "tokenizer_config.json"):
         return None
     with contextlib.suppress(ValueError, RecursionError):  # no JSON: no loader reads it either
         json.loads(read_plain(source, MAX_JSON_BYTES))
         content = read_object(source, what="a config beside the model")
-        return {key: value for key, value in content.items() if key not in NAMES_CODE} if content.keys() & NAMES_CODE else None
+        cleaned = without_code(content)
+        return cleaned if cleaned != content else None
     return None

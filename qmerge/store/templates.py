@@ -35,13 +35,13 @@ class ChatWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
 
-    def write(self, messages: Any, where: str) -> str:
-        """The text of one chat. Raises Refused: no template, one that cannot write this chat, or that takes longer than `LIMIT_S` or more memory than there is for it."""
+    def write(self, messages: Any, where: str, **options: Any) -> str:
+        """The text of one chat; ``options`` are those of ``apply_chat_template``. Raises Refused: no template, one that cannot write this chat, or that takes longer than `LIMIT_S` or more memory than there is for it."""
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             raise Refused("the rows hold `messages`, and the tokenizer has no chat template to write them with", where=where, expected="a tokenizer with a chat template", found="none",
                           fix="use `text` rows, or give --template")
         try:
-            good, text = self._ask(messages) if sys.platform == "linux" else _written(self.tokenizer, messages)
+            good, text = self._ask(messages, options) if sys.platform == "linux" else _written(self.tokenizer, messages, options)
         except EOFError:
             good, text = False, "its process was ended, as it asked for too much memory perhaps"
         if not good:
@@ -49,10 +49,10 @@ class ChatWriter:
             raise Refused("the chat template cannot write this row", where=where, found=text)
         return text
 
-    def _ask(self, messages: Any) -> tuple[bool, str]:
+    def _ask(self, messages: Any, options: dict[str, Any]) -> tuple[bool, str]:
         if self._child is None:
             self._start()
-        self._line.send(messages)
+        self._line.send((messages, options))
         if not self._line.poll(LIMIT_S):
             return False, f"nothing within {LIMIT_S:g} s: a loop without end, perhaps"
         return self._line.recv()
@@ -86,16 +86,16 @@ def _serve(tokenizer: Any, line: Any, other: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     while True:
         try:
-            messages = line.recv()
+            messages, options = line.recv()
         except EOFError:
             os._exit(0)
-        line.send(_written(tokenizer, messages))
+        line.send(_written(tokenizer, messages, options))
 
 
-def _written(tokenizer: Any, messages: Any) -> tuple[bool, str]:
+def _written(tokenizer: Any, messages: Any, options: dict[str, Any]) -> tuple[bool, str]:
     """``(True, text)`` or ``(False, why not)``: a template can raise anything."""
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
         if not isinstance(text, str) or len(text) > MOST_LETTERS:
             return False, f"more than {MOST_LETTERS} letters" if isinstance(text, str) else f"a {type(text).__name__}"
         return True, text

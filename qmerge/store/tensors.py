@@ -6,23 +6,26 @@ other bytes than those asked for, and the result is writable and shares memory w
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import torch
 
-from qmerge.errors import Refused
+from qmerge.errors import Interrupted, Refused
 from qmerge.store.headers import TORCH_DTYPES
 from qmerge.store.regular import open_plain
 from qmerge.types import TensorSpec
 
+GONE = (errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""the file was there when its header was read: a disk that fails, is unmounted or out of reach may come back, and hours of work with it"""
 _CHUNK = 1 << 30  # Linux reads at most 2 GiB at a time
 
 
 def read_tensor(folder: Path, spec: TensorSpec) -> torch.Tensor:
     """The tensor that ``spec`` describes, from ``folder / spec.file``: its shape and dtype, contiguous, on the CPU.
 
-    Raises Refused when the file cannot be read or has become shorter than its header said.
+    Raises Refused when the file cannot be read or has become shorter than its header said, Interrupted when its disk has failed or gone away.
     """
     return read_bytes(folder, spec, 0, spec.nbytes).view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
 
@@ -55,5 +58,7 @@ def read_bytes(folder: Path, spec: TensorSpec, start: int, stop: int) -> torch.T
                                   expected=f"{wanted} bytes", found=f"{done} bytes", fix="leave the inputs alone and run again")
                 done += count
     except OSError as error:
+        if error.errno in GONE:
+            raise Interrupted("A weight file cannot be read any more.", where=where, found=error.strerror, fix="see that the disk is there and works, then run the same command again") from None
         raise Refused("A weight file cannot be read.", where=where, found=error.strerror) from None
     return raw

@@ -14,17 +14,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmerge.store.manifest import digest_files
+from qmerge.store.durable import json_bytes
+from qmerge.store.manifest import digest_files, sealed
 
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Tensors, str], None]
 
 
 def renew(folder: Path) -> None:
-    """Every digest of the manifest anew."""
+    """Every digest of the manifest anew, its own too."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = digest_files(folder)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(json_bytes(sealed(manifest)))
 
 
 def tampered(source: Path, target: Path, change: Change, linear: str) -> Path:

@@ -88,7 +88,7 @@ def _item(line: str, where: str) -> Item:
         item = Item(**values)
         if not math.isfinite(item.correct):
             raise ValueError("correct is not finite")
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Refused("a line of the log is no item", where=where, expected=", ".join(sorted(FIELDS)), found=str(error)) from error
     return item
 

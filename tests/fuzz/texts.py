@@ -12,21 +12,22 @@ from random import Random
 from transformers import AutoTokenizer
 
 from fuzz import bending
-from fuzz.places import Broken, folder, refused
+from fuzz.places import Broken, Seeds, folder, refused
 from qmerge.errors import QmergeError
 from qmerge.store.texts import pack_windows, read_documents, text_fingerprint, tokenize_documents
 
 WORDS = ("messages", "role", "content", "user", "assistant", "system", "prompt", "completion", "text", "name", "\n", "\\ud800", "\\u0000", "<|im_end|>", "</s>", "{{", "}}")
-MAX_LEN = 1024
+MAX_LEN = 5000
 TEMPLATE = "Q: {prompt}\n{text}"
 _FOLDER = folder("texts")
 _SUFFIXES = {b"L": "jsonl", b"J": "json", b"T": "txt", b"F": "jsonl"}
 _TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples" / "demo" / "base-nf4")
 
 
-def seeds() -> list[bytes]:
+def seeds() -> Seeds:
     rows = [{"text": "one text"}, {"prompt": "a", "completion": "b"}, {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}, {"text": ""}]
-    return [*(b"L" + json.dumps(row).encode() for row in rows), b"L" + "\n".join(map(json.dumps, rows)).encode(), b"J" + json.dumps(rows).encode(), b"Tplain text\n\nmore", b"F" + json.dumps({"prompt": 5, "text": "x"}).encode(), b"L", b"J[]"]
+    several = (b"L" + "\n".join(map(json.dumps, rows)).encode(), b"J" + json.dumps(rows).encode(), b"Tplain text\n\nmore", b"F" + json.dumps({"prompt": 5, "text": "x"}).encode())
+    return Seeds((*(b"L" + json.dumps(row).encode() for row in rows[:3]), *several), (b"L" + json.dumps(rows[3]).encode(), b"L", b"J[]", b'L{"text":' + b"9" * 4301 + b"}"))
 
 
 def check(data: bytes) -> bool:

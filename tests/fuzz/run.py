@@ -26,7 +26,8 @@ from types import ModuleType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-READERS = ("header", "index", "adapter", "names", "recipe", "budget", "suite", "training", "results", "report", "sidecar", "manifest", "texts")
+READERS = ("report", "names", "samples", "adapter", "index", "texts", "results", "sidecar", "suite", "training", "manifest", "recipe", "header", "budget")
+"""the slowest first: of processes side by side the last to end is a short one"""
 SLOW_S = 2.0
 """CPU time of one input (a few kB) that counts as a hang"""
 HANG_S = 600

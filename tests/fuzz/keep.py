@@ -1,7 +1,7 @@
 """Which of many inputs are worth committing: the fewest and smallest that together reach every step of the reader that any of them reaches.
 
-``python tests/fuzz/keep.py READER FOLDER [--most 40]`` writes them into tests/fuzz/corpus/READER; what lies there already is among the candidates. A step is a line of
-qmerge and the one before it in the same call.
+``python tests/fuzz/keep.py READER [FOLDER] [--grow 3000] [--most 40]`` writes them into tests/fuzz/corpus/READER. Candidates are what lies there already, what libFuzzer left
+in FOLDER, and what is found here by changing those that took a new step (--grow). A step is a line of qmerge and the one before it in the same call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[0] = str(HERE.parent)
 
-from fuzz.run import READERS, corpus, limit_memory, load, quiet  # noqa: E402
+from fuzz.run import READERS, Count, corpus, limit_memory, load, quiet  # noqa: E402
 
 MAX_BYTES = 4096
 PRIVATE = re.compile(rb"(?i)/(home|root|work|tmp|users)\b")
@@ -55,6 +55,25 @@ def steps_of(module: ModuleType, data: bytes, package: str) -> Steps | None:
     return found
 
 
+def grow(module: ModuleType, pool: list[bytes], steps: dict[bytes, Steps], known: Steps, inputs: int, package: str, count: Count) -> None:
+    """Change inputs of ``pool`` at random; those that take a step which none took before join it and ``steps``. What breaks the reader is reported through ``count``."""
+    random, seen = Random(len(pool)), known.union(*steps.values())
+    for _ in range(inputs):
+        data = random.choice(pool)
+        for _ in range(random.choice((1, 1, 2, 3))):
+            data = module.mutate(data, random)[: module.MAX_LEN]
+        if (found := steps_of(module, data, package)) is None:
+            count.one(module, data)
+        elif not found <= seen and fit(data):
+            seen |= found
+            pool.append(data)
+            steps[data] = found - known
+
+
+def fit(data: bytes) -> bool:
+    return len(data) <= MAX_BYTES and not PRIVATE.search(data)
+
+
 def fewest(steps: dict[bytes, Steps], most: int) -> list[bytes]:
     """Greedy: again and again the input that adds the most steps, the smaller of two; at most ``most``."""
     chosen, open_steps = [], set().union(*steps.values()) if steps else set()
@@ -82,8 +101,10 @@ def shrunk(module: ModuleType, data: bytes, wanted: Steps, package: str, tries: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("reader", choices=READERS)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--most", type=int, default=40)
+    parser.add_argument("--grow", type=int, default=3000, help="inputs tried")
+    parser.add_argument("--found", type=Path, default=Path(".fuzz"))
     parser.add_argument("--look-at", type=int, default=3000, help="candidates, the smallest of all")
     parser.add_argument("--tries", type=int, default=150, help="cuts tried at each input that is kept")
     given = parser.parse_args()
@@ -96,9 +117,11 @@ def main() -> None:
     for data in (*seeds.accepted, *seeds.refused):
         module.check(data)  # imports within functions would count as steps
         known |= steps_of(module, data, package) or set()
-    candidates = sorted({data for data in corpus(given.reader, given.folder) if len(data) <= MAX_BYTES and not PRIVATE.search(data)}, key=len)[: given.look_at]
+    candidates = sorted(set(filter(fit, corpus(given.reader, given.folder))), key=len)[: given.look_at]
     steps = {data: found - known for data in candidates if (found := steps_of(module, data, package)) is not None}
     steps = {data: found for data, found in steps.items() if found}
+    count = Count(given.reader, "plain", given.found)
+    grow(module, candidates, steps, known, given.grow, package, count)
     home = HERE / "corpus" / given.reader
     home.mkdir(parents=True, exist_ok=True)
     for path in home.iterdir():
@@ -109,7 +132,7 @@ def main() -> None:
         small = shrunk(module, data, steps[data] - covered, package, given.tries)
         covered |= steps[data]
         (home / hashlib.sha1(small).hexdigest()[:16]).write_bytes(small)
-    print(f"{given.reader}: {len(candidates)} candidates, {len(chosen)} kept, {len(covered)} steps beyond the {len(known)} of its seeds, {sum(path.stat().st_size for path in home.iterdir())} bytes", flush=True)
+    print(f"{given.reader}: {len(candidates)} candidates, {len(chosen)} kept, {len(covered)} steps beyond the {len(known)} of its seeds, {sum(path.stat().st_size for path in home.iterdir())} bytes; {count.failed} inputs broke the reader", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-READERS = ("report", "names", "samples", "adapter", "index", "texts", "results", "sidecar", "suite", "training", "manifest", "recipe", "header", "budget")
+READERS = ("report", "names", "samples", "adapter", "index", "texts", "results", "sidecar", "suite", "training", "manifest", "recipe", "header", "licence", "budget")
 """the slowest first: of processes side by side the last to end is a short one"""
 SLOW_S = 2.0
 """CPU time of one input (a few kB) that counts as a hang"""

@@ -79,10 +79,11 @@ notebook: $(STAMP) ## run the notebook on RESULTS and render it to HTML beside t
 notebook-page: $(STAMP) ## docs/separate_vs_merged.html, the same for the demo (after make merge-qlora)
 	@$(BIN)/python scripts/render_notebook.py "$(RESULTS)" docs/separate_vs_merged.html
 
-READERS ?= header index adapter names recipe budget suite training results report sidecar manifest texts
+READERS ?=
 RUNS ?= 5000
-fuzz: $(STAMP) ## give each reader of foreign files RUNS hostile inputs (READERS='header index …'); guided by coverage where atheris is installed
-	@for reader in $(READERS); do OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py $$reader --runs $(RUNS) --found .fuzz || exit 1; done
+fuzz: $(STAMP) ## give each reader of foreign files RUNS hostile inputs (READERS='header index …'); guided by coverage where atheris can be installed
+	@$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[fuzz]" || true
+	@$(BIN)/python tests/fuzz/campaign.py $(READERS) --runs $(RUNS) --jobs $(JOBS)
 
 bench: $(STAMP) ## quality against round-to-nearest, PEFT, gptqmodel and what bench-peers installed (uses ../shared where it is there; under an hour)
 	@$(BIN)/python scripts/bench_quality.py $(ARGS)

@@ -19,6 +19,8 @@ def task_rows(answers: dict[str, Answers], arms: dict[str, Any], *, seed: int = 
     """``tasks`` of the results. Adds ``tasks`` to each arm's row of ``arms``: per task the accuracy and, against ``separate``, the paired
     difference, flips, exact McNemar p (and Holm's over tasks), the smallest difference this n could have shown and the change of the gold
     answer's margin; over tasks ``macro_accuracy_delta`` (t interval) and ``macro_bootstrap`` (the same mean, bootstrapped)."""
+    if REFERENCE not in answers:
+        raise Refused("the items of the separate model are not there, and all others are counted against them", where="tasks", expected=f"an arm {REFERENCE}", found=", ".join(answers))
     reference = answers[REFERENCE]
     for arm, found in answers.items():
         rows, deltas, groups = {}, [], []
@@ -73,10 +75,10 @@ def margin_rows(reference: list[Item], candidate: list[Item], clusters: np.ndarr
 def margin(item: Item, *, normalised: bool = False) -> float | None:
     """Log-likelihood of the best gold choice minus that of the best wrong one, nats (``normalised``: each first divided by its characters).
 
-    One choice alone: its log-likelihood. None where a number is not finite or no gold is known.
+    One choice alone: its log-likelihood. None where a number is not finite, no gold is known, or the lengths are missing.
     """
     lls = item.loglikelihoods
-    if not lls or not item.gold or any(value is None for value in lls):
+    if not lls or not item.gold or any(value is None for value in lls) or (normalised and len(item.lengths) != len(lls)):
         return None
     values = [value / max(1, length) for value, length in zip(lls, item.lengths, strict=True)] if normalised else list(lls)  # type: ignore[operator]
     wrong = [value for index, value in enumerate(values) if index not in item.gold]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -86,11 +85,35 @@ def _item(line: str, where: str) -> Item:
         row = json.loads(line)
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items() if key in FIELDS}
         item = Item(**values)
-        if not math.isfinite(item.correct):
-            raise ValueError("correct is not finite")
-    except (ValueError, TypeError, AttributeError) as error:
+        if fault := _fault(item):
+            raise ValueError(fault)
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Refused("a line of the log is no item", where=where, expected=", ".join(sorted(FIELDS)), found=str(error)) from error
     return item
+
+
+def _fault(item: Item) -> str | None:
+    """What in an item could not be counted, or written again."""
+    choices = len(item.loglikelihoods)
+    wrong = {
+        "text": not all(isinstance(getattr(item, key), str) for key in ("task", "hash", "prompt_hash", "metric")) or not all(isinstance(part, (str, type(None))) for part in (item.answer, item.cluster)),
+        "item": not _is_count(item.item),
+        "correct": not _is_number(item.correct, 1e6),
+        "gold": not isinstance(item.gold, tuple) or not all(_is_count(index) and (index < choices or not choices) for index in item.gold),
+        "loglikelihoods": not isinstance(item.loglikelihoods, tuple) or not all(value is None or _is_number(value, 1e30) for value in item.loglikelihoods),
+        "lengths": not isinstance(item.lengths, tuple) or not all(map(_is_count, item.lengths)) or len(item.lengths) not in (0, choices),
+        "truncated": not isinstance(item.truncated, bool),
+    }  # fmt: skip
+    return next((f"{key} is malformed" for key, is_wrong in wrong.items() if is_wrong), None)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _is_number(value: Any, most: float) -> bool:
+    """NaN compares as false."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -most <= value <= most
 
 
 def _sha(text: str) -> str:

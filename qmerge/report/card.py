@@ -19,6 +19,7 @@ from qmerge.report.engines import FLOAT, format_name, snippets
 from qmerge.report.fields import Results
 from qmerge.report.markdown import table, verdict_sentence
 from qmerge.report.sections import sections, text_of
+from qmerge.store.yamlfiles import BadYaml, parse_yaml
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 PLAIN_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
@@ -56,8 +57,8 @@ def licence_of(card: str, config: Mapping[str, Any]) -> dict[str, str]:
     """The licence that a model's own card (its text) or config states; ``{}`` where neither does or what they say is not one."""
     found = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", card[:200_000], re.DOTALL)
     try:
-        front = yaml.safe_load(found[1]) if found else None
-    except (yaml.YAMLError, ValueError, RecursionError):
+        front = parse_yaml(found[1]) if found else None
+    except BadYaml:
         front = None
     stated = fields.as_dict(front) if fields.as_dict(front).get("license") else fields.as_dict(config)
     name = stated.get("license")

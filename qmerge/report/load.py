@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from qmerge.errors import Refused, UsageProblem
 from qmerge.report.clean import clean
@@ -32,7 +33,10 @@ def load_results(path: str | Path, whole: bool = False) -> dict[str, Any]:
     if found.stat().st_size > MAX_BYTES:
         raise Refused("This results.json is too large to be one.", where=found.name, expected=f"at most {MAX_BYTES} bytes")
     try:
-        results = json.loads(found.read_text("utf-8"), parse_constant=_no_number)
+        text = found.read_text("utf-8")
+        results = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        if "\\ud" in text.lower():  # half a character, which JSON can spell and no file can hold
+            json.dumps(results, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Refused("This file is not JSON.", where=found.name, expected="a results.json that qmerge run or qmerge eval wrote", found=str(error), fix=AGAIN) from error
     version = results.get("schema_version") if isinstance(results, dict) else None
@@ -44,8 +48,13 @@ def load_results(path: str | Path, whole: bool = False) -> dict[str, Any]:
     return results
 
 
-def _no_number(word: str) -> None:
+def _no_number(word: str) -> NoReturn:
     raise ValueError(f"{word} is no number of JSON, and no result")
+
+
+def _finite(word: str) -> float:
+    """What is read has to be written again by `bench --into` and `compare --save-baseline`; 1e999 would be infinity, which passes limits too."""
+    return value if math.isfinite(value := float(word)) else _no_number(word)
 
 
 def check_whole(results: dict[str, Any], path: str | Path) -> None:

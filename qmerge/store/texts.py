@@ -232,7 +232,7 @@ def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is a ValueError of its own
         raise Refused("this is not JSON", where=where, expected="valid JSON", found=str(error)) from error
 
 

@@ -5,6 +5,7 @@ Plain data only (PyYAML's safe loader), capped in bytes, in depth and in what it
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ from qmerge.store.regular import read_plain
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000
 MAX_DEPTH = 50
+
+
+_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"))
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, but 1e-5 is a number, as in JSON and YAML 1.2; YAML 1.1 wants 1.0e-5 and takes the other for text."""
+
+    yaml_implicit_resolvers = {first: [*rows, _FLOAT] if first and first in "-+0123456789" else rows for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 
 class BadYaml(ValueError):
@@ -37,7 +47,7 @@ def parse_yaml(text: str) -> Any:
     """The data in ``text``. Raises BadYaml: no YAML, tags that are not plain data, a key twice, aliases in a ring, too deep, or too much once aliases are expanded."""
     loader = None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None

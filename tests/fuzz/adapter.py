@@ -14,7 +14,7 @@ import peft  # noqa: F401  its import takes seconds, and would count as an input
 from fuzz import bending
 from fuzz.header import file_of, laid_out
 from fuzz.index import joined
-from fuzz.places import Broken, folder, refused
+from fuzz.places import Broken, Seeds, folder, refused
 from qmerge.adapters.adapter import open_adapter
 from qmerge.adapters.config import HARMLESS, REFUSED, USED
 from qmerge.adapters.delegated_types import MERGED
@@ -39,7 +39,7 @@ def _header(**shapes: list[int]) -> str:
     return json.dumps(rows)
 
 
-def seeds() -> list[bytes]:
+def seeds() -> Seeds:
     plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0, "inference_mode": True, "base_model_name_or_path": "org/base"}
     pair = {f"{_Q}.lora_A.weight": [2, 3], f"{_Q}.lora_B.weight": [3, 2]}
     second = {f"{_K}.lora_A.weight": [3, 2], f"{_K}.lora_B.weight": [2, 3]}
@@ -49,16 +49,17 @@ def seeds() -> list[bytes]:
     tokens = plain | {"trainable_token_indices": {"embed_tokens": [1, 2]}, "layer_replication": [[0, 1], [0, 2]]}
     other = {"peft_type": "LOHA", "r": 2, "alpha": 4, "target_modules": ["q_proj"]}
     patterns = [r"(a|a)" * 40, "q?" * 40 + "q" * 40, "(.*q){9}x", r"(\w+\.?)+!", ".*" * 9 + "x"]
-    return [
-        *(joined(json.dumps(plain | {"rank_pattern": {pattern: 3}}), _header(**{f"base_model.model.{'q' * 40}.{'a' * 40}.lora_{side}.weight": [2, 2] for side in "AB"})) for pattern in patterns),
-        joined(json.dumps(plain), _header(**pair)),
+    weights = _header(**pair)
+    accepted = (
+        joined(json.dumps(plain), weights),
         joined(json.dumps(everything), _header(**pair, **second, **saved)),
         joined(json.dumps(dora), _header(**pair, **{f"{_Q}.lora_magnitude_vector": [3], f"{_Q}.lora_B.bias": [3]})),
         joined(json.dumps(tokens), _header(**pair, **{"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": [2, 2]})),
         joined(json.dumps(plain), _header(**{name.replace("lora_A.", "lora_A.x.").replace("lora_B.", "lora_B.x."): shape for name, shape in pair.items()})),
         joined(json.dumps(other), _header(**{f"{_Q}.hada_w1_a": [2, 2]})),
-        b"{}",
-    ]
+    )
+    many = _header(**{f"base_model.model.{'q' * 40}.{'a' * 40}.lora_{side}.weight": [2, 2] for side in "AB"})
+    return Seeds(accepted, (*(joined(json.dumps(plain | {"rank_pattern": {pattern: 3}}), many) for pattern in patterns), b"{}", joined(json.dumps(plain), "{}")))
 
 
 def check(data: bytes) -> bool:

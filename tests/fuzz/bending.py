@@ -7,8 +7,8 @@ choices from a ``random.Random``: libFuzzer's mutator gives one by seed, Hypothe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii
 from random import Random
 from typing import Any
 
@@ -59,6 +59,8 @@ def tree(value: Any) -> Any:
 
 def spell(node: Any) -> str:
     """The document of a tree. Strings are escaped as JSON does it, lone surrogates too."""
+    if type(node) is str:
+        return encode_basestring_ascii(node)
     if isinstance(node, Raw):
         return str(node)
     if isinstance(node, Pairs):
@@ -68,18 +70,15 @@ def spell(node: Any) -> str:
     return json.dumps(node)
 
 
-def _slots(node: Any) -> Iterator[tuple[list[Any], int]]:
-    """Every place in a tree that holds a value: (its list, its index)."""
-    for holder, index in _places(node):
-        yield holder, index
-        yield from _slots(holder[index])
-
-
-def _places(node: Any) -> Iterator[tuple[list[Any], int]]:
-    if isinstance(node, Pairs):
-        yield from ((pair, 1) for pair in node)
-    elif isinstance(node, list):
-        yield from ((node, index) for index in range(len(node)))
+def _slots(root: list[Any]) -> list[tuple[list[Any], int]]:
+    """The places in a tree that hold a value, the first `MAX_NODES` of them: (its list, its index). A generator in a generator would take most of an input's time."""
+    found, open_nodes = [], [root]
+    while open_nodes and len(found) < MAX_NODES:
+        node = open_nodes.pop()
+        places = [(pair, 1) for pair in node] if type(node) is Pairs else [(node, index) for index in range(len(node))]
+        found += places
+        open_nodes += [holder[index] for holder, index in places if isinstance(holder[index], list)]
+    return found[:MAX_NODES]
 
 
 def atom(random: Random, words: Sequence[str], yaml: bool = False) -> Any:
@@ -99,7 +98,7 @@ def atom(random: Random, words: Sequence[str], yaml: bool = False) -> Any:
 def bend(root: list[Any], random: Random, words: Sequence[str], yaml: bool = False) -> None:
     """Change a tree in one to four places. ``words``: keys and values that its reader knows."""
     for _ in range(random.choice((1, 1, 1, 2, 2, 3, 4))):
-        slots = list(islice(_slots(root), MAX_NODES))
+        slots = _slots(root)
         holder, index = random.choice(slots)
         node = holder[index]
         action = random.randrange(10)

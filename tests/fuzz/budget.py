@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from fuzz import yamlish
-from fuzz.places import Broken, folder, refused
+from fuzz.places import Broken, Seeds, folder, refused
 from qmerge.errors import QmergeError
 from qmerge.quality.compare import DIRECTIONS, load_budget
 
@@ -18,7 +18,7 @@ _FILE = folder("budget") / "budget.yaml"
 mutate = yamlish.mutator(WORDS)
 
 
-def seeds() -> list[bytes]:
+def seeds() -> Seeds:
     return yamlish.documents({"kl_mean": {"max": 0.05}, "retention": {"min": 0.9}}, {name: {side: 1} for name, side in DIRECTIONS.items()})
 
 

@@ -12,7 +12,7 @@ from random import Random
 from safetensors import SafetensorError, safe_open
 
 from fuzz import bending
-from fuzz.places import Broken, folder, refused
+from fuzz.places import Broken, Seeds, folder, refused
 from qmerge.errors import QmergeError
 from qmerge.store.headers import TORCH_DTYPES, read_header
 
@@ -27,7 +27,7 @@ def file_of(header: str | bytes, data: int | bytes = 0) -> bytes:
     return len(raw).to_bytes(8, "little") + raw + (bytes(data) if isinstance(data, int) else data)
 
 
-def seeds() -> list[bytes]:
+def seeds() -> Seeds:
     rows = {"a": ("F32", [2, 3], 0, 24), "b": ("U8", [3], 24, 27), "empty": ("BF16", [0, 4], 27, 27), "one": ("I64", [], 27, 35)}
     whole = {name: {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]} for name, (dtype, shape, begin, end) in rows.items()}
     small = {"w": {"dtype": "F8_E4M3", "shape": [1, 1, 4], "data_offsets": [0, 4]}}
@@ -36,7 +36,8 @@ def seeds() -> list[bytes]:
     for name, size in kinds.items():
         all_kinds[f"t.{name}"] = {"dtype": name, "shape": [2], "data_offsets": [end, end + 2 * size]}
         end += 2 * size
-    return [file_of(json.dumps({"__metadata__": {"format": "pt"}, **whole}), 35), file_of(json.dumps(small) + "   ", 4), file_of("{}"), file_of(json.dumps(all_kinds), end), b"", bytes(8)]
+    accepted = (file_of(json.dumps({"__metadata__": {"format": "pt"}, **whole}), 35), file_of(json.dumps(small) + "   ", 4), file_of("{}"), file_of(json.dumps(all_kinds), end))
+    return Seeds(accepted, (b"", bytes(8), file_of(json.dumps(small), 3)))
 
 
 def check(data: bytes) -> bool:

@@ -12,7 +12,7 @@ from random import Random
 
 from fuzz import bending
 from fuzz.header import file_of, laid_out
-from fuzz.places import Broken, Opened, folder, refused
+from fuzz.places import Broken, Opened, Seeds, folder, refused
 from qmerge.errors import QmergeError
 from qmerge.store.checkpoint import INDEX, open_checkpoint
 
@@ -31,13 +31,13 @@ def _row(begin: int, end: int) -> dict[str, object]:
     return {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
 
 
-def seeds() -> list[bytes]:
+def seeds() -> Seeds:
     index = {"metadata": {"total_size": 9}, "weight_map": {"a": SHARDS[0], "b": SHARDS[0], "c": SHARDS[1]}}
     shards = ({"a": _row(0, 2), "b": _row(2, 4)}, {"__metadata__": {"format": "pt"}, "c": _row(0, 5)})
     whole = joined(json.dumps(index), *map(json.dumps, shards))
     bait = joined(json.dumps({"weight_map": {"a": f"../{BAIT}"}}), "{}", "{}")
     one = joined(json.dumps({"weight_map": {"a": SHARDS[0]}}), json.dumps({"a": _row(0, 1)}))
-    return [whole, one, bait, b"{}", joined('{"weight_map":{}}', "{}", "{}"), joined(json.dumps(index), "{}", json.dumps(shards[1]))]
+    return Seeds((whole, one), (bait, b"{}", joined('{"weight_map":{}}', "{}", "{}"), joined(json.dumps(index), "{}", json.dumps(shards[1]))))
 
 
 def joined(*parts: str) -> bytes:

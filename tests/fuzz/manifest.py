@@ -10,7 +10,7 @@ import json
 from random import Random
 
 from fuzz import bending
-from fuzz.places import Broken, folder, refused
+from fuzz.places import Broken, Seeds, folder, refused
 from qmerge.errors import QmergeError
 from qmerge.store.manifest import MANIFEST, read_manifest, verify_files
 
@@ -21,11 +21,12 @@ _BYTES = b"{}\n"
 (_FOLDER / "config.json").write_bytes(_BYTES)
 
 
-def seeds() -> list[bytes]:
+def seeds() -> Seeds:
     row = {"sha256": hashlib.sha256(_BYTES).hexdigest(), "bytes": len(_BYTES)}
     inputs = {"base": {"name": "org/base", "revision": None, "files": {"model.safetensors": row}}}
     whole = {"schema_version": 1, "tool": {"name": "qmerge", "version": "0.1.0"}, "inputs": inputs, "recipe": {"format": "nf4"}, "versions": {"torch": "2"}, "files": {"config.json": row}}
-    return [json.dumps(whole).encode(), json.dumps(whole | {"files": {}}).encode(), json.dumps(whole | {"files": {"../x": row, "config.json": row}}).encode(), b"{}", b""]
+    lying = whole | {"files": {"config.json": row | {"bytes": 4}}}
+    return Seeds(tuple(json.dumps(value).encode() for value in (whole, lying, whole | {"files": {}})), (json.dumps(whole | {"files": {"../x": row, "config.json": row}}).encode(), b"{}", b""))
 
 
 def check(data: bytes) -> bool:

@@ -12,7 +12,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from fuzz import bending
-from fuzz.places import Broken, refused
+from fuzz.places import Broken, Seeds, refused
 from qmerge.adapters.names import relate
 from qmerge.errors import QmergeError
 
@@ -26,8 +26,9 @@ WORDS = (*_TARGETS, *_EXPERTS, "model.layers.0.block_sparse_moe.gate.weight", "m
 MAX_LEN = 3000
 
 
-def seeds() -> list[bytes]:
-    return [json.dumps(value).encode() for value in (_PLAIN | _EXPERTS, _TARGETS, _EXPERTS, {"lm_head.weight": [32, 8]}, {})]
+def seeds() -> Seeds:
+    accepted, lacking = (_PLAIN | _EXPERTS, _TARGETS), (_EXPERTS, {"lm_head.weight": [32, 8]}, {})
+    return Seeds(tuple(json.dumps(value).encode() for value in accepted), tuple(json.dumps(value).encode() for value in lacking))
 
 
 def check(data: bytes) -> bool:
@@ -41,7 +42,7 @@ def check(data: bytes) -> bool:
     shapes = {name: tuple(shape) for name, shape in rows.items() if name.isprintable() and name and isinstance(shape, list) and len(shape) < 65 and all(type(size) is int and 0 <= size < 1 << 20 for size in shape)}
     found = relate(_MODEL, shapes)
     whole = True
-    for name in (*shapes, "no.such.name"):
+    for name in shapes:
         found.resolve(name)
         try:
             regions = found.regions_of_disk(name)
@@ -50,6 +51,14 @@ def check(data: bytes) -> bool:
             continue
         if name in found.unused and regions:
             raise Broken(f"{name} is unused and feeds {regions}")
+    found.resolve("no.such.name")
+    if "no.such.name" not in shapes:
+        try:
+            found.regions_of_disk("no.such.name")
+        except QmergeError as error:
+            refused(error)
+        else:
+            raise Broken("regions of a tensor that is not in the file")
     for parameter in _TARGETS:
         try:
             regions = found.regions_of_parameter(parameter)

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from qmerge.errors import QmergeError
 
 SHARED_MEMORY = "/dev/shm"
 _MADE: list[Path] = []
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Inputs that fuzzing starts from: what the reader has to accept, and what it has to refuse."""
+
+    accepted: tuple[bytes, ...]
+    refused: tuple[bytes, ...]
 
 
 class Broken(Exception):

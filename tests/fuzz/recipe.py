@@ -9,7 +9,7 @@ import dataclasses
 import json
 
 from fuzz import yamlish
-from fuzz.places import Broken, folder, refused
+from fuzz.places import Broken, Seeds, folder, refused
 from qmerge.errors import QmergeError
 from qmerge.pipeline.recipe import BUILT, COMBINATIONS, Recipe, build_recipe
 
@@ -19,7 +19,7 @@ _FILE = folder("recipe") / "recipe.yaml"
 mutate = yamlish.mutator(WORDS)
 
 
-def seeds() -> list[bytes]:
+def seeds() -> Seeds:
     least = {"base": "b", "adapter": "a", "out": "o"}
     several = least | {"adapter": ["a=0.5", "b"], "combine": "ties", "density": 0.5, "format": "bf16"}
     rest = least | {"format": "nf4", "block_size": 64, "double_quant": True, "samples": 8, "tokens": 64, "calibration": "c.jsonl", "shard_size": "1GB", "polish": "blocks", "seed": 3}

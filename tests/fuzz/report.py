@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ElementTree
 
-from fuzz.places import Broken
-from fuzz.results import MAX_LEN, WORDS, loaded, mutate, seeds
+from fuzz.places import Broken, Seeds
+from fuzz.results import MAX_LEN, WORDS, floors, loaded, mutate
+from fuzz.results import seeds as of_results
 from qmerge.report.html import render_html
 from qmerge.report.junit import render_junit
 from qmerge.report.markdown import render_markdown
@@ -21,6 +22,11 @@ ELEMENTS = set(
 HIDDEN = r"[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\ud800-\udfff]"
 _TAG = re.compile(r"<(?!/)([^\s>/]*)([^>]*)>")
 _DOES = re.compile(r"(?i)\son\w+\s*=|\b(href|src|srcdoc|action|formaction)\s*=|javascript:|url\(")
+
+
+def seeds() -> Seeds:
+    pages = (*of_results().accepted, *floors())
+    return Seeds(pages, tuple(data for data in of_results().refused if data not in pages))
 
 
 def check(data: bytes) -> bool:

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from fuzz import bending
-from fuzz.places import folder, refused
+from fuzz.places import Seeds, folder, refused
 from qmerge.errors import QmergeError
 from qmerge.quality.compare import compare, load_budget
 from qmerge.report.load import check_whole, load_results
@@ -66,9 +66,14 @@ def _rich() -> dict[str, Any]:
     return results
 
 
-def seeds() -> list[bytes]:
+def floors() -> tuple[bytes, ...]:
+    """What has no more than a page can be made of: a verdict needs more."""
     floor = {"schema_version": 1}
-    return [json.dumps(value).encode() for value in (_small(), _rich(), floor, floor | {"arms": {}}, floor | {"serving": _rich()["serving"]}, floor | {"arms": {"nf4": {}}, "verdict": {"state": "fail"}}, [])] + [b"", b"NaN", b"\xef\xbb\xbf{}"]
+    return tuple(json.dumps(value).encode() for value in (floor, floor | {"arms": {}}, floor | {"serving": _rich()["serving"]}, floor | {"arms": {"nf4": {}}, "verdict": {"state": "fail"}}))
+
+
+def seeds() -> Seeds:
+    return Seeds(tuple(json.dumps(value).encode() for value in (_small(), _rich())), (*floors(), b"[]", b"", b"NaN", b"\xef\xbb\xbf{}"))
 
 
 def loaded(data: bytes) -> dict[str, Any] | None:

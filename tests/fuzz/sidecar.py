@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fuzz import bending
-from fuzz.places import folder, refused
+from fuzz.places import Seeds, folder, refused
 from qmerge.errors import QmergeError
 from qmerge.quality.sidecar import OWN, SHARED, read_scores
 
@@ -27,13 +27,15 @@ MOST = 4096
 _FILE = folder("sidecar") / "results.npz"
 
 
-def seeds() -> list[bytes]:
+def seeds() -> Seeds:
     own = {f"prose/nf4/{key}": ["|b1" if key == "agree" else "<f4", [4], 1] for key in OWN}
     shared = {f"prose/{key}": ["<i4" if key in ("window", "doc") else "<f4", [4], 0] for key in SHARED}
     whole = own | shared | {"prose/nf4/vocabulary_cut": ["<i8", [], 0]}
     huge = whole | {"prose/nf4/kl": "{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,)}"}
     nested = whole | {"prose/nf4/kl": "(" * 200 + ")" * 200, "x": "{'descr': [('a', '<f4', 9), ('b', '|O')], 'fortran_order': True, 'shape': (2, 2)}"}
-    return [*(json.dumps(value).encode() for value in (whole, whole | {"prose/nf4/js": ["<f4", [4], 0.5]}, huge, nested, {})), written(json.dumps({"a": ["<f4", [2], 1]}).encode()), b"", b"PK\x05\x06" + bytes(18)]
+    accepted, out = (whole, whole | {"prose/nf4/js": ["<f4", [4], 0.5]}), (huge, nested, {})
+    raw = (written(json.dumps({"a": ["<f4", [2], 1]}).encode()), b"", b"PK\x05\x06" + bytes(18))
+    return Seeds((*(json.dumps(value).encode() for value in accepted), written(json.dumps(whole).encode())), (*(json.dumps(value).encode() for value in out), *raw))
 
 
 def written(data: bytes) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from fuzz import yamlish
-from fuzz.places import Broken, folder, refused
+from fuzz.places import Broken, Seeds, folder, refused
 from qmerge.errors import QmergeError
 from qmerge.quality import local_tasks
 from qmerge.quality.suites import KEYS, TASK_KEYS, load_suite
@@ -22,7 +22,7 @@ _FILE = _FOLDER / "suite.yaml"
 mutate = yamlish.mutator(WORDS)
 
 
-def seeds() -> list[bytes]:
+def seeds() -> Seeds:
     choice = {"name": "own", "file": "rows.jsonl", "kind": "choice", "prompt": "Q: {question}", "choices": "options", "gold": "gold"}
     fill = {"name": "filled", "file": "rows.jsonl", "kind": "fill", "contexts": "contexts", "continuation": "rest", "gold": "gold"}
     generate = {"name": "free", "file": "rows.jsonl", "kind": "generate", "prompt": "{question}", "answer": "answer", "number": "[0-9]+", "until": ["\n"], "max_tokens": 8, "num_fewshot": 1, "fewshot_file": "rows.jsonl"}

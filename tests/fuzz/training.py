@@ -6,7 +6,7 @@ An input is the file.
 from __future__ import annotations
 
 from fuzz import yamlish
-from fuzz.places import Broken, folder, refused
+from fuzz.places import Broken, Seeds, folder, refused
 from qmerge.errors import QmergeError
 from qmerge.formats.training import BLOCK_SIZES, OWN, recipe_from_adapter, recipe_from_file
 
@@ -20,7 +20,7 @@ _FILE = _FOLDER / "training_args.yaml"
 mutate = yamlish.mutator(WORDS)
 
 
-def seeds() -> list[bytes]:
+def seeds() -> Seeds:
     transformers = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head"]}
     axolotl = {"adapter": "qlora", "load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4"}, "bf16": "auto"}
     factory = {"quantization_bit": 4, "quantization_method": "bnb", "double_quantization": False, "fp16": True}

@@ -88,12 +88,17 @@ def table(found: dict[str, Any]) -> str:
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """How the figures were made: command, versions, machine. No paths, host names or dates."""
+    words = ["python", "scripts/bench_speed.py", *(f"--part={part}" for part in args.part or ())] + ([f"--rounds={args.rounds}"] if args.rounds else [])
+    return {"schema": "speed/1", "command": shlex.join(words)} | machine()
+
+
+def machine() -> dict[str, Any]:
+    """Versions of what was measured, and where."""
     import torch
 
-    words = ["python", "scripts/bench_speed.py", *(f"--part={part}" for part in args.part or ())] + ([f"--rounds={args.rounds}"] if args.rounds else [])
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").is_file() else None
-    machine = {"cpu": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return {"schema": "speed/1", "command": shlex.join(words), "versions": {name: version(name) for name in PACKAGES}, "machine": machine}
+    place = {"cpu": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {"versions": {name: version(name) for name in PACKAGES}, "machine": place}
 
 
 def say(text: str, began: float = time.perf_counter()) -> None:  # noqa: B008  the process's start

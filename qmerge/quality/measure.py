@@ -7,7 +7,6 @@ and is never scored.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
@@ -15,13 +14,18 @@ import numpy as np
 import torch
 
 from qmerge.errors import Refused
+from qmerge.quality.divergence import compare_logits, divergence, support_divergence
+from qmerge.quality.heads import compare_answers
 from qmerge.quality.reference import Answers
 from qmerge.store.texts import Windows
 
+BATCH_TOKENS = 2048
+"""tokens that run together; one window is always allowed"""
 LOGIT_BYTES = 64 * 2**20
-"""fp32 logits of one model that a batch stands for, and holds where a model's head is not its last step; one window is always allowed"""
+"""fp32 logits of one model that a batch may hold instead, where a model's head is not its last step"""
 CHUNK_BYTES = 16 * 2**20
-"""fp32 logits of one model that are turned into distributions at a time"""
+"""fp32 logits of one model that are turned into numbers at a time"""
+__all__ = ["TokenScores", "cluster_labels", "compare_logits", "divergence", "measure", "support_divergence"]
 
 
 @dataclass(frozen=True)
@@ -76,93 +80,35 @@ def measure(
     """
     ref, cand = (model if isinstance(model, Answers) else Answers(model) for model in (reference, candidate))
     rows: dict[str, list[np.ndarray]] = {f.name: [] for f in fields(TokenScores) if f.name != "vocabulary_cut"}
-    cut, done, size = 0, 0, 1
+    for model in (ref, cand):
+        model.prepare(windows.ids[0][None].to(device))
+    width, done = min(ref.width, cand.width), 0
     while done < len(windows):
         length = len(windows.ids[done])
-        batch = [i for i in range(done, min(done + size, len(windows))) if len(windows.ids[i]) == length]
-        ids = torch.stack([windows.ids[i] for i in batch]).to(device)
-        states = ref.states(ids, (id(windows), done, len(batch))), cand.states(ids, (id(windows), done, len(batch)))
-        width = min(ref.width, cand.width)
-        cut = width if ref.width != cand.width else cut
+        size = LOGIT_BYTES // (4 * width * length) if ref.whole or cand.whole else BATCH_TOKENS // length
+        batch = [i for i in range(done, min(done + max(1, size), len(windows))) if len(windows.ids[i]) == length]
+        ids = torch.stack([windows.ids[i] for i in batch])
+        on_device, key = ids.to(device, non_blocking=True), (id(windows), done, len(batch))
+        states = ref.states(on_device, key), cand.states(on_device, key)
         _append(rows, (ref, cand), states, ids, [windows.scored[i] for i in batch], [windows.doc[i] for i in batch], done)
-        # The vocabulary is only known after a first forward: one window first, then as many as fit.
-        done, size = done + len(batch), max(1, LOGIT_BYTES // (4 * width * length))
+        done += len(batch)
         if progress:
             progress(done, len(windows))
     arrays = {name: np.concatenate(parts) for name, parts in rows.items()}
     js = arrays.pop("js")
-    return TokenScores(**arrays, vocabulary_cut=cut, js=js[:0] if np.isnan(js).all() else js)
+    return TokenScores(**arrays, vocabulary_cut=width if ref.width != cand.width else 0, js=js[:0] if np.isnan(js).all() else js)
 
 
 def _append(rows: dict[str, list[np.ndarray]], models: tuple[Answers, Answers], states: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor, scored: list, doc: list, first: int) -> None:
-    """Add one batch's tokens: states ``[B, T, …]`` of reference and candidate, ids ``[B, T]``, masks and document indices B times ``[T]``."""
+    """Add one batch's tokens: states ``[B, T, …]`` of reference and candidate, ids ``[B, T]`` on the CPU, masks and document indices B times ``[T]``."""
     mask = torch.stack(scored)[:, 1:]
     window = torch.arange(first, first + len(ids)).unsqueeze(1).expand_as(mask)[mask]
     rows["window"].append(window.numpy().astype(np.int32))
     rows["doc"].append(torch.stack(doc)[:, 1:][mask].numpy().astype(np.int32))
-    keep = mask.to(ids.device)
-    targets = ids[:, 1:][keep]
+    targets = ids[:, 1:][mask]
     width = min(model.width for model in models)
     if len(targets) and int(targets.max()) >= width:
         raise Refused("a token of the text lies outside a model's vocabulary", expected=f"ids below {width}", found=int(targets.max()))
-    at_batch, at_position = keep.nonzero(as_tuple=True)
-    step = max(1, CHUNK_BYTES // (4 * width))
-    parts = []
-    for i in range(0, len(targets), step):
-        here = at_batch[i : i + step], at_position[i : i + step]
-        ref, cand = (model.logits(rows_of[here]) for model, rows_of in zip(models, states, strict=True))
-        parts.append(compare_logits(ref[..., :width], cand[..., :width], targets[i : i + step]) | {"js": support_divergence(ref, cand)})
-    for name in ("nll_ref", "nll_cand", "kl", "agree", "delta_p", "confidence", "js"):
-        dtype = bool if name == "agree" else np.float32
-        rows[name].append(np.concatenate([p[name].cpu().numpy() for p in parts]) if parts else np.zeros(0, dtype))
-
-
-def compare_logits(ref: torch.Tensor, cand: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The per-token numbers from logits ``[n, V]`` of both models and targets ``[n]``: log-softmax in fp32, the sum of KL in fp64.
-
-    KL is summed as ``p·(log p - log q) - p + q``: the same number, as both sum to 1, but no term is below 0, and an error ε in a
-    normalization costs ε² instead of ε. In the plain form fp32 leaves 1e-7, which is more than some noise floors.
-
-    >>> r = compare_logits(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
-    >>> float(r["kl"]), round(float(r["nll_ref"]), 4)
-    (0.0, 0.6931)
-    """
-    log_p, log_q = ref.float().log_softmax(-1), cand.float().log_softmax(-1)
-    p = log_p.exp()
-    top, first = p.max(-1)
-    target_p, target_q = (x.gather(-1, targets[:, None]).squeeze(-1) for x in (log_p, log_q))
-    return {
-        "nll_ref": -target_p,
-        "nll_cand": -target_q,
-        "kl": divergence(log_p, log_q).float(),
-        "agree": first == log_q.argmax(-1),
-        "delta_p": target_q.exp() - target_p.exp(),
-        "confidence": top,
-    }
-
-
-def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) float64 ``[n]`` from log-probabilities ``[n, V]``, in the form that `compare_logits` tells of."""
-    p, q, difference = log_p.exp(), log_q.exp(), log_p - log_q
-    terms = torch.where(difference.abs() < 1.0, p * (torch.expm1(-difference) + difference), p * difference - p + q)
-    # What p excludes (log p = -inf) adds only q; 0 * inf would be NaN. NaN itself stays, to be counted.
-    terms = torch.where(p == 0, q, terms)
-    return terms.sum(-1, dtype=torch.float64).clamp_min(0.0)  # rounding can leave -1e-9
-
-
-def support_divergence(ref: torch.Tensor, cand: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon divergence float32 ``[n]``, nats, from logits ``[n, V]`` and ``[n, V']``, where one model gives a token no probability at all and the
-    other does (it lacks it, or its logit is -inf); NaN elsewhere. KL is infinite there, or blind to what was cut; this is at most log 2.
-
-    >>> support_divergence(torch.zeros(1, 1), torch.tensor([[-torch.inf, 0.0]])).item() == torch.tensor(2.0).log().item()
-    True
-    """
-    width = max(ref.shape[-1], cand.shape[-1])
-    excluded = [torch.nn.functional.pad(logits.isneginf(), (0, width - logits.shape[-1]), value=True) for logits in (ref, cand)]
-    differ = (excluded[0] != excluded[1]).any(-1)
-    found = torch.full(differ.shape, torch.nan, device=ref.device)
-    if differ.any():
-        log_p, log_q = (torch.nn.functional.pad(x[differ].float().log_softmax(-1), (0, width - x.shape[-1]), value=-torch.inf) for x in (ref, cand))
-        middle = torch.logaddexp(log_p, log_q) - math.log(2)
-        found[differ] = (0.5 * (divergence(log_p, middle) + divergence(log_q, middle))).float()
-    return found
+    at_batch, at_position = mask.nonzero(as_tuple=True)
+    for name, values in compare_answers(models, states, at_batch * ids.shape[1] + at_position, targets, CHUNK_BYTES).items():
+        rows[name].append(values)

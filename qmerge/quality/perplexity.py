@@ -11,15 +11,14 @@ import numpy as np
 import torch
 
 from qmerge.errors import Refused
-from qmerge.quality.measure import CHUNK_BYTES, LOGIT_BYTES, cluster_labels
+from qmerge.quality.heads import answer_losses
+from qmerge.quality.measure import BATCH_TOKENS, CHUNK_BYTES, LOGIT_BYTES, cluster_labels
 from qmerge.quality.metrics import json_metric
 from qmerge.quality.protocols import Plan
 from qmerge.quality.reference import Answers
 from qmerge.quality.stats import cluster_ratio, safe_exp, transform
 from qmerge.types import Metric
 
-BATCH_TOKENS = 2048
-"""tokens that run together, where windows are shorter"""
 Progress = Callable[[int, int], None]
 
 
@@ -64,12 +63,12 @@ def window_losses(answers: Answers, plan: Plan, device: str | torch.device, prog
         end = done + 1
         while end < min(done + size, len(plan.ids)) and (len(plan.ids[end]), plan.first[end]) == (length, first):
             end += 1
-        ids = torch.stack(plan.ids[done:end]).to(device)
-        states = answers.states(ids[:, :-1])[:, first - 1 :]  # the last token predicts nothing that is scored
+        ids = torch.stack(plan.ids[done:end])
+        states = answers.states(ids[:, :-1].to(device))[:, first - 1 :]  # the last token predicts nothing that is scored
         if int(ids.max()) >= answers.width:
             raise Refused("a token of the text lies outside a model's vocabulary", expected=f"ids below {answers.width}", found=int(ids.max()))
-        losses = _losses(answers, states.flatten(0, 1), ids[:, first:].flatten())
-        sums[done:end] = losses.double().view(end - done, -1).sum(1).cpu().numpy()
+        losses = answer_losses(answers, states.flatten(0, 1), ids[:, first:].flatten(), CHUNK_BYTES)
+        sums[done:end] = losses.reshape(end - done, -1).sum(1)
         done, size = end, max(1, LOGIT_BYTES // (4 * answers.width * length) if answers.whole else BATCH_TOKENS // length)
         if progress:
             progress(done, len(plan.ids))
@@ -98,10 +97,3 @@ def metrics(plan: Plan, sums: np.ndarray, reference: np.ndarray) -> dict[str, Me
         found["bits_per_byte"] = transform(mean(sums, over["byte_ppl"], "nats"), lambda nats: nats / log(2), "bits/byte")
     found["ratio"] = transform(mean(sums - reference, next(iter(over.values())), "nats"), safe_exp, "ratio")
     return found
-
-
-def _losses(answers: Answers, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """``-log p(target)`` fp32 ``[n]`` from states ``[n, …]``, with the logits of a few positions at a time."""
-    step = max(1, CHUNK_BYTES // (4 * answers.width))
-    parts = zip(states.split(step), targets.split(step), strict=True)
-    return torch.cat([torch.nn.functional.cross_entropy(answers.logits(part).float(), wanted, reduction="none") for part, wanted in parts])

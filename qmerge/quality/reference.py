@@ -39,12 +39,22 @@ class Answers:
         """True where the logits of whole windows had to be held."""
         return bool(self.width) and self.after is None
 
+    @property
+    def splits(self) -> bool:
+        """True where logits of a part of the vocabulary come from a part of the head. Known after the first ``states``."""
+        bare = type(self.head) is nn.Linear and not (self.head._forward_hooks or self.head._forward_pre_hooks)
+        return self.after is not None and bare and self.head.weight.shape[0] == self.width
+
+    def prepare(self, ids: torch.Tensor) -> None:
+        """Find out ``width`` and ``whole`` from the first tokens of ids int64 ``[B, T]``, where that is not yet known."""
+        if not self.width:
+            self._probe(ids[:1, :PROBE_TOKENS])
+
     def states(self, ids: torch.Tensor, key: object = None) -> torch.Tensor:
         """``[B, T, hidden]``, or ``[B, T, V]`` where ``whole``, for ids int64 ``[B, T]``."""
         if key is not None and key in self.kept:
             return self.kept[key]
-        if not self.width:
-            self._probe(ids[:1, :PROBE_TOKENS])
+        self.prepare(ids)
         if self.after is None:
             return self.model(input_ids=ids, use_cache=False).logits
         with self._seen_by_head(narrow=True) as seen:
@@ -54,9 +64,14 @@ class Answers:
             self.room -= seen[0].nbytes
         return seen[0]
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """``[..., V]`` from ``[..., hidden]`` rows of what ``states`` gave, in the model's dtype."""
-        return states if self.after is None else self.after(self.head(states))
+    def logits(self, states: torch.Tensor, first: int = 0, stop: int | None = None) -> torch.Tensor:
+        """``[..., V]`` from ``[..., hidden]`` rows of what ``states`` gave, in the model's dtype; of the entries from ``first`` to ``stop`` alone."""
+        if self.after is None:
+            return states[..., first:stop]
+        if not self.splits or (first == 0 and stop in (None, self.width)):
+            return self.after(self.head(states))[..., first:stop]
+        bias = None if self.head.bias is None else self.head.bias[first:stop]
+        return self.after(nn.functional.linear(states, self.head.weight[first:stop], bias))
 
     def _probe(self, ids: torch.Tensor) -> None:
         with self._seen_by_head(narrow=False) as seen:

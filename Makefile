@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing qmerge, torch, bitsandbytes, gptqmodel, lm-eval, … into $(VENV): about 6 GB, a few minutes"
-	$(BIN)/python -m pip install --quiet --editable ".[gptq,compressed,eval,notebook,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[gptq,compressed,eval,notebook,sign,dev]"
 	@touch $@
 
 merge-qlora: $(STAMP) ## merge, requantize, measure and report: the demo, or BASE=… ADAPTER=… OUT=…

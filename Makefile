@@ -47,10 +47,12 @@ merge-qlora: $(STAMP) ## merge, requantize, measure and report: the demo, or BAS
 	@$(BIN)/qmerge run $(INPUTS) --format $(FORMAT) --out "$(OUT)" $(SIZES) $(ARGS)
 
 test: $(STAMP) ## the test suite (minutes)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -rs
 
+# alone: what measures time or rates, beside which nothing else may run
 test-slow: $(STAMP) ## the longer checks
-	@$(BIN)/python -m pytest -m slow
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n $(JOBS) --dist worksteal -rs
+	@$(BIN)/python -m pytest -m "slow and alone" -rs
 
 check: $(STAMP) ## ruff
 	@$(BIN)/ruff check qmerge tests scripts

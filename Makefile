@@ -40,17 +40,19 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing qmerge, torch, bitsandbytes, gptqmodel, lm-eval, … into $(VENV): about 6 GB, a few minutes"
-	$(BIN)/python -m pip install --quiet --editable ".[gptq,compressed,eval,notebook,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[gptq,compressed,eval,notebook,sign,dev]"
 	@touch $@
 
 merge-qlora: $(STAMP) ## merge, requantize, measure and report: the demo, or BASE=… ADAPTER=… OUT=…
 	@$(BIN)/qmerge run $(INPUTS) --format $(FORMAT) --out "$(OUT)" $(SIZES) $(ARGS)
 
 test: $(STAMP) ## the test suite (minutes)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -rs
 
+# alone: what measures time or rates, beside which nothing else may run
 test-slow: $(STAMP) ## the longer checks
-	@$(BIN)/python -m pytest -m slow
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n $(JOBS) --dist worksteal -rs
+	@$(BIN)/python -m pytest -m "slow and alone" -rs
 
 check: $(STAMP) ## ruff
 	@$(BIN)/ruff check qmerge tests scripts

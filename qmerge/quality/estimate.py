@@ -42,7 +42,7 @@ def evaluation_bytes(sizes: Measured) -> int:
     """Peak beside the process as it stands before."""
     models = ARMS * FP32 * sizes.parameters + sizes.packed_bytes
     states = min(CACHE_BYTES, FP32 * sizes.text_tokens * sizes.hidden)
-    batch = max(sizes.window, LOGIT_BYTES // (4 * max(1, sizes.vocabulary)))
+    batch = max(sizes.window, min(sizes.text_tokens, LOGIT_BYTES // (4 * max(1, sizes.vocabulary))))  # windows go through together, as many as there are
     passing = FP32 * batch * (PASSES[0] * sizes.hidden + PASSES[1] * sizes.inner)
     measuring = CHUNKS * CHUNK_BYTES + passing + states
     return models + LOADERS.get(sizes.method, 0) + max(measuring, LINEAR * sizes.largest)

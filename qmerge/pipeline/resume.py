@@ -91,8 +91,9 @@ def identity(plan: MergePlan, calibration: Calibration | None, steps: Steps | No
 
 
 def processor() -> str:
-    """What decides how the CPU rounds."""
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    """What decides how the CPU rounds: also whether it has matrix units for bf16, whose sums go another way."""
+    units = [name for name, there in (("bf16", "_is_avx512_bf16_supported"), ("amx", "_is_amx_tile_supported")) if getattr(torch.cpu, there, bool)()]
+    return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *units])
 
 
 def text_facts(facts: Mapping[str, Any]) -> dict[str, Any]:

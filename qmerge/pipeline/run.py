@@ -92,7 +92,7 @@ def run(
             kept = Kept(under_way, outputs.model_dtype(plan), device, "distill" not in recipe.polish, calibration is not None, recipe.shard_bytes)
             if not ranks.alone:
                 kept = KeptTogether(kept, ranks, stop, outputs.model_dtype(plan), device, calibration is not None, lambda: same.check(inputs.result))
-            before_the_blocks(plan, merged, calibration, work, kept, progress, steps)
+            before_the_blocks(plan, merged, calibration, work, kept, progress, steps, ranks)
             writer = ShardWriter(under_way.folder.path, recipe.shard_bytes, done=kept.shards, finished=kept.shard)
             with torch.no_grad():
                 for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps, ranks):
@@ -113,7 +113,7 @@ def _follow(plan: MergePlan, merged: Merged, calibration: Calibration | None, wo
         inputs = stack.enter_context(Digests([plan])) if same.hashes else None
         kept = KeptTogether(None, ranks, stop, model_dtype, merged.device, calibration is not None, lambda: same.check(inputs.result if inputs else list))
         try:
-            before_the_blocks(plan, merged, calibration, work, kept, progress, steps)
+            before_the_blocks(plan, merged, calibration, work, kept, progress, steps, ranks)
             with torch.no_grad():
                 for _ in _units(plan, merged, calibration, work, kept, progress, steps, ranks):
                     pass

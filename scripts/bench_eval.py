@@ -31,7 +31,9 @@ BATCHES = (256, 1024, 2048, 4096)
 INTRODUCTION = """Ours: NLL of both arms, full-vocabulary KL, top-1 agreement, Δp, confidence per token, and every number of the text's row, from one call of `measure` and one of `text_row`.
 Other: the same two models called once per batch, whole fp32 logits dropped unread, at the batch size that is quickest here. One thing after the other in one process, in an order
 that turns round with every round; the interval is over rounds. The reference is base + adapter as PEFT runs it, the candidate the merged model, both in fp32. `32k` and `128k` are random
-models with few layers, whose head is most of the work: the hardest case for whatever is done with logits."""
+models with few layers, whose head is most of the work: the hardest case for whatever is done with logits.
+
+Several candidates: the separate model runs once, its last hidden states are kept (up to 3 GiB) and its head is applied to them again for each candidate, one of which is loaded at a time."""
 
 
 @dataclass(frozen=True)

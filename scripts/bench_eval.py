@@ -46,14 +46,14 @@ class Case:
     adapter: Path | None = None
     text: Path | None = None
     several: int = 0
-    """as many candidates against one reference, in the first kind of windows"""
+    """as many candidates against one reference, on half of the first windows"""
     shape: dict[str, int] | None = None
 
 
 CASES = (
-    Case("demo", ((64, 256),), DEMO / "base-nf4", DEMO / "adapter", DEMO / "eval-prose.jsonl"),
+    Case("demo", ((32, 256),), DEMO / "base-nf4", DEMO / "adapter", DEMO / "eval-prose.jsonl"),
     Case("light", ((16, 256), (4, 1024)), SHARED / "models" / "bench-llama-12m-nf4", SHARED / "models" / "adapter-gsm8k-light", SHARED / "data" / "gsm8k_test.jsonl", several=3),
-    Case("strong", ((16, 256),), SHARED / "models" / "bench-llama-12m-nf4", SHARED / "models" / "adapter-gsm8k", SHARED / "data" / "gsm8k_test.jsonl"),
+    Case("strong", ((8, 256),), SHARED / "models" / "bench-llama-12m-nf4", SHARED / "models" / "adapter-gsm8k", SHARED / "data" / "gsm8k_test.jsonl"),
     Case("32k", ((4, 256), (1, 2048)), shape={"layers": 4, "hidden": 512, "ffn": 1408, "heads": 8, "kv_heads": 4, "vocab": 32000}),
     Case("128k", ((2, 256), (1, 1024)), shape={"layers": 2, "hidden": 1024, "ffn": 2816, "heads": 16, "kv_heads": 4, "vocab": 128256}),
 )
@@ -62,13 +62,19 @@ CASES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this one; repeatable")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keep", action="store_true", help="add to the file that is there: cases can be measured one at a time")
     parser.add_argument("--out", type=Path, default=ROOT / ".bench" / "evaluation-speed.json", help="the page is written beside it")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: one round has no spread")
     words = ["python", "scripts/bench_eval.py", *(f"--case={name}" for name in args.case or ()), f"--rounds={args.rounds}"]
     found: dict[str, Any] = {"schema": "speed/1", "command": " ".join(words)} | machine() | {"rows": {}, "beside": {}}
+    if args.keep and args.out.is_file():
+        old = json.loads(args.out.read_text(encoding="utf-8"))
+        if any(old[key] != found[key] for key in ("machine", "versions")):
+            parser.error("--keep: the file was measured on another machine or with other versions")
+        found = old | {"command": f"{old['command']} && {found['command']} --keep"}
     for case in CASES:
         if args.case and case.name not in args.case:
             continue
@@ -95,7 +101,7 @@ def run(case: Case, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             rows.append(row)
             beside[str(tokens)] = more
         if case.several:
-            rows.append(several(case.name, reference, candidate, cut(*case.windows[0]), case.several, beside[str(case.windows[0][1])]["plain_batch_windows"], rounds))
+            rows.append(several(case.name, reference, candidate, cut(case.windows[0][0] // 2, case.windows[0][1]), case.several, beside[str(case.windows[0][1])]["plain_batch_windows"], rounds))
         return rows, beside
 
 

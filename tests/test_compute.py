@@ -63,16 +63,16 @@ def test_curvatures_take_both_kinds_of_gradients():
 
 
 @pytest.mark.parametrize("kind", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
-def test_a_checkpoint_made_in_bf16_is_as_good(zoo, written, kind):
+def test_a_checkpoint_made_in_bf16_is_about_as_good(zoo, written, kind):
     """Rounding of activations that gets into scales, shifts or codes: the checkpoint would be further from base + adapter than one made in fp32."""
     reference = separate_model(zoo.float(kind), zoo.nf4(kind), zoo.adapter(kind))
     ids = torch.randint(3, 200, (16, 64), generator=torch.Generator().manual_seed(5))
     told, wanted = {}, logits(reference, ids)
-    for compute in ("fp32", "bf16"):
+    for compute in ("fp32", "mixed", "bf16"):
         out, _ = written(kind, "gptq", "--compute", compute)
         assert read_manifest(out)["recipe"]["compute"] == compute
         told[compute] = divergence(wanted, logits(load_public(str(out)), ids))
-    assert told["bf16"] < 1.05 * told["fp32"], told
+    assert told["mixed"] < 1.03 * told["fp32"] and told["bf16"] < 1.1 * told["fp32"], told
 
 
 def test_bits_do_not_depend_on_threads_in_bf16(written):
@@ -92,13 +92,13 @@ def test_bits_do_not_depend_on_threads_in_bf16(written):
 def test_auto_is_settled_and_said(written):
     """A manifest that says auto: nobody could make the file again on another machine."""
     assert pick_compute("fp32", CPU) == "fp32" and pick_compute("bf16", CPU) == "bf16"
-    assert pick_compute("auto", torch.device("cuda")) == "bf16"
+    assert pick_compute("auto", torch.device("cuda")) == "mixed"
     out, _ = written("llama", "gptq")
-    assert read_manifest(out)["recipe"]["compute"] in ("fp32", "bf16")
+    assert read_manifest(out)["recipe"]["compute"] in ("fp32", "mixed")
 
 
 def test_another_word_is_refused(zoo, cli, tmp_path):
     """fp16, say, taken for fp32."""
     answer = cli("merge", "--base", zoo.nf4("llama"), "--adapter", zoo.adapter("llama"), "--out", tmp_path / "out", "--calibration", zoo.calibration, "--compute", "fp16")
-    assert answer.code == 2 and "--compute fp16: expected auto, fp32, bf16" in answer.err
+    assert answer.code == 2 and "--compute fp16: expected auto, fp32, mixed, bf16" in answer.err
     assert not (tmp_path / "out").exists()

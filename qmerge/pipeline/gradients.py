@@ -90,7 +90,7 @@ class Gradients:
         plan = self.plan
         seed = torch.Generator().manual_seed(plan.recipe.seed)
         seeds = [torch.randint(2**62, (size,), generator=seed).tolist() for size in self.sizes]  # also for those of other ranks
-        compute = COMPUTE[plan.recipe.compute]
+        compute = COMPUTE[plan.recipe.compute].sums
         with Tail(plan.skeleton) as tail:
             parts = in_parallel(lambda number: _draw(tail, batches[number].teacher, seeds[batches[number].number], compute), range(len(batches)), self.merged.device)
         if inputs and wants_head(plan):
@@ -212,6 +212,7 @@ class _Block:
     def __init__(self, plan: MergePlan, merged: Merged, index: int, linears: list[str], batches: list[Batch], width: int, inputs: bool, spread: Spread, tokens: int) -> None:
         self.spread, self.tokens = spread, tokens
         self.prefix, self.batches, self.device, self.width, self.inputs = f"{plan.skeleton.blocks_name}.{index}", batches, merged.device, width, inputs
+        self.compute = COMPUTE[plan.recipe.compute].sums
         self.calls: list[Call] = [batch.calls[index] for batch in batches]
         self.module = _teacher(plan, merged, index)
         groups: list[Group] = []
@@ -247,13 +248,13 @@ class _Block:
             if idle := [name for name in names if name not in summed.names]:
                 missing(idle[0])
                 continue
-            both = [_statistics([(held, kept[group]) for held, kept in inputs], held_out, self.device, self.calls[0].compute) if self.inputs else None for held_out in (False, True)]
+            both = [_statistics([(held, kept[group]) for held, kept in inputs], held_out, self.device, self.compute) if self.inputs else None for held_out in (False, True)]
             seen.append(Seen(names, *both, {name: summed.sums[name] for name in names if name in summed.sums}, self.tokens))
         return seen, back
 
     def _one(self, entered: torch.Tensor, number: int, gradient: torch.Tensor) -> tuple[dict[Group, torch.Tensor], dict[str, Curvature], torch.Tensor]:
         self._here.inputs, self._here.sums = {}, {}
-        with torch.enable_grad(), _repeatable(self.device), products_in(self.calls[number].compute, self.device):
+        with torch.enable_grad(), _repeatable(self.device), products_in(self.compute, self.device):
             leaf = entered.to(self.device).detach().requires_grad_()
             out = self.module(leaf, *self.calls[number].args, **self.calls[number].kwargs)
             (found,) = torch.autograd.grad(out[0] if isinstance(out, tuple) else out, leaf, gradient)

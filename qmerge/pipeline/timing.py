@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qmerge.device import in_parallel
+from qmerge.device import COMPUTE, Compute, in_parallel
 from qmerge.pipeline import memory
 from qmerge.pipeline.workload import Linears, Workload
 
@@ -31,17 +31,18 @@ DENSE = 3.0
 
 @dataclass(frozen=True)
 class Rates:
-    """``flops``: fp32 operations per second in products, on all threads; ``bytes_hashed``: per second, on one; ``passing``: operations per second in products of the text's passes, where
-    those are taken in bf16."""
+    """``flops``: fp32 operations per second in products, on all threads; ``bytes_hashed``: per second, on one; ``passing`` and ``summing``: operations per second in
+    products of the text's passes and in its sums, where those are taken in bf16."""
 
     flops: float
     bytes_hashed: float
     guessed: bool = False
     """there was no memory to measure them in"""
     passing: float | None = None
+    summing: float | None = None
 
     @classmethod
-    def measured(cls, threads: int, compute: torch.dtype = torch.float32) -> Rates:
+    def measured(cls, threads: int, compute: Compute = COMPUTE["fp32"]) -> Rates:
         """On the CPU, as the run computes: one product per thread. Where a limit leaves no memory for that, a guess: whether the run fits is for others to say."""
         try:
             return cls._measured(threads, compute)
@@ -49,21 +50,22 @@ class Rates:
             return cls(USUAL_FLOPS * max(1, threads), USUAL_HASHING, guessed=True)
 
     @classmethod
-    def _measured(cls, threads: int, compute: torch.dtype) -> Rates:
+    def _measured(cls, threads: int, compute: Compute) -> Rates:
         data, jobs = bytes(4 << 20), list(range(max(1, threads)))
 
         def flops(dtype: torch.dtype) -> float:
             one = torch.ones(SIZE, SIZE, dtype=dtype)
             return 2 * SIZE**3 * len(jobs) / _fastest(lambda: in_parallel(lambda _: one @ one, jobs, torch.device("cpu")))
 
-        return cls(flops(torch.float32), len(data) / _fastest(lambda: hashlib.sha256(data)), passing=None if compute == torch.float32 else flops(compute))
+        low = flops(torch.bfloat16) if compute.sums == torch.bfloat16 else None
+        return cls(flops(torch.float32), len(data) / _fastest(lambda: hashlib.sha256(data)), passing=low if compute.passes == torch.bfloat16 else None, summing=low)
 
     @property
     def basis(self) -> str:
         if self.guessed:
             return "operations by formula at a guessed speed: there was no memory to measure it in"
-        passing = "" if self.passing is None else f" ({self.passing / 1e9:.0f} in bf16, for what text passes)"
-        return f"operations by formula at {self.flops / 1e9:.0f} GFLOP/s in products{passing} and {self.bytes_hashed / 1e6:.0f} MB/s of hashing, both measured now; a busy or slower disk is not foreseen"
+        low = "" if self.summing is None else f" ({self.summing / 1e9:.0f} in bf16)"
+        return f"operations by formula at {self.flops / 1e9:.0f} GFLOP/s in products{low} and {self.bytes_hashed / 1e6:.0f} MB/s of hashing, both measured now; a busy or slower disk is not foreseen"
 
 
 def _fastest(work: Callable[[], object], times: int = 4) -> float:
@@ -80,18 +82,18 @@ def seconds(work: Workload, rates: Rates, bytes_in: int, bytes_out: int) -> floa
     moved = (bytes_in + bytes_out) / rates.bytes_hashed
     if not work.train:
         return START_S + DENSE * moved
-    passing = text_operations(work)
-    return START_S + moved + passing / (rates.passing or rates.flops) + (operations(work) - passing) / rates.flops
+    passing, summing = text_operations(work)
+    return START_S + moved + passing / (rates.passing or rates.flops) + summing / (rates.summing or rates.flops) + (operations(work) - passing - summing) / rates.flops
 
 
 def operations(work: Workload) -> float:
     """Operations of a calibrated run: two streams through every block, statistics, gradients, factorizations and the solver."""
     solving = work.blocks * sum(_solving(work, group) * group.copies for group in work.groups)
-    return text_operations(work) + solving + (_solving(work, work.head) if work.head is not None else 0)
+    return sum(text_operations(work)) + solving + (_solving(work, work.head) if work.head is not None else 0)
 
 
-def text_operations(work: Workload) -> float:
-    """Those of them that grow with the text: they are taken in the recipe's ``compute``."""
+def text_operations(work: Workload) -> tuple[float, float]:
+    """Those of them that grow with the text: both streams' passes; statistics and gradients."""
     tokens, blocks = work.calibration_tokens, work.blocks
     passes = 1 if memory.inside_bytes(work) <= memory.TAPE_BYTES else 1 + len(work.groups) / 2
     forwards = 2 * passes * 2 * tokens * (work.block + 2 * work.tokens * work.hidden)
@@ -99,7 +101,7 @@ def text_operations(work: Workload) -> float:
     sums = sum(_statistics(group, tokens) * group.copies for group in work.groups)
     head = _statistics(work.head, tokens) if work.head is not None else 0
     ends = 6 * memory.gradient_tokens(work) * work.hidden * work.vocabulary if work.curvature_tokens else 0
-    return blocks * (forwards + gradients + sums) + head + ends
+    return blocks * forwards, blocks * (gradients + sums) + head + ends
 
 
 def _statistics(group: Linears, tokens: int) -> float:

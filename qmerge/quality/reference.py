@@ -42,7 +42,7 @@ class Answers:
     @property
     def splits(self) -> bool:
         """True where logits of a part of the vocabulary come from a part of the head. Known after the first ``states``."""
-        bare = type(self.head) is nn.Linear and not (self.head._forward_hooks or self.head._forward_pre_hooks)
+        bare = type(self.head) is nn.Linear and not (self.head._forward_hooks or self.head._forward_pre_hooks or "forward" in self.head.__dict__)
         return self.after is not None and bare and self.head.weight.shape[0] == self.width
 
     def prepare(self, ids: torch.Tensor) -> None:

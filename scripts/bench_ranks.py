@@ -51,7 +51,7 @@ def one_run(size: int, recipe: dict[str, Any], slow: float) -> dict[str, Any]:
         for one in started:
             one.kill()
         shutil.rmtree(place, ignore_errors=True)
-    return {"elapsed_s": max(row["elapsed_s"] for row in said), "parts_s": [row["parts_s"] for row in sorted(said, key=lambda row: row["rank"])], "digests": digests}
+    return {"elapsed_s": max(row["elapsed_s"] for row in said), "cpu_s": max(row["cpu_s"] for row in said), "ranks": sorted(said, key=lambda row: row["rank"]), "digests": digests}
 
 
 def measured(sizes: list[int], rounds: int, recipe: dict[str, Any], slow: float = 0.0) -> list[dict[str, Any]]:
@@ -64,23 +64,24 @@ def measured(sizes: list[int], rounds: int, recipe: dict[str, Any], slow: float 
         raise SystemExit("the outputs differ, so their times mean nothing")
     rows = []
     for size, found in runs.items():
-        parts = {part: statistics.median(max(rank[part] for rank in run["parts_s"]) for run in found) for part in PARTS}
-        rows.append({"ranks": size, "elapsed_s": statistics.median(run["elapsed_s"] for run in found), "all_s": [round(run["elapsed_s"], 2) for run in found], "parts_s": parts})
+        parts = {key: {part: statistics.median(max(rank[key][part] for rank in run["ranks"]) for run in found) for part in PARTS} for key in ("parts_s", "cpu_parts_s")}
+        rows.append({"ranks": size, "elapsed_s": statistics.median(run["elapsed_s"] for run in found), "cpu_s": statistics.median(run["cpu_s"] for run in found), "all_s": [round(run["elapsed_s"], 2) for run in found], **parts})
     return rows
 
 
 def page(command: str, rows: list[dict[str, Any]], dense: list[dict[str, Any]], slow: str | None, tokens: str) -> str:
     """For people."""
-    first = rows[0]
-    lines = ["# Several ranks against one", "", "Written by `scripts/bench_ranks.py`; each rank has one core and one thread, and the outputs are the same bytes.", "", f"    {command}", "", f"gptq, {tokens}. Seconds of the slowest rank, medians over the rounds:", ""]
+    lines = ["# Several ranks against one", "", "Written by `scripts/bench_ranks.py`; each rank has one core and one thread, and the outputs are the same bytes.", "", f"    {command}", "",
+             f"gptq, {tokens}. Seconds of the rank that took most, medians over the rounds; of the processor, and of the clock in brackets (which counts what others did on the machine, too):", ""]  # fmt: skip
     lines += ["| part | " + " | ".join(f"{row['ranks']} ranks" if row["ranks"] > 1 else "1 rank" for row in rows) + " | ratio | how it is split |", "|---|" + "---|" * (len(rows) + 2)]
     for part in ("all", *PARTS):
-        values = [row["elapsed_s"] if part == "all" else row["parts_s"][part] for row in rows]
-        if max(values) < 0.05:
+        values = [row["cpu_s"] if part == "all" else row["cpu_parts_s"][part] for row in rows]
+        clock = [row["elapsed_s"] if part == "all" else row["parts_s"][part] for row in rows]
+        if max(*values, *clock) < 0.05:
             continue
         ratio = f"{values[-1] / values[0]:.2f}" if values[0] > 0.05 else ""
-        lines.append(f"| {part} | " + " | ".join(f"{value:.1f}" for value in values) + f" | {ratio} | {SPLIT.get(part, '')} |")
-    lines += ["", f"Rounds: {'; '.join(str(row['ranks']) + ': ' + ', '.join(map(str, row['all_s'])) + ' s' for row in rows)}. Half the time in {rows[-1]['ranks']} ranks would be {1 / rows[-1]['ranks'] * first['ranks']:.2f}.", ""]
+        lines.append(f"| {part} | " + " | ".join(f"{value:.1f} ({wall:.1f})" for value, wall in zip(values, clock, strict=True)) + f" | {ratio} | {SPLIT.get(part, '')} |")
+    lines += ["", f"Clock, round by round: {'; '.join(str(row['ranks']) + ' ranks: ' + ', '.join(map(str, row['all_s'])) + ' s' for row in rows)}.", ""]
     if dense:
         lines += [f"A float merge (bf16, by output file) where every process has a disk that takes {slow} a second: " + ", ".join(f"{row['ranks']} ranks {row['elapsed_s']:.1f} s" for row in dense) + f", ratio {dense[-1]['elapsed_s'] / dense[0]['elapsed_s']:.2f}.", ""]
     return "\n".join([*lines, "Not measured: several hosts, a network, GPUs and NCCL.", ""])
@@ -104,7 +105,7 @@ def main() -> None:
     dense = measured(sizes, wish.rounds, inputs | {"format": "bf16", "shard_size": "3MB"}, parse_bytes(wish.slow_disk)) if wish.slow_disk else []
     if wish.json:
         Path(wish.json).write_text(json.dumps({"gptq": rows, "dense": dense}, indent=1) + "\n")
-    told = page("python " + " ".join(sys.argv), rows, dense, wish.slow_disk, f"{wish.samples} windows of {wish.tokens} tokens")
+    told = page("python " + " ".join(word.replace("/work/shared", "../shared") for word in sys.argv), rows, dense, wish.slow_disk, f"{wish.samples} windows of {wish.tokens} tokens")
     if wish.page:
         Path(wish.page).write_text(told)
     print(told)

@@ -24,17 +24,18 @@ PARTS = "gradients", "load", "forward", "statistics", "solve", "hand on", "write
 
 
 class Clock:
-    """Seconds by part, each moment counted once: a part stops while another runs inside it. The main thread's alone."""
+    """Seconds by part, each moment counted once: a part stops while another runs inside it. Of the clock, and of the processor: those say what a part takes where others use the machine too."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds, self.cpu = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
         self._inside: list[str] = []
-        self._since = 0.0
+        self._since = 0.0, 0.0
 
     def _switch(self) -> None:
-        now = time.perf_counter()
+        now = time.perf_counter(), time.process_time()
         if self._inside:
-            self.seconds[self._inside[-1]] += now - self._since
+            self.seconds[self._inside[-1]] += now[0] - self._since[0]
+            self.cpu[self._inside[-1]] += now[1] - self._since[1]
         self._since = now
 
     def around(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,10 +96,10 @@ def main() -> None:
     torch.set_num_threads(wish["threads"])
     with together(launched(os.environ), "cpu") as ranks:
         ranks.barrier()
-        clock, began = instrumented(), time.perf_counter()
+        clock, began, before = instrumented(), time.perf_counter(), time.process_time()
         run.run(plan(recipe, ranks.first), ranks=ranks)
         took = time.perf_counter() - began
-        print(json.dumps({"rank": ranks.rank, "elapsed_s": took, "parts_s": clock.seconds}), flush=True)
+        print(json.dumps({"rank": ranks.rank, "elapsed_s": took, "cpu_s": time.process_time() - before, "parts_s": clock.seconds, "cpu_parts_s": clock.cpu}), flush=True)
 
 
 if __name__ == "__main__":

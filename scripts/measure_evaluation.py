@@ -67,6 +67,7 @@ def main() -> None:
         for fmt in sys.argv[1:] or [f"{model}:{fmt}" for model in ("demo", "34M") for fmt in FLAGS]:
             name, _, fmt = fmt.partition(":")
             if name == "34M" and name not in models:
+                (root / "made").mkdir()
                 models[name] = made(root / "made", **MADE)
             print(json.dumps({"case": f"{name}, {fmt}", **measured(models[name], fmt, root)}), flush=True)
 

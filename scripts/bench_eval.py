@@ -69,6 +69,7 @@ def main() -> None:
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: one round has no spread")
     words = ["python", "scripts/bench_eval.py", *(f"--case={name}" for name in args.case or ()), f"--rounds={args.rounds}"]
+    words += [] if args.out.is_absolute() else [f"--out={args.out}"]
     found: dict[str, Any] = {"schema": "speed/1", "command": " ".join(words)} | machine() | {"rows": {}, "beside": {}}
     if args.keep and args.out.is_file():
         old = json.loads(args.out.read_text(encoding="utf-8"))
@@ -256,7 +257,7 @@ def page(found: dict[str, Any]) -> str:
                          f"{peaks['plain'] / 2**20:.0f} MiB", f"{peaks['ours'] / 2**20:.0f} MiB", f"{more['plain_batch_windows'] * int(tokens)} tokens"))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += ["  ".join(cell.ljust(width) if not index else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    return "\n".join([*lines, "```", ""]) + "\n"
+    return "\n".join([*lines, "```", ""])
 
 
 if __name__ == "__main__":

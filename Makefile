@@ -27,7 +27,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup merge-qlora test test-slow fuzz check eval serving report gate baseline card notebook notebook-page bench bench-peers bench-merge bench-stats demo clean
+.PHONY: help setup merge-qlora test test-slow fuzz check eval serving report gate baseline card notebook notebook-page bench bench-eval bench-quality bench-peers bench-merge bench-stats demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -40,17 +40,19 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing qmerge, torch, bitsandbytes, gptqmodel, lm-eval, … into $(VENV): about 6 GB, a few minutes"
-	$(BIN)/python -m pip install --quiet --editable ".[gptq,compressed,eval,notebook,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[gptq,compressed,eval,notebook,sign,dev]"
 	@touch $@
 
 merge-qlora: $(STAMP) ## merge, requantize, measure and report: the demo, or BASE=… ADAPTER=… OUT=…
 	@$(BIN)/qmerge run $(INPUTS) --format $(FORMAT) --out "$(OUT)" $(SIZES) $(ARGS)
 
 test: $(STAMP) ## the test suite (minutes)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -rs
 
+# alone: what measures time or rates, beside which nothing else may run
 test-slow: $(STAMP) ## the longer checks
-	@$(BIN)/python -m pytest -m slow
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n $(JOBS) --dist worksteal -rs
+	@$(BIN)/python -m pytest -m "slow and alone" -rs
 
 check: $(STAMP) ## ruff
 	@$(BIN)/ruff check qmerge tests scripts
@@ -85,11 +87,19 @@ fuzz: $(STAMP) ## give each reader of foreign files RUNS hostile inputs (READERS
 	@$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[fuzz]" || true
 	@$(BIN)/python tests/fuzz/campaign.py $(READERS) --runs $(RUNS) --jobs $(JOBS)
 
-bench: $(STAMP) ## quality against round-to-nearest, PEFT, gptqmodel and what bench-peers installed (uses ../shared where it is there; under an hour)
+SPEED ?= .bench/speed.json
+bench: $(STAMP) ## each part's time against a peer or a floor in the same minutes, into SPEED (ten minutes); OLD=… names what got slower than in that file
+	@$(BIN)/python scripts/bench_speed.py --out "$(SPEED)" $(ARGS)
+	$(if $(OLD),@$(BIN)/python scripts/compare_speed.py "$(OLD)" "$(SPEED)")
+
+bench-eval: $(STAMP) ## time of an evaluation against two plain forward passes, on vocabularies of 4k to 128k (minutes)
+	@$(BIN)/python scripts/bench_eval.py $(ARGS)
+
+bench-quality: $(STAMP) ## quality against round-to-nearest, PEFT, gptqmodel and what bench-peers installed (uses ../shared where it is there; under an hour)
 	@$(BIN)/python scripts/bench_quality.py $(ARGS)
 
 # their pins contradict gptqmodel's; what both can use comes from $(VENV), so that torch is not installed three times
-bench-peers: $(STAMP) ## llm-compressor and auto-round for the bench, each in an environment of its own below .bench (some GB)
+bench-peers: $(STAMP) ## llm-compressor and auto-round for bench-quality, each in an environment of its own below .bench (some GB)
 	@set -e; for peer in llmcompressor=llmcompressor==0.14.0.1 autoround=auto-round==0.16.1; do \
 	  env=.bench/env-$${peer%%=*}; $(PYTHON) -m venv $$env; \
 	  site='import sysconfig; print(sysconfig.get_paths()["purelib"])'; \

@@ -58,23 +58,31 @@ def exact_matmuls() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""in what the streams' matrix products can be taken, and what says so in a recipe"""
+@dataclass(frozen=True)
+class Compute:
+    """In what matrix products on calibration text are taken. ``passes``: the two streams through the blocks; ``sums``: statistics and gradients. All are summed in fp32."""
+
+    passes: torch.dtype
+    sums: torch.dtype
+
+
+COMPUTE = {"fp32": Compute(torch.float32, torch.float32), "mixed": Compute(torch.float32, torch.bfloat16), "bf16": Compute(torch.bfloat16, torch.bfloat16)}
+"""what says so in a recipe. ``mixed`` costs nothing that shows, ``bf16`` some percent of KL: the difference of two streams that were rounded apart is what the solver answers"""
 WORTHWHILE = 1.5
 """times as quick as fp32 that bf16 has to be on a CPU, or it is not taken there"""
 
 
 def pick_compute(wish: str, device: torch.device) -> str:
-    """``fp32`` or ``bf16``; of ``auto`` what this device is made for: bf16 on an accelerator, on a CPU where it multiplies bf16 clearly faster than fp32 (measured, some milliseconds)."""
+    """A key of `COMPUTE`; ``auto`` is ``mixed`` on an accelerator, and on a CPU that multiplies bf16 clearly faster than fp32 (measured, some milliseconds), else ``fp32``."""
     if wish != "auto":
         return wish
     if device.type != "cpu":
-        return "bf16"
+        return "mixed"
     taken = {}
-    for word, dtype in COMPUTE.items():
+    for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        taken[word] = min(_seconds(lambda left=left, right=right: torch.nn.functional.linear(left, right)) for _ in range(5))
-    return "bf16" if taken["fp32"] > WORTHWHILE * taken["bf16"] else "fp32"
+        taken[dtype] = min(_seconds(lambda left=left, right=right: torch.nn.functional.linear(left, right)) for _ in range(5))
+    return "mixed" if taken[torch.float32] > WORTHWHILE * taken[torch.bfloat16] else "fp32"
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -38,8 +38,8 @@ class Ranks:
     local_rank: int = 0
     local_size: int = 1
     watch: Watch | None = field(default=None, repr=False)
-    waited: list[float] = field(default_factory=lambda: [0.0], repr=False)
-    """seconds spent on telling and waiting so far"""
+    spent: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0, "bytes": 0.0}, repr=False)
+    """on telling and waiting so far, and what this rank gave others (a broadcast counts once)"""
 
     @property
     def alone(self) -> bool:
@@ -93,7 +93,7 @@ class Ranks:
         self._wait(lambda dist: dist.broadcast(size, source, async_op=True))
         whole = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if self.rank == source else torch.empty(int(size), dtype=torch.uint8)
         if len(whole):
-            self._wait(lambda dist: dist.broadcast(whole, source, async_op=True))
+            self._wait(lambda dist: dist.broadcast(whole, source, async_op=True), len(raw))
         return bytes(whole.numpy())
 
     # tensors
@@ -111,7 +111,7 @@ class Ranks:
             part = tensors[name] if self.rank == source else torch.empty(shape, dtype=getattr(torch, dtype))
             if part.numel():
                 flat = part.reshape(-1).view(torch.uint8)
-                self._wait(lambda dist, flat=flat: dist.broadcast(flat, source, async_op=True))
+                self._wait(lambda dist, flat=flat: dist.broadcast(flat, source, async_op=True), flat.numel() if self.rank == source else 0)
             found[name] = part
         return facts, found
 
@@ -130,19 +130,20 @@ class Ranks:
         gives = [0] * self.size
         gives[target] = send.numel()
         into = received.reshape(-1).view(torch.uint8) if received is not None else torch.empty(0, dtype=torch.uint8)
-        self._wait(lambda dist: dist.all_to_all_single(into, send, takes, gives, async_op=True))
+        self._wait(lambda dist: dist.all_to_all_single(into, send, takes, gives, async_op=True), send.numel())
         return received
 
     def swap(self, into: torch.Tensor, send: torch.Tensor, takes: list[int], gives: list[int]) -> None:
         """Give each rank its consecutive part of ``send`` (flat), ``gives`` elements long, and take ``takes`` from each into ``into``."""
-        self._wait(lambda dist: dist.all_to_all_single(into, send, takes, gives, async_op=True))
+        given = (sum(gives) - gives[self.rank]) * send.element_size()
+        self._wait(lambda dist: dist.all_to_all_single(into, send, takes, gives, async_op=True), given)
 
     def barrier(self) -> None:
         """Return when all ranks have come here."""
         self.hear(None)
 
-    def _wait(self, start: Callable[[Any], Any]) -> None:
-        """Begin something with others and wait for it, in Python so that signals and other ranks' ends are noticed."""
+    def _wait(self, start: Callable[[Any], Any], nbytes: int = 0) -> None:
+        """Begin something with others and wait for it, in Python so that signals and other ranks' ends are noticed. ``nbytes``: that this rank gives."""
         import torch.distributed as dist
 
         began, pause = time.perf_counter(), 2e-5
@@ -158,7 +159,8 @@ class Ranks:
             self.watch.noticed = True
             raise (self.watch.wait_for_word(TOLD_S) or lost((str(problem).splitlines() or [""])[0][:160])) from None
         finally:
-            self.waited[0] += time.perf_counter() - began
+            self.spent["seconds"] += time.perf_counter() - began
+            self.spent["bytes"] += nbytes
 
 
 ALONE = Ranks()

@@ -7,6 +7,7 @@ Both take turns in one process: (a) two calls of the model per batch as a user m
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import shutil
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ LIMIT = 1.2
 BATCHES = (256, 1024, 2048, 4096)
 """tokens of a plain forward pass, of which the quickest is taken"""
 
+INTRODUCTION = """Ours: NLL of both arms, full-vocabulary KL, top-1 agreement, Δp, confidence per token, and every number of the text's row, from one call of `measure` and one of `text_row`.
+Other: the same two models called once per batch, whole fp32 logits dropped unread, at the batch size that is quickest here. One thing after the other in one process, in an order
+that turns round with every round; the interval is over rounds. The reference is base + adapter as PEFT runs it, the candidate the merged model, both in fp32. `32k` and `128k` are random
+models with few layers, whose head is most of the work: the hardest case for whatever is done with logits.
+
+Several candidates: the separate model runs once, its last hidden states are kept (up to 3 GiB) and its head is applied to them again for each candidate, one of which is loaded at a time."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -37,29 +45,36 @@ class Case:
     base: Path | None = None
     adapter: Path | None = None
     text: Path | None = None
-    template: str | None = None
+    several: int = 0
+    """as many candidates against one reference, on half of the first windows"""
     shape: dict[str, int] | None = None
 
 
 CASES = (
-    Case("demo", ((64, 256),), DEMO / "base-nf4", DEMO / "adapter", DEMO / "eval-prose.jsonl"),
-    Case("light", ((16, 256), (4, 1024)), SHARED / "models" / "bench-llama-12m-nf4", SHARED / "models" / "adapter-gsm8k-light", SHARED / "data" / "gsm8k_test.jsonl"),
-    Case("strong", ((16, 256),), SHARED / "models" / "bench-llama-12m-nf4", SHARED / "models" / "adapter-gsm8k", SHARED / "data" / "gsm8k_test.jsonl"),
-    Case("32k", ((8, 256), (2, 1024), (1, 2048)), shape={"layers": 4, "hidden": 512, "ffn": 1408, "heads": 8, "kv_heads": 4, "vocab": 32000}),
-    Case("128k", ((4, 256), (1, 1024)), shape={"layers": 2, "hidden": 1024, "ffn": 2816, "heads": 16, "kv_heads": 4, "vocab": 128256}),
+    Case("demo", ((32, 256),), DEMO / "base-nf4", DEMO / "adapter", DEMO / "eval-prose.jsonl"),
+    Case("light", ((16, 256), (4, 1024)), SHARED / "models" / "bench-llama-12m-nf4", SHARED / "models" / "adapter-gsm8k-light", SHARED / "data" / "gsm8k_test.jsonl", several=3),
+    Case("strong", ((8, 256),), SHARED / "models" / "bench-llama-12m-nf4", SHARED / "models" / "adapter-gsm8k", SHARED / "data" / "gsm8k_test.jsonl"),
+    Case("32k", ((4, 256), (1, 2048)), shape={"layers": 4, "hidden": 512, "ffn": 1408, "heads": 8, "kv_heads": 4, "vocab": 32000}),
+    Case("128k", ((2, 256), (1, 1024)), shape={"layers": 2, "hidden": 1024, "ffn": 2816, "heads": 16, "kv_heads": 4, "vocab": 128256}),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this one; repeatable")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keep", action="store_true", help="add to the file that is there: cases can be measured one at a time")
     parser.add_argument("--out", type=Path, default=ROOT / ".bench" / "evaluation-speed.json", help="the page is written beside it")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: one round has no spread")
     words = ["python", "scripts/bench_eval.py", *(f"--case={name}" for name in args.case or ()), f"--rounds={args.rounds}"]
     found: dict[str, Any] = {"schema": "speed/1", "command": " ".join(words)} | machine() | {"rows": {}, "beside": {}}
+    if args.keep and args.out.is_file():
+        old = json.loads(args.out.read_text(encoding="utf-8"))
+        if any(old[key] != found[key] for key in ("machine", "versions")):
+            parser.error("--keep: the file was measured on another machine or with other versions")
+        found = old | {"command": f"{old['command']} && {found['command']} --keep"}
     for case in CASES:
         if args.case and case.name not in args.case:
             continue
@@ -70,10 +85,10 @@ def main() -> None:
             continue
         found["rows"] |= {row["name"]: row for row in rows}
         found["beside"][case.name] = beside
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        args.out.with_suffix(".md").write_text(page(found), encoding="utf-8")
         say(f"{case.name} done")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(page(found), encoding="utf-8")
     print(page(found))
 
 
@@ -85,6 +100,8 @@ def run(case: Case, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             row, more = compare(f"{case.name}/{tokens}", reference, candidate, cut(count, tokens), rounds)
             rows.append(row)
             beside[str(tokens)] = more
+        if case.several:
+            rows.append(several(case.name, reference, candidate, cut(case.windows[0][0] // 2, case.windows[0][1]), case.several, beside[str(case.windows[0][1])]["plain_batch_windows"], rounds))
         return rows, beside
 
 
@@ -97,10 +114,7 @@ def compare(name: str, reference: Any, candidate: Any, windows: Any, rounds: int
     from qmerge.quality.metrics import text_row
 
     def plain(size: int) -> None:
-        with torch.inference_mode():
-            for model in (reference, candidate):
-                for start in range(0, len(windows), size):
-                    model(input_ids=torch.stack(windows.ids[start : start + size]), use_cache=False)
+        plain_passes((reference, candidate), windows, size)
 
     parts: dict[str, list[float]] = {"measure": [], "statistics": []}
 
@@ -112,11 +126,13 @@ def compare(name: str, reference: Any, candidate: Any, windows: Any, rounds: int
         parts["measure"].append(middle - began), parts["statistics"].append(time.perf_counter() - middle)
 
     sizes = sorted({max(1, min(len(windows), batch // windows.tokens)) for batch in BATCHES})
-    tried = {size: min(seconds(lambda size=size: plain(size)) for _ in range(2)) for size in sizes}
+    plain(sizes[0])
+    tried = {size: seconds(lambda size=size: plain(size)) for size in sizes}
     best = min(tried, key=tried.__getitem__)
     memory, peaks = PeakMemory(torch.device("cpu")), {}
+    ours()
     for arm, call in (("plain", lambda: plain(best)), ("ours", ours)):
-        gc.collect()
+        give_back()
         memory.reset()
         before = resident()
         call()
@@ -127,7 +143,32 @@ def compare(name: str, reference: Any, candidate: Any, windows: Any, rounds: int
     width = reference.get_output_embeddings().weight.shape[0]
     what = f"{name}: {len(windows)} windows of {windows.tokens}, vocabulary {width:,}"
     middle = {part: sorted(kept)[len(kept) // 2] for part, kept in parts.items()}
-    return ratio(name, what, taken["ours"], taken["plain"], LIMIT), {"plain_batch_windows": best, "plain_seconds_by_batch": tried, "median_s": middle, "peak_above_start_bytes": peaks}
+    return ratio(f"evaluate/{name}", what, taken["ours"], taken["plain"], LIMIT), {"plain_batch_windows": best, "plain_seconds_by_batch": tried, "median_s": middle, "peak_above_start_bytes": peaks}
+
+
+def several(name: str, reference: Any, candidate: Any, windows: Any, count: int, size: int, rounds: int) -> dict[str, Any]:
+    """One candidate in the place of ``count``: the reference runs once and keeps its states, its head is applied again for each. Plain: one pass of every model."""
+    from qmerge.quality.measure import measure
+    from qmerge.quality.reference import CACHE_BYTES, Answers
+
+    def ours() -> None:
+        answers = Answers(reference, CACHE_BYTES)
+        for _ in range(count):
+            measure(answers, candidate, windows)
+
+    ours()
+    taken = in_turn(rounds, {"ours": ours, "plain": lambda: plain_passes((reference, *[candidate] * count), windows, size)})
+    return ratio(f"evaluate/{name}/{count} candidates", f"{name}: {count} candidates on {len(windows)} windows of {windows.tokens} / {count + 1} passes", taken["ours"], taken["plain"], LIMIT)
+
+
+def plain_passes(models: tuple[Any, ...], windows: Any, size: int) -> None:
+    """``size`` windows at a time through every model, whole fp32 logits each time."""
+    import torch
+
+    with torch.inference_mode():
+        for model in models:
+            for start in range(0, len(windows), size):
+                model(input_ids=torch.stack(windows.ids[start : start + size]), use_cache=False)
 
 
 @contextmanager
@@ -170,7 +211,7 @@ def tokens_of(case: Case, model: Any) -> Any:
         ids = torch.randint(3, model.get_output_embeddings().weight.shape[0], (4096,), generator=torch.Generator().manual_seed(0))
         return TokenDoc(ids, torch.ones(len(ids), dtype=torch.bool))
     tokenizer = load_tokenizer(str(case.base))
-    docs = tokenize_documents(read_documents(str(case.text), case.template, tokenizer), tokenizer)
+    docs = tokenize_documents(read_documents(str(case.text), None, tokenizer), tokenizer)
     return TokenDoc(torch.cat([doc.ids for doc in docs]), torch.cat([doc.scored for doc in docs]))
 
 
@@ -190,12 +231,32 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def give_back() -> None:
+    """What was freed goes back to the system, where the C library can do that: else a peak would hide in it."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def page(found: dict[str, Any]) -> str:
-    return table(found)
+    """The Markdown beside the JSON."""
+    versions, place = ", ".join(f"{name} {number}" for name, number in found["versions"].items()), found["machine"]
+    lines = ["# How long an evaluation takes", "", f"`{found['command']}` writes this file and the JSON beside it.", "", INTRODUCTION, "",
+             f"Versions: {versions}. Machine: {place['cpu']}, {place['cores']} cores, {place['threads']} threads.", "", "```", table(found), "```", "",
+             "Beside the ratio, once each: what comes before and after, and the highest resident memory above the start of a call (weights are there already).", "", "```"]  # fmt: skip
+    rows = [("case", "load both", "tokenize", "statistics", "peak: plain", "peak: ours", "plain batch")]
+    for name, beside in found["beside"].items():
+        for tokens, more in ((key, value) for key, value in beside.items() if isinstance(value, dict)):
+            peaks = more["peak_above_start_bytes"]
+            rows.append((f"{name}/{tokens}", f"{beside['load_both_s']:.2f} s", f"{beside['tokenize_s']:.2f} s ({beside['tokens']:,})", f"{more['median_s']['statistics'] * 1000:.1f} ms",
+                         f"{peaks['plain'] / 2**20:.0f} MiB", f"{peaks['ours'] / 2**20:.0f} MiB", f"{more['plain_batch_windows'] * int(tokens)} tokens"))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines += ["  ".join(cell.ljust(width) if not index else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    return "\n".join([*lines, "```", ""]) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Make docs/measurements/serving.md and .json: what serving costs, on the demo and on the benchmark's model, through `qmerge bench` itself.
 
-Candidates are those that `make bench` left below .bench/work; a case whose inputs or candidates are not there is left out, and said.
+Candidates are those that `make bench-quality` left below .bench/work; a case whose inputs or candidates are not there is left out, and said.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
         PAGE.write_text(page(about(args), found), encoding="utf-8")
         print(f"wrote {name} to {PAGE.name} and {PAGE.stem}.json")
     if not found:
-        raise SystemExit("no case has its inputs and candidates here: run `make bench` first")
+        raise SystemExit("no case has its inputs and candidates here: run `make bench-quality` first")
 
 
 def candidates(name: str) -> list[Path]:

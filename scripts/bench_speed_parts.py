@@ -122,31 +122,10 @@ def floor_seconds(base: Path, tokens: int) -> float:
 
 
 def evaluate(rounds: int) -> Rows:
-    """Separate and candidate measured on 64 windows of 256 tokens, divergence and all, against two plain forward passes that make logits and drop them."""
-    import torch
+    """Separate and merged measured, divergence and all, against two plain forward passes that make logits and drop them: the demo, and a vocabulary of 32,000 on a small model."""
+    from bench_eval import CASES, run
 
-    from qmerge.quality import arms as loading
-    from qmerge.quality.attach import as_set
-    from qmerge.quality.measure import measure
-    from qmerge.store.texts import Windows
-
-    reference = loading.load_separate(str(DEMO / "base-nf4"), as_set(str(DEMO / "adapter")), on="dequantized", nf4_recipe=None).model
-    candidate = loading.load_separate(str(DEMO / "base-nf4"), as_set(str(DEMO / "adapter")), on="dequantized", nf4_recipe=None).model
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(3, reference.get_input_embeddings().weight.shape[0], (256,), generator=generator) for _ in range(64)]
-    windows = Windows(tuple(ids), tuple(torch.arange(256) > 0 for _ in ids), tuple(torch.full((256,), index) for index in range(64)), 256)
-
-    @torch.inference_mode()
-    def plain() -> None:
-        for model in (reference, candidate):
-            for start in range(0, 64, 8):
-                model(input_ids=torch.stack(ids[start : start + 8]), use_cache=False)
-
-    arms: dict[str, Callable[[], Any]] = {"measure": lambda: measure(reference, candidate, windows), "plain": plain}
-    for call in arms.values():
-        call()
-    found = in_turn(rounds, {name: seconds_of(call) for name, call in arms.items()})
-    return [ratio("evaluate/forward", "KL, NLL, top-1 of the demo / two forward passes", found["measure"], found["plain"], 1.2)]
+    return [row for case in CASES if case.name in ("demo", "32k") for row in run(case, rounds)[0]]
 
 
 def seconds_of(call: Callable[[], Any]) -> Callable[[], float]:

@@ -162,6 +162,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-support", action="store_true", help="write docs/support.md from the cells of tests/test_support_matrix.py")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "alone: measures time or rates; nothing else may run beside it")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def eager() -> None:
     """bitsandbytes and gptqmodel compile small functions of theirs for seconds; here they run as written."""

@@ -38,6 +38,7 @@ def test_a_small_model_takes_what_it_foresaw(script, tmp_path, fmt):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("fmt", ["gptq", "nf4", "bf16"])
 def test_a_model_that_outweighs_the_libraries_takes_what_it_foresaw(script, tmp_path, fmt):
     """Formulas that only the libraries' share makes right: here activations, statistics and solver are more than half of the peak. The time only within a factor of five: machines are busy."""

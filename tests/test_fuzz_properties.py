@@ -211,7 +211,7 @@ def test_what_could_not_be_written_again_is_refused(text: str, place: Path) -> N
 
 
 @examples
-@given(limits=st.dictionaries(st.sampled_from(sorted(DIRECTIONS)), st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(10**6), 10**6))), block=st.booleans())
+@given(limits=st.dictionaries(st.sampled_from(sorted(DIRECTIONS)), st.one_of(st.floats(-1e299, 1e299), st.integers(-(10**6), 10**6))), block=st.booleans())
 def test_a_budget_is_read_as_it_was_written(place: Path, limits: dict[str, float], block: bool) -> None:
     """Catches a limit that YAML 1.1 reads as text (1e-05, which has no dot), or as another number."""
     content = {name: {DIRECTIONS[name]: value} for name, value in limits.items()}
@@ -227,9 +227,9 @@ def test_a_budget_is_read_as_it_was_written(place: Path, limits: dict[str, float
 @examples
 @given(block=st.sampled_from(BLOCK_SIZES), double=st.booleans(), dtype=st.sampled_from(DTYPES), skip=st.lists(words, max_size=3), kind=st.sampled_from(["nf4", "fp4"]))
 def test_a_training_recipe_is_a_fixed_point(place: Path, block: int, double: bool, dtype: str | None, skip: list[str], kind: str) -> None:
-    """Catches a recipe that a manifest tells and --nf4-recipe reads otherwise."""
+    """Catches a recipe that a manifest tells and --nf4-recipe reads otherwise; and a letter that JSON spells as two and YAML reads as two halves."""
     recipe = Nf4Recipe(block, double, dtype, tuple(skip), kind)
-    (place / "nf4.json").write_text(json.dumps(recipe.to_json()))
+    (place / "nf4.json").write_text(json.dumps({key: value for key, value in recipe.to_json().items() if key != "skip" or value}))  # an empty list is refused: transformers would quantize the head
     try:
         read = recipe_from_file(place / "nf4.json")
     except QmergeError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from fuzz.campaign import faults, reported
+from fuzz.keep import fit
 from fuzz.run import READERS, Count, corpus, load, quiet, run_plain
 
 ROOT = Path(__file__).parents[1]
@@ -74,3 +75,10 @@ def test_no_row_is_no_report(text: str) -> None:
     """Catches a campaign that takes the words of a dying process for its result."""
     assert reported(text) is None
     assert reported("words\n" + json.dumps(FINE) + "\n") == FINE
+
+
+def test_the_corpus_is_small_and_names_nobodys_folders() -> None:
+    """Catches megabytes in the repository, files of a reader that is gone, and a path of the machine that found an input."""
+    files = [path for path in (ROOT / "tests" / "fuzz" / "corpus").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in files} == set(READERS)
+    assert sum(path.stat().st_size for path in files) < 1_000_000 and all(fit(path.read_bytes()) for path in files)

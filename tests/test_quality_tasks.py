@@ -231,6 +231,19 @@ def test_suite_faults_come_all_at_once(tmp_path):
     assert not [word for word in words if word not in str(error.value)]
 
 
+def test_a_batch_size_is_a_number_or_auto(suite_file):
+    """lm-eval's own word refused, or another word handed on to it after the models were loaded."""
+    content = yaml.safe_load(suite_file.read_text())
+    for size, fine in (("auto", True), (3, True), ("large", False), (0, False), (True, False)):
+        file = suite_file.with_name(f"batch-{size}.yaml")
+        file.write_text(yaml.safe_dump(content | {"batch_size": size}))
+        if fine:
+            assert load_suite(file).options["batch_size"] == size
+        else:
+            with pytest.raises(UsageProblem, match="batch_size"):
+                load_suite(file)
+
+
 @pytest.mark.parametrize(("task", "row", "word"), [
     (CHOICE, {"q": "a", "options": ["x"], "right": 0}, "at least two texts"),
     (CHOICE, {"q": "a", "options": ["x", "y"], "right": 2}, "outside 0 to 1"),

@@ -170,7 +170,7 @@ def test_sums_are_those_of_the_tokens_that_the_router_sends(shop, tmp_path, monk
         return inner(linears, grid, train, *rest)
 
     monkeypatch.setattr(streams, "requantize_group", keep)
-    made = shop._write(key, "gptq", (), None, None)
+    made = shop._write(key, "gptq", ("--compute", "fp32"), None, None)  # as the models here compute
     recipe = Recipe(base=found.base, adapter=(found.adapter,), out=str(tmp_path / "o"), group_size=GROUP, calibration=shop.zoo.calibration, samples=24, tokens=64)
     ids, model, merged = calibration_for(plan(recipe)).train, filled(shop, key, "gptq", made.weights), shop.merged(key)
     runtime, teacher = arriving(model, ids), arriving(merged, ids)

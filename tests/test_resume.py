@@ -17,7 +17,7 @@ from conftest import TARGETS, save_adapter
 from support.forked import ended_within, fork
 from support.resume import SMALL, Jobs
 
-from qmerge.pipeline import dense, kept, resume, run, streams
+from qmerge.pipeline import before, dense, kept, resume, run, streams
 from qmerge.store.runs import find_runs
 
 
@@ -114,7 +114,7 @@ def test_at_most_one_block_is_solved_again(jobs, cli, monkeypatch, share):
     """A resume that starts over: hours of solving for the user to find out by the clock."""
     monkeypatch.setattr(kept, "SHARE", share)
     out, _ = interrupted(jobs, cli, "gptq", block=3)
-    again, gradients = At(monkeypatch, streams, "requantize_group", None), At(monkeypatch, run, "curvatures", None)
+    again, gradients = At(monkeypatch, streams, "requantize_group", None), At(monkeypatch, before, "curvatures", None)
     assert cli(*jobs.words(out, "gptq", "--resume")).code == 0
     assert again.count == GROUPS and gradients.count == 0
 

@@ -138,3 +138,21 @@ def test_eight_bits_with_a_scale_that_nothing_applies(cli, pair, zoo):
     shutil.copy(Path(zoo.float("llama")) / "config.json", pair / "base")
     answer = merge(cli, pair, "--on", "original")
     assert answer.code == 4 and "weight_scale_inv" in answer.err, answer.err
+
+
+def test_nothing_is_kept_of_what_has_changed(cli, pair, zoo, monkeypatch):
+    """A block solved from other bytes, in a run that is then killed: gone on with, once the input is again what it was."""
+    from qmerge.pipeline import streams
+
+    inner, calls = streams.requantize_group, []
+
+    def requantize_group(*args, **options):
+        calls.append(1)
+        if len(calls) == 5:  # the second block
+            flip(pair / "base" / "model.safetensors")
+        return inner(*args, **options)
+
+    monkeypatch.setattr(streams, "requantize_group", requantize_group)
+    answer = merge(cli, pair, "--format", "gptq", "--group-size", 32, "--calibration", zoo.calibration, "--samples", 8, "--tokens", 64, "--curvature-tokens", 0)
+    assert answer.code == 4 and "changed while the run was at work" in answer.err, answer.err
+    assert list((pair / "place").iterdir()) == []

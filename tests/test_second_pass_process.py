@@ -58,6 +58,7 @@ def onto(number: int, place: str | None) -> None:
         writing = os.open(place, os.O_WRONLY)
     os.dup2(writing, number)
     os.close(writing)
+    setattr(sys, {1: "stdout", 2: "stderr"}[number], open(number, "w", closefd=False))
 
 
 @pytest.mark.parametrize("place", [None, "/dev/full"], ids=["nobody reads it", "full"])

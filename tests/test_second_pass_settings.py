@@ -92,3 +92,25 @@ def test_numbers_that_no_model_has(cli, zoo, tmp_path, keys, says):
     answer = merged(cli, zoo, tmp_path, base, "--format", "nf4", "--rtn", "--dry-run")
     assert "Traceback" not in answer.err and answer.code in (4,) if says is not None else (0, 4), answer.err
     assert says is None or says in answer.err, answer.err
+
+
+@pytest.mark.parametrize("named", [["Trainer"], ["pipeline"], ["models"], ["__loader__"], ["os.system"], [7], [], "LlamaForCausalLM", None])
+def test_a_class_that_is_no_model(named):
+    """Any name of transformers' package, taken from a stranger's file and called."""
+    from qmerge.quality.loaders import _class_named
+
+    assert _class_named(["LlamaForCausalLM"]).__name__ == "LlamaForCausalLM"
+    with pytest.raises(ValueError, match="no model class"):
+        _class_named(named)
+
+
+def test_a_readme_of_a_terabyte(cli, zoo, tmp_path):
+    """A base's card is read for its licence: whole, whatever its size."""
+    import os
+
+    base = shutil.copytree(zoo.nf4("llama"), tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert merged(cli, zoo, tmp_path, base).code == 0
+    os.truncate(base / "README.md", 2**40)
+    answer = cli("card", tmp_path / "out", "--base", base)
+    assert answer.code == 0 and "license: mit" in (tmp_path / "out" / "README.md").read_text(), answer.err

@@ -59,6 +59,7 @@ def section(bench) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_every_arm_that_runs_has_every_number(section):
     """A column that is empty for one format, or a number without its spread and count."""
     for name in MEASURED:
@@ -72,6 +73,7 @@ def test_every_arm_that_runs_has_every_number(section):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_bytes_are_those_of_the_folder(section, places, zoo):
     """The size of something else than what is on the disk; the adapter's bytes forgotten."""
     for name, folder in (("gptq", "gptq"), ("nf4", "nf4"), ("ct", "ct"), ("merged", "float")):
@@ -81,6 +83,7 @@ def test_bytes_are_those_of_the_folder(section, places, zoo):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_larger_batch_gives_more_tokens(section):
     """Rates per sequence taken for rates of the batch, or batches mixed up."""
     for name in MEASURED:
@@ -89,6 +92,7 @@ def test_a_larger_batch_gives_more_tokens(section):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_memory_is_what_processes_of_torch_take(section):
     """kB taken for bytes, a peak of 0, or the memory of this process instead of the arm's."""
     for name in MEASURED:
@@ -98,6 +102,7 @@ def test_memory_is_what_processes_of_torch_take(section):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_kernels_and_packages_are_those_of_the_loaded_modules(section):
     """A name taken from the config: the file says gptq, and what runs is whatever the library chose on this machine, or a fall-back that dequantizes."""
     rows = section["rows"]
@@ -118,6 +123,7 @@ def test_a_kernel_that_falls_back_says_so(written):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_what_cannot_be_measured_says_why_and_hides_nothing(bench, section):
     """One folder without weights, or a package that is not installed, and an hour of measuring is lost; or the arm silently missing from the table."""
     for name, reason in (("weightless", "no weights"), ("alien", "aqlm")):
@@ -127,6 +133,7 @@ def test_what_cannot_be_measured_says_why_and_hides_nothing(bench, section):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_rest_of_the_results_stays(bench):
     """Results that lose an evaluation because serving was measured afterwards."""
     _, before, after = bench
@@ -134,6 +141,7 @@ def test_the_rest_of_the_results_stays(bench):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_stdout_shows_the_tables_and_stderr_the_talk(bench):
     """Progress among the results, or a table without the arms."""
     answer = bench[0]
@@ -142,6 +150,7 @@ def test_stdout_shows_the_tables_and_stderr_the_talk(bench):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_nothing_local_is_in_the_json(section, places):
     """Folders, the user or the machine's name in a file that people publish."""
     text = json.dumps(section, allow_nan=False)

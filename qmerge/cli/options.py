@@ -56,7 +56,7 @@ merge_options = stack(
     click.option("--allow-pickle", is_flag=True, default=None, help="Read an adapter_model.bin, in a child process with weights_only."),
     click.option("--shard-size", metavar="S", help="Largest weight file, such as 5GB (default) or 500MB."),
     click.option("--device", metavar="D", help="cpu, cuda, cuda:N or auto (default)."),
-    click.option("--compute", metavar="C", help="In what the calibration text's matrix products are taken: bf16 (summed in fp32), fp32, or auto (default: bf16 on a GPU and where the CPU is much quicker at it)."),
+    click.option("--compute", metavar="C", help="In what matrix products on calibration text are taken: fp32, mixed (statistics and gradients in bf16, summed in fp32), bf16 (the passes too: quicker, a little worse), or auto (default: mixed on a GPU and on CPUs that are quick at bf16, else fp32)."),
     click.option("--overwrite", is_flag=True, default=None, help="Replace an OUT that qmerge wrote, by a swap after success."),
     click.option("--recipe", "recipe_file", metavar="FILE", help="YAML with these settings; flags win over it."),
     click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="One setting by name."),

@@ -150,7 +150,8 @@ _DIALECTS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[st
 
 def _build(said: Mapping[str, Any], where: str, *, kind: Any, double: bool, dtype: Any = None) -> Nf4Recipe:
     size = next((said[key] for key in ("block_size", "blocksize", "bnb_4bit_blocksize") if key in said), 64)
-    skip = said.get("skip", said.get("llm_int8_skip_modules"))
+    own = said.get("skip")  # ours: an empty list says nothing, as in a manifest
+    skip = said.get("llm_int8_skip_modules") if own is None or own == [] else own
     dtype = str(dtype).removeprefix("torch.") if dtype is not None else None
     if kind not in ("nf4", "fp4"):
         raise _wrong(where, "the 4-bit type", "nf4 or fp4", kind)

@@ -17,6 +17,7 @@ from qmerge.pipeline.kept_together import KeptTogether
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Steps
+from qmerge.ranks import ALONE, Ranks
 from qmerge.types import Grid
 
 
@@ -38,9 +39,10 @@ class Work:
 
 
 def before_the_blocks(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None
-) -> None:
-    """What gradients tell, and how a budget of bits is divided: found, or found by an earlier process. Of several ranks each finds all of it by itself."""
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None,
+    ranks: Ranks = ALONE,
+) -> None:  # fmt: skip
+    """What gradients tell, and how a budget of bits is divided: found, or found by an earlier process. ``ranks`` share the gradients; a budget each of them divides by itself."""
     recipe, began = plan.recipe, time.perf_counter()
     coupled = calibration is not None and recipe.curvature_tokens and (steps is None or steps.coupled)
     if recipe.bits_per_weight is None and not coupled:
@@ -51,5 +53,5 @@ def before_the_blocks(
     if recipe.bits_per_weight is not None:
         work.division = choose_grids(plan, merged, calibration, outputs.model_dtype(plan), progress, work.curvatures)
     else:
-        work.curvatures = curvatures(plan, merged, calibration, recipe.curvature_tokens, progress)
+        work.curvatures = curvatures(plan, merged, calibration, recipe.curvature_tokens, progress, ranks)
     kept.keep_phase(work.curvatures, work.division, time.perf_counter() - began)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qmerge import formats
-from qmerge.device import pick_device, resident_bytes
+from qmerge.device import COMPUTE, pick_device, resident_bytes
 from qmerge.formats import registry
 from qmerge.pipeline import memory, outputs
 from qmerge.pipeline.calibrate import Calibration
@@ -89,7 +89,7 @@ def estimate(plans: Sequence[MergePlan], calibration: Calibration | None = None,
     if base_bytes is None:
         _import_what_computes(plan, work)
         base_bytes = resident_bytes() + LIBRARIES
-    rates = rates or Rates.measured(work.threads)
+    rates = rates or Rates.measured(work.threads, COMPUTE.get(plan.recipe.compute, COMPUTE["fp32"]))
     bytes_written = sum(written_bytes(one) for one in plans)
     tensors = max(one.bytes_out for one in plans)
     found = memory.phases(work, plan.recipe.shard_bytes, tensors, plan.recipe.polish, plan.recipe.bits_per_weight is not None, len(plans))

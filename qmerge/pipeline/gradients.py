@@ -17,15 +17,18 @@ from torch import nn
 
 from qmerge.device import COMPUTE, in_parallel, products_in, worker_threads
 from qmerge.numerics.curvature import Curvature, Distant
-from qmerge.numerics.hessian import Statistics
+from qmerge.numerics.hessian import SLOTS, Statistics
 from qmerge.pipeline import ends
 from qmerge.pipeline.blocks import Call, Group, empty_copy, find_groups, first_row, run_block
 from qmerge.pipeline.calibrate import Calibration
+from qmerge.pipeline.gradients_spread import Summed, everywhere
 from qmerge.pipeline.head import Tail, wants_head
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.skeleton import set_weight
+from qmerge.pipeline.spread import Spread
 from qmerge.pipeline.streams import Batch, start
+from qmerge.ranks import ALONE, Ranks
 
 TOKENS = 8192
 """calibration tokens that gradients are taken on, about"""
@@ -43,7 +46,7 @@ Names = tuple[str, ...]
 
 @dataclass
 class Seen:
-    """Of one group: sums of its inputs over the windows to solve on and over those that judge (where asked for), and per linear the sum of ``g gᵀ`` over all tokens."""
+    """Of one group (where ranks share the work, of those of its linears that this one owns): sums of its inputs over the windows to solve on and over those that judge (where asked for), and per linear the sum of ``g gᵀ`` over all tokens."""
 
     names: Names
     train: Statistics | None
@@ -59,24 +62,27 @@ class Seen:
 class Gradients:
     """The passes of one run. ``tokens``: how many calibration tokens to use, about."""
 
-    def __init__(self, plan: MergePlan, merged: Merged, calibration: Calibration, tokens: int = TOKENS) -> None:
+    def __init__(self, plan: MergePlan, merged: Merged, calibration: Calibration, tokens: int = TOKENS, ranks: Ranks = ALONE) -> None:
+        """``ranks`` share the batches, each owning some linears' curvatures, where every batch is a slot of its own; else each rank passes all of them."""
         self.plan, self.merged = plan, merged
         self.few = _few(plan, calibration, tokens)
         self.width = curvature_width(plan)
         self.tokens = self.few.train.numel() + self.few.held_out.numel()
+        self.sizes = [len(part) for ids in (self.few.train, self.few.held_out) for part in ids.split(max(1, BATCH // ids.shape[1]))]
+        self.ranks = ranks if len(self.sizes) <= SLOTS else ALONE
 
     def run(self, visit: Callable[[Seen], None], progress: Callable[[str], None], inputs: bool, missing: Callable[[str], None]) -> None:
         """``visit`` gets every group of ``plan.requantized`` (routed experts apart), the head first, then from the last block to the first; with the sums of their ``inputs`` where
         asked for. ``missing`` gets the name of a linear whose output does not reach the loss through its own block; its group is not visited."""
         plan, merged = self.plan, self.merged
-        batches, _ = start(plan, merged, self.few, batch=BATCH)
+        batches, self.spread = start(plan, merged, self.few, self.ranks, BATCH)
         entered = _forwards(plan, merged, batches, progress)
         gradients = self._end(batches, visit, inputs)
         apart = {weight.name for weight in plan.routed}
         for index in reversed(range(len(entered))):
             prefix = f"{plan.skeleton.blocks_name}.{index}"
             wanted = [name.removeprefix(prefix + ".").removesuffix(".weight") for name in plan.requantized if name.startswith(prefix + ".") and name not in apart]
-            block = _Block(plan, merged, index, wanted, batches, self.width, inputs)
+            block = _Block(plan, merged, index, wanted, batches, self.width, inputs, self.spread, self.tokens)
             seen, gradients = block.backwards(entered.pop(), gradients, missing)
             for group in seen:
                 visit(group)
@@ -86,10 +92,10 @@ class Gradients:
         """Per batch the gradient by the last block's output; and the head is visited, where it is to be requantized."""
         plan = self.plan
         seed = torch.Generator().manual_seed(plan.recipe.seed)
-        seeds = [torch.randint(2**62, (len(batch.teacher),), generator=seed).tolist() for batch in batches]
-        compute = COMPUTE[plan.recipe.compute]
+        seeds = [torch.randint(2**62, (size,), generator=seed).tolist() for size in self.sizes]  # also for those of other ranks
+        compute = COMPUTE[plan.recipe.compute].sums
         with ends.head(plan, self.merged), Tail(plan.skeleton) as tail:
-            parts = in_parallel(lambda number: _draw(tail, batches[number].teacher, seeds[number], compute), range(len(batches)), self.merged.device)
+            parts = in_parallel(lambda number: _draw(tail, batches[number].teacher, seeds[batches[number].number], compute), range(len(batches)), self.merged.device)
         if inputs and wants_head(plan):
             name = plan.skeleton.output_embedding
             squares = sum(found for _, _, found in parts)
@@ -108,23 +114,32 @@ class Curvatures:
     rows: int = 0
     """of a linear that count together, at most"""
     linears: int = 0
+    order: list[str] = field(default_factory=list, repr=False)
 
     def add(self, seen: Seen) -> None:
         for name, curvature in seen.curvature.items():
             self.by_name[name] = curvature.pack()
-            self.rows, self.tokens, self.linears = max(self.rows, *map(len, curvature.blocks)), seen.tokens, self.linears + 1
+        self.order += seen.names
+        self.tokens = seen.tokens
+
+    def gather(self, ranks: Ranks) -> None:
+        """All blocks are through: those of linears that other ranks own too."""
+        self.by_name = everywhere(self.by_name, self.order, ranks)
+        self.linears = len(self.by_name)
+        self.rows = max((len(block) for curvature in self.by_name.values() for block in curvature.blocks), default=0)
 
     def to_json(self) -> dict[str, int]:
         """For the manifest."""
         return {"tokens": self.tokens, "rows_together": self.rows, "linears": self.linears}
 
 
-def curvatures(plan: MergePlan, merged: Merged, calibration: Calibration, tokens: int, progress: Callable[[str], None]) -> Curvatures:
-    """One pass for them alone."""
+def curvatures(plan: MergePlan, merged: Merged, calibration: Calibration, tokens: int, progress: Callable[[str], None], ranks: Ranks = ALONE) -> Curvatures:
+    """One pass for them alone; on all ``ranks`` the same."""
     found, lost = Curvatures(), []
     with torch.no_grad():
-        passes = Gradients(plan, merged, calibration, tokens)
+        passes = Gradients(plan, merged, calibration, tokens, ranks)
         passes.run(found.add, progress, False, lost.append)
+        found.gather(passes.ranks)
     if lost:
         progress(f"gradients: {len(lost)} groups of linears do not reach the loss through their own block; their rows are solved one by one, e.g. of {lost[0]}")
     progress(f"gradients: {passes.tokens} tokens; up to {found.rows} rows of a linear count together")
@@ -200,12 +215,17 @@ def _draw(tail: Tail, hidden: torch.Tensor, seeds: list[int], compute: torch.dty
 class _Block:
     """One block of the merged model on the way back."""
 
-    def __init__(self, plan: MergePlan, merged: Merged, index: int, linears: list[str], batches: list[Batch], width: int, inputs: bool) -> None:
+    def __init__(self, plan: MergePlan, merged: Merged, index: int, linears: list[str], batches: list[Batch], width: int, inputs: bool, spread: Spread, tokens: int) -> None:
+        self.spread, self.tokens = spread, tokens
         self.prefix, self.batches, self.device, self.width, self.inputs = f"{plan.skeleton.blocks_name}.{index}", batches, merged.device, width, inputs
+        self.compute = COMPUTE[plan.recipe.compute].sums
         self.calls: list[Call] = [batch.calls[index] for batch in batches]
         self.module = _teacher(plan, merged, index)
-        first = batches[0].runtime  # the shape is what matters here; `start` left the embeddings in it
-        self.groups: list[Group] = find_groups(self.module, linears, first[:1], first_row(self.calls[0], first.shape[0])) if linears else []
+        groups: list[Group] = []
+        if linears and spread.ranks.first:
+            first = batches[0].runtime  # the shape is what matters here; `start` left the embeddings in it
+            groups = find_groups(self.module, linears, first[:1], first_row(self.calls[0], first.shape[0]))
+        self.groups = [Group(tuple(modules), residual) for modules, residual in spread.ranks.tell([[group.modules, group.residual] for group in groups])]
         self._here = threading.local()
 
     def full(self, module: str) -> str:
@@ -215,7 +235,7 @@ class _Block:
         """What each group saw, and per batch the gradient by the block's input from that by its output."""
         handles = [self.module.get_submodule(group.modules[0]).register_forward_pre_hook(self._keep_input(group), with_kwargs=True) for group in self.groups if self.inputs]
         handles += [self.module.get_submodule(module).register_forward_hook(self._keep_gradient(module)) for group in self.groups for module in group.modules]
-        sums: dict[str, Curvature] = {}
+        summed = Summed(self.spread, self.device)
         inputs, back, together = [], [], worker_threads(self.device)
         try:
             for first in range(0, len(self.batches), together):  # a few batches' sums at a time
@@ -223,25 +243,24 @@ class _Block:
                 for number, (kept, found, gradient) in zip(numbers, in_parallel(lambda n: self._one(entered[n], n, gradients[n]), numbers, self.device), strict=True):
                     inputs.append((self.batches[number].held_out, kept))
                     back.append(gradient)
-                    for name, curvature in found.items():
-                        sums[name].join(curvature) if name in sums else sums.update({name: curvature})
+                    summed.add(found)
+            summed.end()
         finally:
             for handle in handles:
                 handle.remove()
-        tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in entered)
         seen = []
         for group in self.groups:
             names = tuple(self.full(module) for module in group.modules)
-            if idle := [name for name in names if name not in sums]:
+            if idle := [name for name in names if name not in summed.names]:
                 missing(idle[0])
                 continue
-            both = [_statistics([(held, kept[group]) for held, kept in inputs], held_out, self.device, self.calls[0].compute) if self.inputs else None for held_out in (False, True)]
-            seen.append(Seen(names, *both, {name: sums[name] for name in names}, tokens))
+            both = [_statistics([(held, kept[group]) for held, kept in inputs], held_out, self.device, self.compute) if self.inputs else None for held_out in (False, True)]
+            seen.append(Seen(names, *both, {name: summed.sums[name] for name in names if name in summed.sums}, self.tokens))
         return seen, back
 
     def _one(self, entered: torch.Tensor, number: int, gradient: torch.Tensor) -> tuple[dict[Group, torch.Tensor], dict[str, Curvature], torch.Tensor]:
         self._here.inputs, self._here.sums = {}, {}
-        with torch.enable_grad(), _repeatable(self.device), products_in(self.calls[number].compute, self.device):
+        with torch.enable_grad(), _repeatable(self.device), products_in(self.compute, self.device):
             leaf = entered.to(self.device).detach().requires_grad_()
             out = self.module(leaf, *self.calls[number].args, **self.calls[number].kwargs)
             (found,) = torch.autograd.grad(out[0] if isinstance(out, tuple) else out, leaf, gradient)

@@ -134,10 +134,10 @@ def solve_head(
     for held_out in (False, True):
         here = [((x.flatten(0, -2), aim.flatten(0, -2), None), slot) for x, aim, (_, _, held, slot) in zip(inputs, aims, ends, strict=True) if held is held_out]
         if spread.ranks.alone:
-            sums.append(Statistics(weight.shape[1], device, compute=COMPUTE[plan.recipe.compute]))
+            sums.append(Statistics(weight.shape[1], device, compute=COMPUTE[plan.recipe.compute].sums))
             sums[-1].add_all([part for part, _ in here], [slot for _, slot in here], complete=True)
         else:
-            sums.append(spread.sums(held_out, here, weight.shape[1], 0, device, [owner], COMPUTE[plan.recipe.compute]))
+            sums.append(spread.sums(held_out, here, weight.shape[1], 0, device, [owner], COMPUTE[plan.recipe.compute].sums))
     found = {}
     if spread.ranks.rank == owner:
         linear = Linear(name, weight, merged.four_bit(name), merged.delta(name))

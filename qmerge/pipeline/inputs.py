@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,34 @@ from typing import Any
 from qmerge.errors import Interrupted, Refused
 from qmerge.pipeline.plan import MergePlan
 from qmerge.store.manifest import input_digests
-from qmerge.store.steady import check_steady, differing, moved
+from qmerge.store.steady import check_steady, differing, moved, stamps_of
 from qmerge.store.tensors import GONE
 
 
-def check_inputs(plan: MergePlan, digests: Mapping[str, Any]) -> None:
-    """Refused where a file of an input is not what it was when its header was read, or when it was hashed. ``digests``: role -> `input_digests`.
+class Steady:
+    """Watches the files of a plan's inputs. ``digests`` gives role -> `input_digests` and may take long.
 
     Only files whose date, size or place on the disk has changed are read again: a copy of the same bytes put in their place is none the worse."""
-    for role, source in _sources(plan).items():
-        files = source if role == "base" else source.source
-        if not (touched := moved(files.stamps)):
-            continue
-        check_steady(source.name, (path.name for path in touched if not path.is_file()), "when it was opened")
-        check_steady(source.name, () if files.still_so() else (path.name for path in touched), "when it was opened")
-        check_steady(source.name, differing(digests[role]["files"], input_digests(source)["files"]), "when it was hashed")
+
+    def __init__(self, plan: MergePlan, digests: Callable[[], Mapping[str, Any]]) -> None:
+        self._sources, self._digests = _sources(plan), digests
+        self._stamps = {role: dict(_files(source).stamps) for role, source in self._sources.items()}
+
+    def check(self) -> None:
+        """Raises Refused where a file is not what it was when its header was read, or when it was hashed."""
+        for role, source in self._sources.items():
+            if not (touched := moved(self._stamps[role])):
+                continue
+            now = stamps_of(touched)
+            check_steady(source.name, (path.name for path in touched if not path.is_file()), "when it was opened")
+            check_steady(source.name, () if _files(source).still_so() else (path.name for path in touched), "when it was opened")
+            check_steady(source.name, differing(self._digests()[role]["files"], input_digests(source)["files"]), "when it was hashed")
+            self._stamps[role] |= now
+
+
+def _files(source: Any) -> Any:
+    """What holds the stamps: a checkpoint itself, of an adapter its files."""
+    return getattr(source, "source", source)
 
 
 def _sources(plan: MergePlan) -> dict[str, Any]:

@@ -248,10 +248,15 @@ def _warnings(recipe: Recipe, base: Base, adapters: tuple[Adapter, ...], pieces:
     if pieces.layers is not None:
         found.append(f"the adapter replicates layers: the output has {len(pieces.layers)}, made from base layers {', '.join(map(str, pieces.layers))}")
     if unknown := known_settings(base.checkpoint.config)[1]:
-        found.append(f"left out of config.json, as transformers knows no such settings of this architecture: {', '.join(unknown[:8])}" + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""))
+        found.append(f"left out of config.json, as transformers knows no such settings of this architecture: {', '.join(_one_line(name) for name in unknown[:8])}" + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""))
     if recipe.residual_base:
         found.append("--residual-base: taken at your word that this base is the one that the adapter's initialisation left behind")
     return found
+
+
+def _one_line(name: str) -> str:
+    """A stranger's word: no line of its own, no page."""
+    return (name if name.isprintable() else ascii(name)[1:-1])[:80]
 
 
 def describe_plan(found: MergePlan) -> str:

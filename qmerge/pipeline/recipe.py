@@ -20,7 +20,7 @@ MOST = 2**31
 """counts of windows and tokens that no run reaches"""
 POLISH = ("blocks", "distill")
 LOW_TRAFFIC = ("pooled", "rtn")
-COMPUTES = ("auto", "fp32", "bf16")
+COMPUTES = ("auto", "fp32", "mixed", "bf16")
 COMBINATIONS = ("svd", "linear", "cat", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")
 """PEFT's names; `qmerge.adapters.combine` refuses two of them with the reason"""
 FIXED: dict[str, dict[str, Any]] = {"awq": {"symmetric": False}}

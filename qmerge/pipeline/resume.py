@@ -20,6 +20,7 @@ import torch
 from qmerge import __version__
 from qmerge.errors import Interrupted, QmergeError, Refused
 from qmerge.pipeline.calibrate import Calibration
+from qmerge.pipeline.inputs import Steady
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Steps
 from qmerge.pipeline.stop import Stop
@@ -51,11 +52,15 @@ class Run:
     """what the run is of; None where another rank notes that"""
     resumed: bool
     say: Callable[[str], None]
+    steady: Steady | None = None
+    """None where this process keeps nothing of its own"""
     place: str = "the beginning"
     began: bool = False
 
     def begin(self) -> None:
-        """Note what the run is of, before the first thing is kept of it."""
+        """Note what the run is of, before the first thing is kept of it. Raises Refused, each time, where an input has changed: nothing that was made of it is kept."""
+        if self.steady is not None:
+            self.steady.check()
         if not self.began and self.facts is not None:
             self.journal.put("run", self.facts())
             self.began = True
@@ -86,8 +91,9 @@ def identity(plan: MergePlan, calibration: Calibration | None, steps: Steps | No
 
 
 def processor() -> str:
-    """What decides how the CPU rounds."""
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    """What decides how the CPU rounds: also whether it has matrix units for bf16, whose sums go another way."""
+    units = [name for name, there in (("bf16", "_is_avx512_bf16_supported"), ("amx", "_is_amx_tile_supported")) if getattr(torch.cpu, there, bool)()]
+    return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *units])
 
 
 def text_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +173,7 @@ def working(
         _tell(left, say, "; --resume would continue it")
     folder = RunFolder(out, sources, plan.recipe.overwrite if resume is None else resume.overwrite, chosen)
     with folder:
-        run = Run(folder, Journal(folder.journal), stop, facts or _Facts(lambda: identity(plan, calibration, steps, inputs())), chosen is not None, say, began=chosen is not None)
+        run = Run(folder, Journal(folder.journal), stop, facts or _Facts(lambda: identity(plan, calibration, steps, inputs())), chosen is not None, say, steady=Steady(plan, inputs), began=chosen is not None)
         try:
             if run.resumed:
                 _renew(run)

@@ -23,7 +23,7 @@ from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokeni
 from qmerge.pipeline.dense import DenseJob, write_dense
 from qmerge.pipeline.distill import DistillSettings, distill
 from qmerge.pipeline.experts import few_tokens
-from qmerge.pipeline.inputs import Digests, check_inputs
+from qmerge.pipeline.inputs import Digests, Steady
 from qmerge.pipeline.kept import Kept
 from qmerge.pipeline.kept_shards import KeptShards
 from qmerge.pipeline.kept_together import KeptTogether
@@ -92,14 +92,14 @@ def run(
             kept = Kept(under_way, outputs.model_dtype(plan), device, "distill" not in recipe.polish, calibration is not None, recipe.shard_bytes)
             if not ranks.alone:
                 kept = KeptTogether(kept, ranks, stop, outputs.model_dtype(plan), device, calibration is not None, lambda: same.check(inputs.result))
-            before_the_blocks(plan, merged, calibration, work, kept, progress, steps)
+            before_the_blocks(plan, merged, calibration, work, kept, progress, steps, ranks)
             writer = ShardWriter(under_way.folder.path, recipe.shard_bytes, done=kept.shards, finished=kept.shard)
             with torch.no_grad():
                 for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps, ranks):
                     writer.add(name, tensor)
             writer.finish()
             merged.check_all_used()
-            _finish(plan, under_way.folder, manifest(plan, calibration, work, inputs.result()[0]), writer.digests, progress, work.grids)
+            _finish(plan, under_way.folder, under_way.steady, manifest(plan, calibration, work, inputs.result()[0]), writer.digests, progress, work.grids)
     few = few_tokens(work.traffic.values())
     return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), work.records, (few,) if few else ())
 
@@ -113,7 +113,7 @@ def _follow(plan: MergePlan, merged: Merged, calibration: Calibration | None, wo
         inputs = stack.enter_context(Digests([plan])) if same.hashes else None
         kept = KeptTogether(None, ranks, stop, model_dtype, merged.device, calibration is not None, lambda: same.check(inputs.result if inputs else list))
         try:
-            before_the_blocks(plan, merged, calibration, work, kept, progress, steps)
+            before_the_blocks(plan, merged, calibration, work, kept, progress, steps, ranks)
             with torch.no_grad():
                 for _ in _units(plan, merged, calibration, work, kept, progress, steps, ranks):
                     pass
@@ -171,7 +171,7 @@ def run_dense(
                 same.check(inputs.result)
             for number, job in zip(todo, jobs, strict=True):
                 job.merged.check_all_used()
-                _finish(plans[number], job.kept.run.folder, manifest(plans[number], None, Work(job.records), inputs.result()[number]), job.digests, progress)
+                _finish(plans[number], job.kept.run.folder, job.kept.run.steady, manifest(plans[number], None, Work(job.records), inputs.result()[number]), job.digests, progress)
     for number, job in zip(todo, jobs, strict=True):
         found[number] = RunReport(Path(plans[number].recipe.out), time.perf_counter() - began, peak_rss_bytes(), (), job.records)
     return found
@@ -198,7 +198,7 @@ def check_adapters(plan: MergePlan) -> None:
                 part.source.fp32(key)
 
 
-def _finish(plan: MergePlan, folder: RunFolder, facts: dict[str, Any], digests: dict[str, dict[str, Any]], progress: Callable[[str], None], grids: Mapping[str, Grid] | None = None) -> None:
+def _finish(plan: MergePlan, folder: RunFolder, steady: Steady, facts: dict[str, Any], digests: dict[str, dict[str, Any]], progress: Callable[[str], None], grids: Mapping[str, Grid] | None = None) -> None:
     """Configs and side files beside the weights, then the manifest and the name."""
     config = outputs.output_config(plan, grids)
     write_json(folder.path / "config.json", config)
@@ -206,7 +206,7 @@ def _finish(plan: MergePlan, folder: RunFolder, facts: dict[str, Any], digests: 
     if fmt is not None and fmt.config_file:
         write_json(folder.path / fmt.config_file, config["quantization_config"])
     copy_side_files(plan.checkpoint.path, plan.adapters[0].path, folder.path)
-    check_inputs(plan, facts["inputs"])
+    steady.check()
     progress("publishing")
     folder.commit(build_manifest(folder.path, known=digests, **facts))
 

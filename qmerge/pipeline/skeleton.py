@@ -81,6 +81,7 @@ def build_skeleton(checkpoint: Checkpoint, changed: dict[str, Any] | None = None
     Raises `Refused` where transformers has no causal LM for this config, or the decoder is not one ``ModuleList``. Never runs remote code.
     """
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _check_layers(checkpoint.config if changed is None else changed, checkpoint)
@@ -91,7 +92,7 @@ def build_skeleton(checkpoint: Checkpoint, changed: dict[str, Any] | None = None
         with init_empty_weights(include_buffers=False):
             # None: what transformers picks for this class, whatever the file asks for; Gemma 2 has no sdpa, and no machine every kernel. eager: one expert after the other
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=None, experts_implementation="eager", trust_remote_code=False)
-    except MALFORMED as problem:
+    except (*MALFORMED, StrictDataclassError) as problem:
         raise Refused("transformers cannot build a causal language model from this config", where=f"{checkpoint.name}/config.json",
                       found=(str(problem).splitlines() or [type(problem).__name__])[0][:200], fix="qmerge never runs remote code; the architecture must be one that transformers has") from problem
     model.eval().requires_grad_(False)

@@ -105,7 +105,7 @@ def requantize_blocks(
         solved: dict[str, Solved] = {}
         record: dict[str, Any] | None = None
         alone: dict[str, Linear] = {}
-        with _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype, routed), batches, index, [*wanted, *experts], spread, merged.device, COMPUTE[plan.recipe.compute]) as pair:
+        with _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype, routed), batches, index, [*wanted, *experts], spread, merged.device, COMPUTE[plan.recipe.compute].sums) as pair:
             for group in pair.groups:
                 if group.modules[0] in experts:
                     here = [weight for weight in routed if weight.module == experts[group.modules[0]]]
@@ -191,7 +191,7 @@ class _BlockPair:
     the activations fit into ``TAPE_BYTES`` each stream passes the block once. Else passes are repeated up to each group, to the same bits.
     """
 
-    def __init__(self, teacher: nn.Module, runtime: nn.Module, batches: list[Batch], index: int, linears: list[str], spread: Spread, device: torch.device, compute: torch.dtype) -> None:
+    def __init__(self, teacher: nn.Module, runtime: nn.Module, batches: list[Batch], index: int, linears: list[str], spread: Spread, device: torch.device, compute: torch.dtype) -> None:  # compute: of the sums
         self.teacher, self.runtime, self.batches, self.index, self.spread, self.device, self.compute = teacher, runtime, batches, index, spread, device, compute
         inside, groups = 0, []
         if batches:
@@ -312,7 +312,7 @@ def start(plan: MergePlan, merged: Merged, calibration: Calibration, ranks: Rank
         parts += [(part.to(merged.device), held_out, slot, number) for part, held_out, slot, number in rows if spread.mine(held_out, slot)]
     # one thread per operation, here as in the blocks: the bits must not depend on the thread count
     with entrance(plan, merged):
-        hidden, calls = in_parallel(lambda ids: record_calls(skeleton.model, skeleton.blocks_name, ids, COMPUTE[plan.recipe.compute]), [[ids for ids, *_ in parts]], merged.device)[0]
+        hidden, calls = in_parallel(lambda ids: record_calls(skeleton.model, skeleton.blocks_name, ids, COMPUTE[plan.recipe.compute].passes), [[ids for ids, *_ in parts]], merged.device)[0]
     return [Batch(first, first, call, held, slot, number) for first, call, (_, held, slot, number) in zip(hidden, calls, parts, strict=True)], spread
 
 

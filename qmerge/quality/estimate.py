@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qmerge.quality.measure import CHUNK_BYTES, LOGIT_BYTES
+from qmerge.quality.measure import BATCH_TOKENS, CHUNK_BYTES, LOGIT_BYTES
 from qmerge.quality.reference import CACHE_BYTES
 
 FP32 = 4
 ARMS = 2
 """models that are alive at a time (evaluate._Run)"""
 CHUNKS = 14
-"""tensors of a chunk of logits: both models' logits, log-probabilities, probabilities, and KL's terms in fp64 (measure.compare_logits)"""
+"""tensors of a chunk of logits: both models' logits, log-probabilities, probabilities, and KL's terms in fp64 (divergence.compare_logits)"""
 LINEAR = 40
 """bytes for each element of the largest linear, while it is set against ΔW in fp64 (merging.linear_rows)"""
 LOADERS = {"none": 0, "bitsandbytes": 0, "compressed-tensors": 60_000_000, "gptq": 450_000_000, "awq": 450_000_000}
@@ -42,7 +42,7 @@ def evaluation_bytes(sizes: Measured) -> int:
     """Peak beside the process as it stands before."""
     models = ARMS * FP32 * sizes.parameters + sizes.packed_bytes
     states = min(CACHE_BYTES, FP32 * sizes.text_tokens * sizes.hidden)
-    batch = max(sizes.window, LOGIT_BYTES // (4 * max(1, sizes.vocabulary)))
+    batch = max(sizes.window, min(sizes.text_tokens, max(BATCH_TOKENS, LOGIT_BYTES // (4 * max(1, sizes.vocabulary)))))  # windows go through together, as many as there are
     passing = FP32 * batch * (PASSES[0] * sizes.hidden + PASSES[1] * sizes.inner)
     measuring = CHUNKS * CHUNK_BYTES + passing + states
     return models + LOADERS.get(sizes.method, 0) + max(measuring, LINEAR * sizes.largest)

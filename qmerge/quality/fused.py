@@ -199,7 +199,8 @@ def comparison(state: np.ndarray) -> dict[str, np.ndarray]:
     return found | {"agree": place_a == place_b, "finite_ref": ~np.isnan(broken_a), "finite": ~np.isnan(broken_a + broken_b)}
 
 
-def losses(state: np.ndarray) -> np.ndarray:
-    """``-log p(target)`` float64 ``[rows]``; NaN where a logit was NaN or infinite."""
+def losses(state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``-log p(target)`` float64 ``[rows]``, and bool ``[rows]``: every logit was finite. Where that is False the loss means nothing."""
     top, total, target, broken = state.T
-    return top + np.log(total) - target + broken
+    with np.errstate(all="ignore"):
+        return top + np.log(total) - target, ~np.isnan(broken)

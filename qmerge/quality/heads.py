@@ -56,8 +56,7 @@ def compare_answers(models: tuple[Answers, Answers], states: tuple[torch.Tensor,
 def answer_losses(answers: Answers, states: torch.Tensor, targets: torch.Tensor, chunk_bytes: int) -> np.ndarray:
     """``-log p(target)`` float64 ``[n]`` from states ``[n, …]`` and targets int64 ``[n]`` on the CPU: softmax over the whole vocabulary in fp32."""
     if states.device.type != "cpu":
-        parts = [torch.nn.functional.cross_entropy(answers.logits(states[here]).float(), targets[here].to(states.device), reduction="none") for here in _pieces((answers,), len(targets), chunk_bytes, states.device)]
-        return torch.cat(parts).double().cpu().numpy() if parts else np.zeros(0)
+        return _losses_in_torch(answers, states, targets, chunk_bytes)
     from qmerge.quality import fused
 
     state, wanted = fused.new_state(len(targets), fused.ONE_STATE), targets.numpy()
@@ -65,7 +64,16 @@ def answer_losses(answers: Answers, states: torch.Tensor, targets: torch.Tensor,
         for here, first, [logits] in _tiles((answers,), (states,), torch.arange(len(targets)), chunk_bytes):
             offset = here.start
             share(here, lambda part, a=logits, v=first, o=offset: fused.loss_tile(a[part.start - o : part.stop - o], v, wanted[part], state[part]))
-    return fused.losses(state)
+    found, finite = fused.losses(state)
+    rest = torch.from_numpy(np.flatnonzero(~finite))
+    found[~finite] = _losses_in_torch(answers, states[rest], targets[rest], chunk_bytes)
+    return found
+
+
+def _losses_in_torch(answers: Answers, states: torch.Tensor, targets: torch.Tensor, chunk_bytes: int) -> np.ndarray:
+    targets, pieces = targets.to(states.device), _pieces((answers,), len(targets), chunk_bytes, states.device)
+    parts = [torch.nn.functional.cross_entropy(answers.logits(states[here]).float(), targets[here], reduction="none") for here in pieces]
+    return torch.cat(parts).double().cpu().numpy() if parts else np.zeros(0)
 
 
 def _fused(models: tuple[Answers, Answers], flat: tuple[torch.Tensor, torch.Tensor], at: torch.Tensor, targets: torch.Tensor, chunk_bytes: int) -> dict[str, np.ndarray]:

@@ -19,13 +19,13 @@ from qmerge.quality.heads import compare_answers
 from qmerge.quality.reference import Answers
 from qmerge.store.texts import Windows
 
-BATCH_TOKENS = 2048
-"""tokens that run together; one window is always allowed"""
+BATCH_TOKENS, DEVICE_BATCH_TOKENS = 1024, 8192
+"""tokens that run together on a CPU (more do not fit its caches: measured), and on an accelerator; one window is always allowed"""
 LOGIT_BYTES = 64 * 2**20
 """fp32 logits of one model that a batch may hold instead, where a model's head is not its last step"""
 CHUNK_BYTES = 16 * 2**20
 """fp32 logits of one model that are turned into numbers at a time"""
-__all__ = ["TokenScores", "cluster_labels", "compare_logits", "divergence", "measure", "support_divergence"]
+__all__ = ["TokenScores", "batch_tokens", "cluster_labels", "compare_logits", "divergence", "measure", "support_divergence"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def measure(
     width, done = min(ref.width, cand.width), 0
     while done < len(windows):
         length = len(windows.ids[done])
-        size = LOGIT_BYTES // (4 * width * length) if ref.whole or cand.whole else BATCH_TOKENS // length
+        size = LOGIT_BYTES // (4 * width * length) if ref.whole or cand.whole else batch_tokens(device) // length
         batch = [i for i in range(done, min(done + max(1, size), len(windows))) if len(windows.ids[i]) == length]
         ids = torch.stack([windows.ids[i] for i in batch])
         on_device, key = ids.to(device, non_blocking=True), (id(windows), done, len(batch))
@@ -97,6 +97,10 @@ def measure(
     arrays = {name: np.concatenate(parts) for name, parts in rows.items()}
     js = arrays.pop("js")
     return TokenScores(**arrays, vocabulary_cut=width if ref.width != cand.width else 0, js=js[:0] if np.isnan(js).all() else js)
+
+
+def batch_tokens(device: str | torch.device) -> int:
+    return BATCH_TOKENS if torch.device(device).type == "cpu" else DEVICE_BATCH_TOKENS
 
 
 def _append(rows: dict[str, list[np.ndarray]], models: tuple[Answers, Answers], states: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor, scored: list, doc: list, first: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import log
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from qmerge.errors import Refused
 from qmerge.quality.heads import answer_losses
-from qmerge.quality.measure import BATCH_TOKENS, CHUNK_BYTES, LOGIT_BYTES, cluster_labels
+from qmerge.quality.measure import BATCH_TOKENS, CHUNK_BYTES, DEVICE_BATCH_TOKENS, LOGIT_BYTES, cluster_labels
 from qmerge.quality.metrics import json_metric
 from qmerge.quality.protocols import Plan
 from qmerge.quality.reference import Answers
@@ -57,22 +57,38 @@ class Perplexities:
 @torch.inference_mode()
 def window_losses(answers: Answers, plan: Plan, device: str | torch.device, progress: Progress | None = None) -> np.ndarray:
     """Per window the sum of its scored tokens' losses, nats, float64 ``[windows]``: fp32 log-softmax over the whole vocabulary, fp64 sums."""
-    sums, done, size = np.zeros(len(plan.ids)), 0, 1
-    while done < len(plan.ids):
-        length, first = len(plan.ids[done]), plan.first[done]
-        end = done + 1
-        while end < min(done + size, len(plan.ids)) and (len(plan.ids[end]), plan.first[end]) == (length, first):
-            end += 1
-        ids = torch.stack(plan.ids[done:end])
-        states = answers.states(ids[:, :-1].to(device))[:, first - 1 :]  # the last token predicts nothing that is scored
+    sums, done = np.zeros(len(plan.ids)), 0
+    if plan.ids:
+        answers.prepare(plan.ids[0][None].to(device))
+    on_cpu = torch.device(device).type == "cpu"
+    room = LOGIT_BYTES // (4 * answers.width) if answers.whole else BATCH_TOKENS if on_cpu else DEVICE_BATCH_TOKENS
+    for batch in _batches([len(ids) for ids in plan.ids], room):
+        # shorter ones are filled up behind their end, which nothing before it sees
+        ids = torch.nn.utils.rnn.pad_sequence([plan.ids[i] for i in batch], batch_first=True)
         if int(ids.max()) >= answers.width:
             raise Refused("a token of the text lies outside a model's vocabulary", expected=f"ids below {answers.width}", found=int(ids.max()))
-        losses = answer_losses(answers, states.flatten(0, 1), ids[:, first:].flatten(), CHUNK_BYTES)
-        sums[done:end] = losses.reshape(end - done, -1).sum(1)
-        done, size = end, max(1, LOGIT_BYTES // (4 * answers.width * length) if answers.whole else BATCH_TOKENS // length)
+        states = answers.states(ids[:, :-1].to(device))  # the last token predicts nothing that is scored
+        place = torch.arange(1, ids.shape[1])
+        scored = torch.stack([(place >= plan.first[i]) & (place < len(plan.ids[i])) for i in batch])
+        row, at = scored.nonzero(as_tuple=True)
+        losses = answer_losses(answers, states.flatten(0, 1)[(row * scored.shape[1] + at).to(states.device)], ids[:, 1:][scored], CHUNK_BYTES)
+        sums[batch] = np.bincount(row.numpy(), losses, len(batch))
+        done += len(batch)
         if progress:
             progress(done, len(plan.ids))
     return sums
+
+
+def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Windows of like length together (a quarter of the longest may be filling), as many as ``tokens`` allow and at least one."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and ((len(batch) + 1) * lengths[index] > tokens or lengths[batch[0]] < 0.75 * lengths[index]):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def metrics(plan: Plan, sums: np.ndarray, reference: np.ndarray) -> dict[str, Metric]:

@@ -12,7 +12,7 @@ from qmerge.errors import Refused, UsageProblem
 from qmerge.quality import local_tasks
 from qmerge.store.yamlfiles import BadYaml, read_yaml
 
-KEYS = {"tasks": list, "include_path": str, "limit": (int, float), "num_fewshot": int, "batch_size": int, "chat_template": bool}
+KEYS = {"tasks": list, "include_path": str, "limit": (int, float), "num_fewshot": int, "batch_size": (int, str), "chat_template": bool}
 TASK_KEYS = {"name": str, "num_fewshot": int, "metric": str, "cluster": str}
 
 
@@ -85,7 +85,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _top_faults(content: dict[str, Any], folder: Path) -> list[str]:
     faults = [f"unknown key {key!r}" for key in content if key not in KEYS]
     faults += [f"{k} has the wrong type: {repr(v)[:120]}" for k, v in content.items() if k in KEYS and not _typed(v, KEYS[k])]
-    faults += [f"{k} must be above 0" for k in ("limit", "batch_size") if _typed(content.get(k), KEYS[k]) and content[k] <= 0]
+    faults += [f"{k} must be above 0" for k in ("limit", "batch_size") if _typed(content.get(k), (int, float)) and content[k] <= 0]
+    if isinstance(content.get("batch_size"), str) and content["batch_size"] != "auto":
+        faults.append("batch_size must be a number or auto")
     if isinstance(content.get("include_path"), str) and not _is_folder(folder / content["include_path"]):
         faults.append(f"include_path {content['include_path']!r} is no folder beside the suite")
     return faults

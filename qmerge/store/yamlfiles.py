@@ -75,14 +75,24 @@ def _measure(node: yaml.Node, known: dict[int, int | None], depth: int) -> int:
     known[id(node)] = None
     size = 1
     if isinstance(node, yaml.MappingNode):
-        _check_keys(node)
         size += sum(_measure(part, known, depth + 1) for pair in node.value for part in pair)
+        _check_keys(node)
+    elif isinstance(node, yaml.ScalarNode):
+        node.value = _whole(node.value)
     elif isinstance(node, yaml.SequenceNode):
         size += sum(_measure(part, known, depth + 1) for part in node.value)
     if size > MAX_VALUES:
         raise BadYaml(f"it stands for more than {MAX_VALUES} values")
     known[id(node)] = size
     return size
+
+
+def _whole(text: str) -> str:
+    """JSON spells a character beyond 16 bits as two escapes, of which PyYAML makes two halves."""
+    try:
+        return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        raise BadYaml("it holds half a character") from None
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[0] = str(HERE.parent)  # not this folder: its names are those of readers
+if __name__ == "__main__":
+    sys.path[0] = str(HERE.parent)  # not this folder: its names are those of readers
 
 from fuzz.run import READERS  # noqa: E402
 

@@ -17,7 +17,8 @@ from types import FrameType, ModuleType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[0] = str(HERE.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(HERE.parent)  # not this folder: its names are those of readers
 
 from fuzz.run import READERS, Count, corpus, limit_memory, load, quiet  # noqa: E402
 

@@ -15,7 +15,7 @@ BLOCK = b"a: 1\nb:\n  - x\n  - {c: d}\ne: >\n  folded\n  text\nf: &anchor [1, 2]
 
 def documents(*values: Any) -> Seeds:
     """Each value as JSON, which is YAML, to be accepted; and what every reader of YAML has to survive."""
-    return Seeds(tuple(json.dumps(value).encode() for value in values), (BLOCK, b"", b"%YAML 1.1\n---\n{}\n", b"--- {}\n--- {}\n", "\ufeff{}".encode("utf-16"), *(text.encode() for text in bending.YAML_ONLY)))
+    return Seeds(tuple(json.dumps(value).encode() for value in values), (BLOCK, b"", b'{"a": "\\ud800"}', b"%YAML 1.1\n---\n{}\n", b"--- {}\n--- {}\n", "\ufeff{}".encode("utf-16"), *(text.encode() for text in bending.YAML_ONLY)))
 
 
 def mutator(words: Sequence[str]) -> Callable[[bytes, Random], bytes]:

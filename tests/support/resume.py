@@ -93,5 +93,5 @@ class Jobs:
         self.reference(fmt)
         return self._seconds[fmt]
 
-    def last_words(self) -> str:
-        return self.log.read_text(errors="replace")[-3000:]
+    def last_words(self, most: int = 3000) -> str:
+        return self.log.read_text(errors="replace")[-most:] if self.log.exists() else ""

@@ -1,0 +1,104 @@
+"""``--compute``: products of the calibration text in bf16 must cost nothing that can be measured, and be said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles.dequantized import divergence, load_public, logits, separate_model
+
+from qmerge.device import pick_compute
+from qmerge.numerics.curvature import Curvature
+from qmerge.numerics.hessian import Statistics
+from qmerge.numerics.products import add_product
+from qmerge.store.manifest import read_manifest
+
+CPU = torch.device("cpu")
+
+
+def factors() -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16 ``[k, m]``, ``[k, n]``; some columns a hundred times as large as others, as activations are."""
+    draw = torch.Generator().manual_seed(0)
+    return tuple((torch.randn(700, width, generator=draw) * torch.exp(1.5 * torch.randn(width, generator=draw))).bfloat16() for width in (96, 130))
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> float:
+    """The largest error of an element, in units of the lengths of the two columns that make it."""
+    return float(((found.double() - wanted) / (left.double().norm(dim=0)[:, None] * right.double().norm(dim=0))).abs().max())
+
+
+def test_a_sum_of_bf16_products_is_an_fp32_sum():
+    """A product that is rounded to bf16 before it is added: H is then not the sum of any inputs, and may not be positive."""
+    left, right = factors()
+    wanted, start = left.double().T @ right.double(), torch.zeros(96, 130)
+    exact, rounded = start.clone(), start.clone()
+    add_product(exact, left.T, right)
+    add_product(rounded, left.T, right, exact=False)
+    assert error(exact, wanted, left, right) < 2**-16
+    assert 2**-14 < error(rounded, wanted, left, right) < 2**-8
+
+
+def test_statistics_hold_differences_of_what_was_not_rounded_yet():
+    """x̃ - x taken between rounded values: at one part in five hundred, half of it would be rounding."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(4000, 40, generator=draw)
+    teacher = x + 0.002 * x.roll(1, dims=1)
+    found = Statistics(40, compute=torch.bfloat16)
+    found.add(x, teacher)
+    wanted = (teacher - x).double().T @ x.double() / len(x)
+    assert float((found.drift - wanted).norm() / wanted.norm()) < 0.01
+    wanted = x.double().T @ x.double() / len(x)
+    assert float((found.hessian - wanted).norm() / wanted.norm()) < 0.002
+
+
+def test_curvatures_take_both_kinds_of_gradients():
+    """A hook that gets bf16 gradients and multiplies them in bf16 sums."""
+    gradient = factors()[0]
+    sums = [Curvature(96, 64), Curvature(96, 64)]
+    for curvature, given in zip(sums, (gradient, gradient.float()), strict=True):
+        for part in given.split(100):
+            curvature.add(part)
+    for low, full in zip(*(curvature.blocks for curvature in sums), strict=True):
+        assert low.dtype == torch.float32
+        assert float((low - full).norm() / full.norm()) < 0.005
+
+
+@pytest.mark.parametrize("kind", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
+def test_a_checkpoint_made_in_bf16_is_about_as_good(zoo, written, kind):
+    """Rounding of activations that gets into scales, shifts or codes: the checkpoint would be further from base + adapter than one made in fp32."""
+    reference = separate_model(zoo.float(kind), zoo.nf4(kind), zoo.adapter(kind))
+    ids = torch.randint(3, 200, (16, 64), generator=torch.Generator().manual_seed(5))
+    told, wanted = {}, logits(reference, ids)
+    for compute in ("fp32", "mixed", "bf16"):
+        out, _ = written(kind, "gptq", "--compute", compute)
+        assert read_manifest(out)["recipe"]["compute"] == compute
+        told[compute] = divergence(wanted, logits(load_public(str(out)), ids))
+    assert told["mixed"] < 1.03 * told["fp32"] and told["bf16"] < 1.1 * told["fp32"], told
+
+
+def test_bits_do_not_depend_on_threads_in_bf16(written):
+    """A library that splits a bf16 sum over its threads."""
+    files = []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            out, _ = written("llama", "gptq", "--compute", "bf16", fresh=True)
+        finally:
+            torch.set_num_threads(before)
+        files.append((out / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_auto_is_settled_and_said(written):
+    """A manifest that says auto: nobody could make the file again on another machine."""
+    assert pick_compute("fp32", CPU) == "fp32" and pick_compute("bf16", CPU) == "bf16"
+    assert pick_compute("auto", torch.device("cuda")) == "mixed"
+    out, _ = written("llama", "gptq")
+    assert read_manifest(out)["recipe"]["compute"] in ("fp32", "mixed")
+
+
+def test_another_word_is_refused(zoo, cli, tmp_path):
+    """fp16, say, taken for fp32."""
+    answer = cli("merge", "--base", zoo.nf4("llama"), "--adapter", zoo.adapter("llama"), "--out", tmp_path / "out", "--calibration", zoo.calibration, "--compute", "fp16")
+    assert answer.code == 2 and "--compute fp16: expected auto, fp32, mixed, bf16" in answer.err
+    assert not (tmp_path / "out").exists()

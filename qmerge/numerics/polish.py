@@ -22,9 +22,9 @@ class Lean:
     In one linear that is small beside the rest; over the blocks it adds up, because it has one direction.
     """
 
-    def __init__(self, delta: torch.Tensor, hessian: torch.Tensor) -> None:
-        """``delta`` ΔW fp32 ``[out, in]``, ``hessian`` ``[in, in]``."""
-        self.delta, self.seen = delta, delta @ hessian
+    def __init__(self, delta: torch.Tensor, hessian: torch.Tensor, raised: float = 0.0) -> None:
+        """``delta`` ΔW fp32 ``[out, in]``, ``hessian`` ``[in, in]``, which may have λ = ``raised`` on its diagonal: that does not count."""
+        self.delta, self.seen = delta, (delta @ hessian).sub_(delta, alpha=raised)
         self.size = (self.seen * delta).sum(1, keepdim=True)
         """the effect's size ``<ΔW, ΔW>_H``, ``[out, 1]``"""
 

@@ -24,7 +24,8 @@ FACTOR_BYTES = 2**30
 class Known:
     """The statistics of a group as matrices, and H factored at each damping that is asked for, once where a few factors fit."""
 
-    def __init__(self, train: Statistics, held_out: Statistics, by_activation: bool, chosen_damp: bool) -> None:
+    def __init__(self, train: Statistics, held_out: Statistics, by_activation: bool, chosen_damp: bool, spent: bool = False) -> None:
+        """``spent``: nobody needs the sums afterwards."""
         self.train, self.held_out, self.by_activation = train, held_out, by_activation
         self.hessian, self.seen, self.residual = train.hessian, held_out.hessian, train.residual  # asked for here, before threads do: this turns sums into means
         self.drifts = any(bool(rows.any()) for rows in train.drift.split(STRIP))
@@ -33,7 +34,8 @@ class Known:
         self.damps = DAMPS if chosen_damp else (self.usual,)
         self._keep = len(self.damps) == 1 or len(self.damps) * self.hessian.numel() * 4 <= FACTOR_BYTES
         self._factors: dict[float, Factor] = {}
-        self._damped: tuple[float, torch.Tensor] | None = None
+        self._damped: tuple[float, torch.Tensor, float] | None = None
+        self._in_place = spent and len(self.damps) == 1 and self.hessian.device.type == "cpu"
 
     def factor(self, damp: float) -> Factor:
         if damp in self._factors:
@@ -43,12 +45,16 @@ class Known:
             self._factors[damp] = found
         return found
 
-    def damped(self, damp: float) -> torch.Tensor:
-        """H + λI as it was factored; the last one is kept."""
+    def damped(self, damp: float) -> tuple[torch.Tensor, float]:
+        """(H + λI as it was factored, λ); the last one is kept. Where nobody needs H any more, H becomes it."""
         if self._damped is None or self._damped[0] != damp:
             self._damped = None
-            self._damped = damp, damped(self.hessian, self.factor(damp).damp)
-        return self._damped[1]
+            level = self.factor(damp).damp
+            raised = level * float(torch.diagonal(self.hessian).double().mean())
+            if self._in_place:
+                self.hessian.diagonal().add_(raised)
+            self._damped = damp, self.hessian if self._in_place else damped(self.hessian, level), raised
+        return self._damped[1:]
 
     def moved(self, weight: torch.Tensor) -> torch.Tensor | None:
         """``W D`` fp32 ``[out, in]``, where that is no larger than D itself: once all linears have theirs, D can go. Decided linear by linear, so it is the same for any number of ranks."""

@@ -26,7 +26,7 @@ STATISTICS = 16
 FACTORING, FACTOR = 12, 4
 """of inputs squared, in passing: the damped Hessian in fp64, in which it is factored and inverted (numerics.hessian.factor), and the factor in fp32; the factor stays"""
 DAMPED = 4
-"""of inputs squared: H + λI (known.Known)"""
+"""of inputs squared: H + λI (known.Known), on an accelerator beside H, on a CPU in its place"""
 RUNNING = 62
 """of the elements of a linear's rows that go through all turns together: target, goal, grid, values and their product with H (rows.solve_rows)"""
 TURNS = 5
@@ -193,14 +193,13 @@ def _blocks(work: Workload, pending: dict[str, int]) -> list[Phase]:
         "a pass forwards": passing, "blocks in fp32": FP32 * work.block * (3 if several else 1),
     }
     found = [_phase("entering a block", host | {"codes": work.solved if several else 0}, entering)]
-    before = {"the block before": 5 * work.solved if several else 0}
     solved, best = 0, None
     for group in work.groups:
         solved += group.elements * group.copies
-        weights = FP32 * work.block + solved * (FP32 + 1 + (FP32 if group.edited else 0) + (1 if work.base_4bit else 0)) - FP32 * group.elements
+        weights = FP32 * work.block + solved * (FP32 + 1) + group.elements * ((FP32 if group.edited else 0) + (1 if work.base_4bit else 0) - FP32)
         tokens = work.train * work.tokens if taped else together * batch
         moving = FP32 * tokens * (group.inputs + (work.hidden if group.writer else 0)) + (0 if taped else passing)
-        parts = held | before | {"two streams of hidden states": (3 if taped else 2) * hidden, "inputs of linears": once + walked, "a block in fp32, its deltas and codes": weights}
+        parts = held | {"two streams of hidden states": (3 if taped else 2) * hidden, "inputs of linears": once + walked, "a block in fp32, its codes, deltas of a group": weights}
         here = _phase("solving", host, parts | _group(work, group, moving))
         if best is None or here.ram(False) > best.ram(False):
             best = here
@@ -236,7 +235,7 @@ def _solving(work: Workload, group: Linears) -> dict[str, int]:
     width = work.curvature_width if work.curvature_tokens and group.copies == 1 and group is not work.head else 0
     coupled = sum(out * min(out, width) for out in group.outputs)
     side = sorted(group.outputs, reverse=True)[: 1 if work.accelerator else work.threads]
-    solving = aims + (FACTOR + DAMPED) * squares + group.elements * (grids + TURNS) + COUPLING * coupled
+    solving = aims + (FACTOR + (DAMPED if work.accelerator else 0)) * squares + group.elements * (grids + TURNS) + COUPLING * coupled
     rows = sum(FINISHING * out * group.inputs for out in side)
     rows = max(rows, RUNNING * _running(work, group, width), sum(COUPLING_FACTORING * min(out, width) ** 2 for out in side))
     return _largest(({"statistics": known, "what outputs should be": aims}, {"statistics": left, "what outputs should be": aims, "factoring": FACTORING * squares}, {"statistics": left, "solving the largest group": solving + rows}))
@@ -246,7 +245,8 @@ def _running(work: Workload, group: Linears, width: int) -> int:
     """Elements of the rows that threads solve side by side (requantize._Job.stretches)."""
     if work.accelerator:
         return max(group.outputs) * group.inputs
-    stretch = [min(out * group.inputs, max(STRETCH + min(out, width) * group.inputs, group.inputs)) for out in group.outputs]
+    wide = width * group.inputs
+    stretch = [min(out * group.inputs, max(wide if wide >= STRETCH else STRETCH + wide, group.inputs)) for out in group.outputs]
     return min(group.elements, work.threads * max(stretch))
 
 

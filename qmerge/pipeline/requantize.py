@@ -111,7 +111,7 @@ def requantize_group(
     what the held-out tokens chose, and polished.
     """
     steps = steps or Steps()
-    known = Known(train, held_out, steps.act_order, steps.chosen_damp)
+    known = Known(train, held_out, steps.act_order, steps.chosen_damp, spent)
     device = known.hessian.device
     jobs = in_parallel(lambda linear: _Job(linear, known), linears, device)
     if spent and all(job.apart for job in jobs):

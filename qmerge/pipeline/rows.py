@@ -43,16 +43,17 @@ def solve_rows(job: _Job, rows: slice, known: Known, steps: Steps) -> Rows:
     Which turn is kept is decided for the whole linear. Block maxima of code books are not refitted: that lowered KL and cost retention on a small adapter, and lowered neither on a strong one.
     """
     damp, number, shift = job.choice
-    level, matrix, option = known.factor(damp), known.damped(damp), job.options[number].some(rows)
+    level, option = known.factor(damp), job.options[number].some(rows)
+    matrix, raised = known.damped(damp)
     weight, judge = job.linear.merged[rows], job.judge(known, rows)
     coupling = None if job.coupling is None else job.coupling.part(rows)
     delta = job.linear.delta[rows] if job.linear.delta is not None and steps.lean else None
-    there, judged = (None, None) if delta is None else (Lean(delta, known.hessian), Lean(delta, known.seen))
+    there, judged = (None, None) if delta is None else (Lean(delta, matrix, raised), Lean(delta, known.seen))
     target = aim(weight, known.shifts(job, level, rows, bool(shift[0]), bool(shift[1])), *shift)
     codes = gptq.solve(target, level, option.element) if coupling is None else coupled.solve(target, level, option.element, coupling)
     found = Rows()
     found.add(codes, option, judge, judged)
-    goal, raised = target, level.damp * float(torch.diagonal(known.hessian).double().mean())
+    goal = target
     pull: torch.Tensor | None = None
     fitting = steps.refit and option.storable is not None and option.element.levels is None
     way = descend if coupling is None else partial(coupled.descend, coupling=coupling)

@@ -132,8 +132,9 @@ def requantize_blocks(
                 for module, turned, result in zip(group.modules, conv, found, strict=True):
                     set_weight(pair.runtime, f"{module}.weight", result.weight.T.contiguous() if turned else result.weight)
                 solved |= dict(zip(names, found, strict=True))
-                alone |= {module: linear for linear in linears for name, module, *_ in rows if name == linear.name}
-            if again := bool(alone) and "blocks" in plan.recipe.polish:
+                if "blocks" in plan.recipe.polish:
+                    alone |= {module: linear for linear in linears for name, module, *_ in rows if name == linear.name}
+            if again := bool(alone):
                 record = {"block": index} | pair.tune(solved, alone, skeleton.linears, model_dtype)
                 if tuned is not None:
                     tuned.append(record)

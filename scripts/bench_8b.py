@@ -30,7 +30,8 @@ import sys
 from qmerge.pipeline import gradients
 gradients.CURVATURE_BYTES = int(gradients.CURVATURE_BYTES * float(sys.argv[1]))  # as narrow as in the whole model
 from qmerge.cli.main import main
-sys.exit(main(sys.argv[2:]))
+sys.argv = ["qmerge", *sys.argv[2:]]
+sys.exit(main())
 """
 
 

@@ -69,7 +69,7 @@ def test_no_finite_candidate_is_an_error():
     """Held-out sums that overflowed decide nothing: the first grid taken without damping and without a word."""
     base, delta, stored, mix = _linear()
     train, held_out = _statistics(mix, 400, 1), _statistics(mix, 100, 2)
-    held_out._open[0].fill_(float("nan"))
+    held_out.hessian.fill_(float("nan"))
     with pytest.raises(CheckFailed, match="held-out"):
         requantize_group([Linear("w", base + delta, stored, delta)], Grid("nf4", 4, 64, True, False), train, held_out, torch.float32)
 

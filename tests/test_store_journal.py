@@ -33,6 +33,7 @@ def test_round_trip(journal):
     assert facts == FACTS == journal.facts("unit-3") and list(found) == list(tensors())
     for name, tensor in tensors().items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        assert torch.equal(journal.later("unit-3")[1][name](), tensor)
 
 
 def test_any_flipped_bit_makes_a_record_absent(journal, tmp_path):
@@ -41,10 +42,10 @@ def test_any_flipped_bit_makes_a_record_absent(journal, tmp_path):
     raw = (tmp_path / "unit-0").read_bytes()
     for place in range(len(raw)):
         (tmp_path / "unit-0").write_bytes(raw[:place] + bytes([raw[place] ^ (1 << place % 8)]) + raw[place + 1 :])
-        assert journal.get("unit-0") is None, place
+        assert journal.get("unit-0") is None and journal.later("unit-0") is None, place
     for length in range(len(raw)):
         (tmp_path / "unit-0").write_bytes(raw[:length])
-        assert journal.get("unit-0") is None, length
+        assert journal.get("unit-0") is None and journal.later("unit-0") is None, length
     (tmp_path / "unit-0").write_bytes(raw + b"x")
     assert journal.get("unit-0") is None
 

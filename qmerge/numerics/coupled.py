@@ -6,7 +6,7 @@ with GPTQ's own feed-back over columns. Coordinate descent then goes over rows a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,8 +14,9 @@ from qmerge.errors import CheckFailed
 from qmerge.numerics import gptq
 from qmerge.numerics.curvature import Curvature
 from qmerge.numerics.gptq import ElementGrid
-from qmerge.numerics.hessian import Factor, inverse_root
+from qmerge.numerics.hessian import Factor
 from qmerge.numerics.polish import damped
+from qmerge.numerics.triangles import inverse_root
 
 TILE = 32
 """rows that a compiled loop takes together; it changes speed, and the result only by rounding"""
@@ -42,6 +43,13 @@ class Coupling:
 
     def __init__(self, curvature: Curvature, device: torch.device | str = "cpu") -> None:
         self.parts = [_rows(span, metric) for span, metric in zip(curvature.spans(), curvature.damped(device), strict=True)]
+
+    def part(self, rows: slice) -> Coupling:
+        """That of some rows, counted from their first: whole blocks."""
+        found = object.__new__(Coupling)
+        inside = [part for part in self.parts if rows.start <= part.span.start and part.span.stop <= rows.stop]
+        found.parts = [replace(part, span=slice(part.span.start - rows.start, part.span.stop - rows.start)) for part in inside]
+        return found
 
     def weigh(self, error: torch.Tensor) -> torch.Tensor:
         """``G E`` for ``error`` fp32 ``[out, in]``."""
@@ -126,13 +134,13 @@ def _round_tile(target: torch.Tensor, factor: Factor, grid: ElementGrid, feed: t
     return found.T.contiguous(), left.T.contiguous()
 
 
-def descend(codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, coupling: Coupling, sweeps: int = 1, tile: int | None = None, pull: torch.Tensor | None = None) -> torch.Tensor:
+def descend(codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, coupling: Coupling, sweeps: int = 1, tile: int | None = None, pull: torch.Tensor | None = None, matrix: torch.Tensor | None = None) -> torch.Tensor:
     """Codes uint8 ``[out, in]`` after up to ``sweeps`` passes over the rows that lower ``tr(G E (H + λI) Eᵀ)``, ``E = Q - target``; each row is swept three times.
 
     ``damp`` = λ / mean(diag H). Elsewhere than on a CPU, or where ``tile`` is given, the rows of a tile move together, and keep their move only where it lowers the sum.
-    ``pull``: E (H + λI) of ``codes`` where it is known; that of the result when this returns.
+    ``pull``: E (H + λI) of ``codes`` where it is known; that of the result when this returns. ``matrix``: H + λI where it is there already.
     """
-    matrix = damped(hessian, damp)
+    matrix = damped(hessian, damp) if matrix is None else matrix
     current = gptq.values(codes, grid)
     pull = (current - target) @ matrix if pull is None else pull
     codes = codes.clone()

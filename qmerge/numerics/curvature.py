@@ -8,6 +8,7 @@ Fisher information, the curvature of the KL. With ``H = E[x xᵀ]`` it makes the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +59,10 @@ class Curvature:
             return Curvature(self.outputs, self.width, [torch.zeros(block.shape, dtype=torch.bfloat16) for block in self.blocks])
         return Curvature(self.outputs, self.width, [(block / mean).to(torch.bfloat16).cpu() for block in self.blocks])
 
+    def near(self) -> Curvature:
+        """Itself: it is in memory."""
+        return self
+
     def damped(self, device: torch.device | str = "cpu") -> list[torch.Tensor]:
         """fp32 ``G + λI`` block by block, symmetric, in units in which the mean of G's diagonal is 1. Where nothing was seen, the identity: rows are independent."""
         found = []
@@ -67,3 +72,20 @@ class Curvature:
             full.diagonal().add_(DAMP)
             found.append(full)
         return found
+
+
+@dataclass(frozen=True)
+class Distant:
+    """A packed `Curvature` that lies on a disk: ``outputs`` and ``width`` as there, ``readers`` give one of its ``blocks`` each."""
+
+    outputs: int
+    width: int
+    readers: tuple[Callable[[], torch.Tensor], ...]
+
+    @property
+    def blocks(self) -> list[torch.Tensor]:
+        return [read() for read in self.readers]
+
+    def near(self) -> Curvature:
+        """In memory."""
+        return Curvature(self.outputs, self.width, self.blocks)

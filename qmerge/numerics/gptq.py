@@ -36,7 +36,7 @@ class ElementGrid:
 
     def take(self, order: torch.Tensor) -> ElementGrid:
         """The grid with its columns in another order."""
-        return ElementGrid(self.scale[order], None if self.zero is None else self.zero[order], self.top, self.levels)
+        return ElementGrid(self.scale[order].contiguous(), None if self.zero is None else self.zero[order].contiguous(), self.top, self.levels)
 
     def columns(self, span: slice) -> ElementGrid:
         """Some columns of the weight, as views."""

@@ -14,11 +14,10 @@ import torch
 from qmerge.device import in_parallel
 from qmerge.errors import CheckFailed
 from qmerge.numerics.products import add_product
+from qmerge.numerics.triangles import invert_flipped_
 
 STRIP = 512
 """rows of a sum that are formed together: a product of few rows spends its time on bringing the other factor into shape"""
-LEAF = 128
-"""columns of a triangular matrix that are inverted by substitution"""
 SLOTS = 16
 """A sum over batches is formed in at most so many partial sums of consecutive batches, which are then added in order. So the bits do not depend on how many processes share the batches:
 each forms whole partial sums, up to ``SLOTS`` of them at work. More would cost communication, one matrix each."""
@@ -34,58 +33,62 @@ class Statistics:
     """Running sums of one group of linears that share an input; ``hessian`` etc. return means.
 
     ``hessian`` ``E[x xᵀ]`` ``[in, in]``, ``drift`` ``E[(x̃ - x) xᵀ]`` ``[in, in]``, ``residual[module]`` ``E[r xᵀ]`` ``[out, in]``. fp32.
-    Call `add` in a fixed order: the same order gives the same bits.
+    Call `add` in a fixed order: the same order gives the same bits. The first mean that is asked for turns the sums into means where they lie; nothing can be added from then on.
     """
 
     features: int
     device: torch.device | str = "cpu"
     tokens: int = 0
     outputs: int = 0
-    """rows of the residual's product, where that is known to be summed"""
+    """rows of the residual's product, where that is summed"""
     compute: torch.dtype = torch.float32
     """what factors are rounded to before they are multiplied; products are summed in fp32"""
-    _open: list[torch.Tensor | None] = field(init=False, repr=False)
-    """H (its lower half), D and R of the slot that is being summed"""
-    _closed: list[torch.Tensor | None] = field(init=False, repr=False)
-    """those of the slots before it; None where there was none yet"""
+    _open: list[torch.Tensor | None] = field(default_factory=lambda: [None] * 3, init=False, repr=False)
+    """H (its lower half), D and R of a slot that is not complete; None while there is none"""
+    _closed: list[torch.Tensor | None] = field(default_factory=lambda: [None] * 3, init=False, repr=False)
+    """those of the slots before it"""
     _slot: int | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._open = [torch.zeros(self.features, self.features, device=self.device), torch.zeros(self.features, self.features, device=self.device), None]
-        if self.outputs:
-            self._open[2] = torch.zeros(self.outputs, self.features, device=self.device)
-        self._closed = [None, None, None]
+    _means: bool = field(default=False, init=False, repr=False)
 
     def add(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None = None) -> None:
         """``runtime`` and ``teacher`` are ``[tokens, in]``; ``residual`` is ``[tokens, out]`` or None."""
         self.add_all([(runtime, teacher, residual)])
 
-    def add_all(self, parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], slots: Sequence[int] | None = None) -> None:
+    def add_all(self, parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], slots: Sequence[int] | None = None, complete: bool = False) -> None:
         """`add` for several batches at once: strips of the sums side by side, each by one thread, the batches in their order, so the bits are those of one after the other.
-        ``slots``: that each batch belongs to, never falling; without them all are summed in one go."""
+        ``slots``: that each batch belongs to, never falling; without them all are summed in one go. ``complete``: the last slot gets no more batches, so none of it needs to be held beside
+        the sum of those before it."""
         if not parts:
             return
+        if self._means:
+            raise ValueError("sums that were turned into means take no more batches")
         slots = slots if slots is not None else [0] * len(parts)
         self._slot = slots[0] if self._slot is None else self._slot
-        batches = in_parallel(lambda part: self._factors(*part), parts, self._open[0].device)
-        if batches[0][2] is not None and self._open[2] is None:
-            self._open[2] = torch.zeros(batches[0][2].shape[1], self.features, device=self.device)
-        if slots[-1] != self._slot:
-            self._closed = [torch.zeros_like(total) if total is not None and closed is None else closed for total, closed in zip(self._open, self._closed, strict=True)]
+        batches = in_parallel(lambda part: self._factors(*part), parts, torch.device(self.device))
+        self.outputs = self.outputs or (0 if batches[0][2] is None else batches[0][2].shape[1])
+        if complete or slots[-1] != self._slot:
+            self._closed = self._filled(self._closed)
+        if not complete:
+            self._open = self._filled(self._open)
 
         def strip(job: tuple[int, slice, slice]) -> None:
             which, rows, columns = job
             total, closed, slot = self._open[which], self._closed[which], self._slot
+            total = total[rows, columns] if total is not None else torch.zeros(rows.stop - rows.start, columns.stop, device=self.device)
             for batch, its in zip(batches, slots, strict=True):
                 if its != slot:
-                    closed[rows, columns].add_(total[rows, columns])
-                    total[rows, columns].zero_()
+                    closed[rows, columns].add_(total)
+                    total.zero_()
                     slot = its
                 if batch[which] is not None:
-                    add_product(total[rows, columns], batch[which][:, rows].T, batch[0][:, columns], exact=which == 0)
+                    add_product(total, batch[which][:, rows].T, batch[0][:, columns], exact=which == 0)
+            if complete:
+                closed[rows, columns].add_(total)
 
-        in_parallel(strip, self._strips(), self._open[0].device)
+        in_parallel(strip, self._strips(), torch.device(self.device))
         self._slot = slots[-1]
+        if complete:
+            self._open, self._slot = [None] * 3, None
         self.tokens += sum(batch[0].shape[0] for batch in batches)
 
     def _factors(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -94,42 +97,71 @@ class Statistics:
         rows = runtime, None if same else teacher.float() - runtime.float(), residual
         return tuple(None if row is None else row.to(self.compute) for row in rows)
 
+    def _filled(self, sums: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Zeros where nothing is yet."""
+        rows = (self.features, self.features, self.outputs)
+        return [torch.zeros(count, self.features, device=self.device) if total is None and count else total for total, count in zip(sums, rows, strict=True)]
+
     def _strips(self) -> list[tuple[int, slice, slice]]:
         """(which sum, rows, columns) of what has to be summed."""
         found = []
-        for which, total in enumerate(self._open):
-            for start in range(0, 0 if total is None else total.shape[0], STRIP):
-                rows = slice(start, min(start + STRIP, total.shape[0]))
-                found.append((which, rows, slice(0, rows.stop) if which == 0 else slice(None)))  # H is symmetric
+        for which, count in enumerate((self.features, self.features, self.outputs)):
+            for start in range(0, count, STRIP):
+                rows = slice(start, min(start + STRIP, count))
+                found.append((which, rows, slice(0, rows.stop if which == 0 else self.features)))  # H is symmetric
         return found
 
     def strips(self) -> list[torch.Tensor]:
         """Views of all that is summed, always in the same order: two sums are added by adding these."""
         self.close()
-        return [self._open[which][rows, columns] for which, rows, columns in self._strips()]
+        return [self._closed[which][rows, columns] for which, rows, columns in self._strips()]
 
     def close(self) -> None:
         """All batches are there: the last slot is added to those before it, which frees half of the memory. Means do this themselves."""
-        if self._closed[0] is not None:
-            self._open = [total if closed is None else closed.add_(total) for total, closed in zip(self._open, self._closed, strict=True)]
-            self._closed = [None, None, None]
+        pairs = zip(self._open, self._closed, strict=True)
+        self._closed = [total if closed is None else closed if total is None else closed.add_(total) for total, closed in pairs]
+        self._open, self._slot = [None] * 3, None
+        if not self._means:
+            self._closed = self._filled(self._closed)
+
+    def _mean(self, which: int) -> torch.Tensor | None:
+        if not self._means:
+            self.close()
+            count = max(self.tokens, 1)
+            for total in self._closed:
+                if total is not None:
+                    total.div_(count)
+            _mirror_(self._closed[0])
+            self._means = True
+        return self._closed[which]
 
     @property
     def hessian(self) -> torch.Tensor:
         """Both halves, from the lower one."""
-        self.close()
-        lower = torch.tril(self._open[0]) / max(self.tokens, 1)
-        return lower + torch.tril(lower, -1).T
+        return self._mean(0)
 
     @property
-    def drift(self) -> torch.Tensor:
-        self.close()
-        return self._open[1] / max(self.tokens, 1)
+    def drift(self) -> torch.Tensor | None:
+        """None once it is forgotten."""
+        return self._mean(1)
 
     @property
     def residual(self) -> torch.Tensor | None:
-        self.close()
-        return None if self._open[2] is None else self._open[2] / max(self.tokens, 1)
+        return self._mean(2)
+
+    def forget_drift(self) -> None:
+        """Free D, once all that is needed of it has been multiplied."""
+        self._mean(1)
+        self._closed[1] = None
+
+
+def _mirror_(lower: torch.Tensor) -> None:
+    """The upper half becomes the lower one's, a strip at a time."""
+    for start in range(0, lower.shape[0], STRIP):
+        rows = slice(start, min(start + STRIP, lower.shape[0]))
+        lower[:start, rows] = lower[rows, :start].T
+        square = torch.tril(lower[rows, rows])
+        lower[rows, rows] = square + torch.tril(square, -1).T
 
 
 @dataclass(frozen=True)
@@ -160,39 +192,23 @@ def factor(hessian: torch.Tensor, damp: float, by_activation: bool = True) -> Fa
     """Factor ``H + λI`` with columns in descending order of diag(H) (or, not ``by_activation``, as they are), in fp64. A failure raises λ tenfold, and
     the result says so in ``damp``.
 
-    H is taken apart from its last column to its first (H = R Rᵀ, R upper triangular), so U is R⁻¹ and no inverse of H is formed. Raises `CheckFailed`
-    for a Hessian that is not finite.
+    One matrix in fp64 and the result are all that is held. Raises `CheckFailed` for a Hessian that is not finite.
     """
-    if not torch.isfinite(hessian).all():
+    if not all(bool(torch.isfinite(rows).all()) for rows in hessian.split(STRIP)):
         raise CheckFailed("the calibration activations are not finite", fix="check the base and the adapter for NaN or overflow")
     diagonal = torch.diagonal(hessian)
     order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else torch.arange(len(diagonal), device=diagonal.device)
-    mean = float(diagonal.double().mean())
-    matrix = hessian[order][:, order].double()
+    mean, back = float(diagonal.double().mean()), order.flip(0)
+    work = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
     for attempt in range(8):
         level = damp * 10**attempt
-        damped = matrix.clone()
-        damped.diagonal().add_(level * mean if mean > 0 else 1.0)
-        upper = inverse_root(damped)
-        if upper is not None:
-            return Factor(order, upper.float(), level)
+        for rows, part in zip(back.split(STRIP), work.split(STRIP), strict=True):
+            part.copy_(hessian[rows][:, back])
+        work.diagonal().add_(level * mean if mean > 0 else 1.0)
+        if invert_flipped_(work):
+            upper = torch.empty_like(hessian)
+            for start in range(0, len(upper), STRIP):
+                stop = min(start + STRIP, len(upper))
+                upper[start:stop] = work[:, len(upper) - stop : len(upper) - start].T.flip(0, 1)  # what flip gives is a copy
+            return Factor(order, upper, level)
     raise CheckFailed("the calibration Hessian could not be factored", found=f"damping up to {damp * 10**7:g} × mean(diag)")
-
-
-def inverse_root(matrix: torch.Tensor) -> torch.Tensor | None:
-    """Upper triangular U with ``UᵀU = M⁻¹`` for symmetric ``matrix`` M ``[n, n]``, in its dtype; None where M is not positive definite."""
-    cholesky, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-    return _inverse_upper(cholesky.flip(0, 1).contiguous()) if int(info) == 0 else None
-
-
-def _inverse_upper(upper: torch.Tensor) -> torch.Tensor:
-    """The inverse of an upper triangular matrix, by halves: two products a level, and no work on zeros."""
-    size = upper.shape[0]
-    if size <= LEAF:
-        return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True)
-    half = size // 2
-    first, last = _inverse_upper(upper[:half, :half]), _inverse_upper(upper[half:, half:])
-    result = torch.zeros_like(upper)
-    result[:half, :half], result[half:, half:] = first, last
-    result[:half, half:] = -(first @ upper[:half, half:]) @ last
-    return result

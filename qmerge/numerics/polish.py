@@ -22,9 +22,9 @@ class Lean:
     In one linear that is small beside the rest; over the blocks it adds up, because it has one direction.
     """
 
-    def __init__(self, delta: torch.Tensor, hessian: torch.Tensor) -> None:
-        """``delta`` ΔW fp32 ``[out, in]``, ``hessian`` ``[in, in]``."""
-        self.delta, self.seen = delta, delta @ hessian
+    def __init__(self, delta: torch.Tensor, hessian: torch.Tensor, raised: float = 0.0) -> None:
+        """``delta`` ΔW fp32 ``[out, in]``, ``hessian`` ``[in, in]``, which may have λ = ``raised`` on its diagonal: that does not count."""
+        self.delta, self.seen = delta, (delta @ hessian).sub_(delta, alpha=raised)
         self.size = (self.seen * delta).sum(1, keepdim=True)
         """the effect's size ``<ΔW, ΔW>_H``, ``[out, 1]``"""
 
@@ -40,14 +40,15 @@ def lean(error: torch.Tensor, delta: torch.Tensor, hessian: torch.Tensor) -> tup
 
 
 def descend(
-    codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, sweeps: int = 3, block: int = 64, pull: torch.Tensor | None = None
-) -> torch.Tensor:
+    codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, sweeps: int = 3, block: int = 64, pull: torch.Tensor | None = None,
+    matrix: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Codes uint8 ``[out, in]`` after up to ``sweeps`` passes that lower ``tr(E (H + λI) Eᵀ)``, ``E = Q - target``; ``hessian`` ``[in, in]``, ``damp`` = λ / mean(diag H).
 
     Columns in descending order of diag(H), as the solver takes them. ``block`` is speed only, on a GPU. ``pull``: E (H + λI) of ``codes``, contiguous, where it is known; that of the
-    result when this returns.
+    result when this returns. ``matrix``: H + λI where it is there already.
     """
-    matrix = damped(hessian, damp)
+    matrix = damped(hessian, damp) if matrix is None else matrix
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
     current = values(codes, grid)
     gradient = (current - target) @ matrix if pull is None else pull

@@ -15,8 +15,12 @@ from qmerge.numerics.hessian import Factor, Statistics
 
 def shifts(weight: torch.Tensor, drift: torch.Tensor | None, residual: torch.Tensor | None, factor: Factor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """``(W D (H+λI)⁻¹, R (H+λI)⁻¹)``, each fp32 ``[rows, in]``, or None where not asked for or zero. ``weight`` ``[rows, in]`` and ``residual`` R are of the same rows, ``drift`` D ``[in, in]``."""
-    first = factor.solve(weight @ drift) if drift is not None and bool(drift.any()) else None
-    return first, factor.solve(residual) if residual is not None else None
+    return towards(weight @ drift if drift is not None and bool(drift.any()) else None, residual, factor)
+
+
+def towards(moved: torch.Tensor | None, residual: torch.Tensor | None, factor: Factor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`shifts` where ``moved`` W D is known, or None."""
+    return tuple(None if part is None else factor.solve(part) for part in (moved, residual))
 
 
 def aim(weight: torch.Tensor, found: tuple[torch.Tensor | None, torch.Tensor | None], own: float, residual: float) -> torch.Tensor:
@@ -34,16 +38,10 @@ class Judge:
     by G, ``tr(G E H Eᵀ) - 2 tr(G (W D + R) Eᵀ)``.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, held_out: Statistics, hessian: torch.Tensor | None = None, drift: torch.Tensor | None = None, coupling: Coupling | None = None
-    ) -> None:
-        self.weight = weight
-        self.hessian = held_out.hessian if hessian is None else hessian
-        self._aim = weight @ (held_out.drift if drift is None else drift)
-        if held_out.residual is not None:
-            self._aim = self._aim + held_out.residual
-        self._coupling = coupling
-        self._each: torch.Tensor | None = None
+    def __init__(self, weight: torch.Tensor, held_out: Statistics, coupling: Coupling | None = None, aims: torch.Tensor | None = None, each: torch.Tensor | None = None) -> None:
+        """``aims``: `wanted` of these rows, where it is known. ``each`` fp32 ``[out]``: rows weighted one by one."""
+        self.weight, self.hessian = weight, held_out.hessian
+        self._aim, self._coupling, self._each = wanted(weight, held_out) if aims is None else aims, coupling, each
 
     def __call__(self, candidate: torch.Tensor) -> float:
         """``candidate`` fp32 ``[out, in]``."""
@@ -51,15 +49,14 @@ class Judge:
         gap = (error @ self.hessian).sub_(self._aim, alpha=2)
         weighed = error if self._coupling is None else self._coupling.weigh(error)
         if self._each is not None:
-            weighed = weighed * self._each
+            weighed = weighed * self._each.unsqueeze(1)
         return float((weighed * gap).sum(dtype=torch.float64))
 
-    def some(self, rows: slice) -> Judge:
-        """The judge of some rows of the linear, each weighted by its own curvature only."""
-        part = object.__new__(Judge)
-        part.weight, part.hessian, part._aim, part._coupling = self.weight[rows], self.hessian, self._aim[rows], None
-        part._each = None if self._coupling is None else self._coupling.diagonal[rows].unsqueeze(1)
-        return part
+
+def wanted(weight: torch.Tensor, held_out: Statistics) -> torch.Tensor:
+    """``W D + R`` fp32 ``[out, in]``, for the `Judge`."""
+    found = weight @ held_out.drift
+    return found if held_out.residual is None else found.add_(held_out.residual)
 
 
 def objective(candidate: torch.Tensor, weight: torch.Tensor, held_out: Statistics) -> float:

@@ -7,10 +7,9 @@ keyword arguments (masks, position embeddings) just as the model passes them. Af
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,7 +63,7 @@ class _Recorder(nn.Module):
 def record_calls(model: nn.Module, blocks_name: str, batches: list[torch.Tensor], compute: torch.dtype = torch.float32) -> tuple[list[torch.Tensor], list[list[Call]]]:
     """First block's inputs per batch ``[windows, T, hidden]`` and, per batch, the `Call` of each block.
 
-    ``batches`` are token ids int64 ``[windows, T]``, ``compute`` is for the calls. The weights outside the blocks must be real, those inside may be on the meta device.
+    ``batches`` are token ids int64 ``[windows, T]``, ``compute`` is for the calls. The weights before the head must be real, those inside the blocks may be on the meta device.
     """
     blocks = model.get_submodule(blocks_name)
     hidden, calls = [], []
@@ -84,14 +83,20 @@ def _record(model: nn.Module, blocks_name: str, blocks: nn.ModuleList, ids: torc
     parent, _, leaf = blocks_name.rpartition(".")
     owner = model.get_submodule(parent) if parent else model
     setattr(owner, leaf, nn.ModuleList(_Recorder(block, log, as_tuple) for block in blocks))
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(_stop) if head is not None else None
     try:
-        with torch.no_grad():
-            # one position of logits is enough: the head's output is not used
-            few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-            model(input_ids=ids, use_cache=False, **few)
+        with torch.no_grad(), suppress(_Stop):  # the head's output is not used, and its weight need not be there
+            model(input_ids=ids, use_cache=False)
     finally:
         setattr(owner, leaf, blocks)
+        if handle is not None:
+            handle.remove()
     return log
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
 
 
 def _share(call: Call, first: Call | None) -> Call:

@@ -50,11 +50,31 @@ class Option:
         wide = torch.where(wide == 0, torch.full_like(wide, 1e-30), wide)  # an empty block: nothing is divided by zero
         return replace(self, scales=scales, element=replace(self.element, scale=wide))
 
+    def some(self, rows: slice) -> Option:
+        """The grid of some rows; nothing is built from it. Scales of code books, which may run across rows, stay whole and cannot be changed."""
+        if not isinstance(self.storable, SameSign):
+            return replace(self, element=self.element.some(rows), storable=None)
+        return replace(self, scales=self.scales[rows], element=self.element.some(rows), storable=self.storable.some(rows))
+
     def units(self, codes: torch.Tensor) -> torch.Tensor:
         """fp32 ``[out, in]``: what the scales multiply."""
         if self.element.levels is not None:
             return self.element.levels[codes.long()]
         return codes.float() - self.element.zero.T
+
+
+@dataclass(frozen=True)
+class SameSign:
+    """Scales of integers rounded to what the file holds, NaN where they would change sign: the zeros were found for it."""
+
+    scales: torch.Tensor
+    model_dtype: torch.dtype
+
+    def __call__(self, wanted: torch.Tensor) -> torch.Tensor:
+        return grids.storable(torch.where(wanted * self.scales > 0, wanted, torch.full_like(wanted, float("nan"))), self.model_dtype)
+
+    def some(self, rows: slice) -> SameSign:
+        return replace(self, scales=self.scales[rows])
 
 
 def options(
@@ -92,10 +112,7 @@ def _int_option(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, mode
     def build(codes: torch.Tensor, chosen: torch.Tensor) -> QuantizedWeight:
         return QuantizedWeight(codes.cpu(), grid, scales=chosen.cpu(), zeros=zeros.cpu(), g_idx=g_idx)
 
-    def storable(wanted: torch.Tensor) -> torch.Tensor:
-        return grids.storable(torch.where(wanted * scales > 0, wanted, torch.full_like(wanted, float("nan"))), model_dtype)
-
-    return Option("searched", scales, gptq.int_grid(scales, zeros, weight.shape[1], grid), build, size, storable)
+    return Option("searched", scales, gptq.int_grid(scales, zeros, weight.shape[1], grid), build, size, SameSign(scales, model_dtype))
 
 
 def _book_option(label: str, state: QuantState, grid: Grid, device: torch.device) -> Option:

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from qmerge.device import COMPUTE, in_parallel, products_in, worker_threads
-from qmerge.numerics.curvature import Curvature
+from qmerge.numerics.curvature import Curvature, Distant
 from qmerge.numerics.hessian import SLOTS, Statistics
+from qmerge.pipeline import ends
 from qmerge.pipeline.blocks import Call, Group, empty_copy, find_groups, first_row, run_block
 from qmerge.pipeline.calibrate import Calibration
 from qmerge.pipeline.gradients_spread import Summed, everywhere
@@ -36,6 +37,8 @@ BATCH = 1024
 HELD_BYTES = 8 * 2**30
 """main memory for the hidden states between blocks"""
 LEAST_WINDOWS = 8
+LOGITS = 1 << 24
+"""logits that are formed together: some 0.4 GB with what their gradients take"""
 CURVATURE_BYTES = 4 * 2**30
 """main memory for the curvatures of all linears; they are kept in narrower blocks where they need more"""
 Names = tuple[str, ...]
@@ -91,7 +94,7 @@ class Gradients:
         seed = torch.Generator().manual_seed(plan.recipe.seed)
         seeds = [torch.randint(2**62, (size,), generator=seed).tolist() for size in self.sizes]  # also for those of other ranks
         compute = COMPUTE[plan.recipe.compute].sums
-        with Tail(plan.skeleton) as tail:
+        with ends.head(plan, self.merged), Tail(plan.skeleton) as tail:
             parts = in_parallel(lambda number: _draw(tail, batches[number].teacher, seeds[batches[number].number], compute), range(len(batches)), self.merged.device)
         if inputs and wants_head(plan):
             name = plan.skeleton.output_embedding
@@ -106,7 +109,7 @@ class Gradients:
 class Curvatures:
     """``by_name``: of every linear whose output reaches the loss through its own block; not of routed experts, and not of the head (one row per word). ``tokens``: that gradients were taken on."""
 
-    by_name: dict[str, Curvature] = field(default_factory=dict)
+    by_name: dict[str, Curvature | Distant] = field(default_factory=dict)
     tokens: int = 0
     rows: int = 0
     """of a linear that count together, at most"""
@@ -189,20 +192,23 @@ def _teacher(plan: MergePlan, merged: Merged, index: int) -> nn.Module:
 def _draw(tail: Tail, hidden: torch.Tensor, seeds: list[int], compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gradient by ``hidden`` of the log-likelihood of tokens drawn from the model's distribution, the head's inputs, Σ over tokens of the squared gradient by the logits).
 
-    One window at a time: logits are large.
+    A few tokens of one window at a time: logits are large, and what follows the blocks takes each token by itself.
     """
-    gradients, inputs, squares = [], [], 0
+    gradients, inputs, squares, step = [], [], 0, max(1, LOGITS // tail.vocabulary)
     for window, seed in zip(hidden, seeds, strict=True):
-        with torch.enable_grad():
-            leaf = window.unsqueeze(0).detach().requires_grad_()
-            with products_in(compute, leaf.device):
-                x, logits = tail.logits(leaf)
-            logs = logits[0].float().log_softmax(-1)
-            drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=torch.Generator().manual_seed(seed)).to(logs.device)
-            by_logits, by_hidden = torch.autograd.grad(logs.gather(1, drawn).sum(), (logits, leaf))
-        gradients.append(by_hidden[0])
-        inputs.append(x[0].detach())
-        squares = squares + by_logits[0].float().square().sum(0)
+        dice, parts = torch.Generator().manual_seed(seed), []
+        for tokens in window.split(step):
+            with torch.enable_grad():
+                leaf = tokens.unsqueeze(0).detach().requires_grad_()
+                with products_in(compute, leaf.device):
+                    x, logits = tail.logits(leaf)
+                logs = logits[0].float().log_softmax(-1)
+                drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=dice).to(logs.device)
+                by_logits, by_hidden = torch.autograd.grad(logs.gather(1, drawn).sum(), (logits, leaf))
+            parts.append((by_hidden[0], x[0].detach()))
+            squares = squares + by_logits[0].float().square().sum(0)
+        gradients.append(torch.cat([part for part, _ in parts]))
+        inputs.append(torch.cat([part for _, part in parts]))
     return torch.stack(gradients), torch.stack(inputs), squares
 
 
@@ -289,5 +295,5 @@ def _repeatable(device: torch.device) -> Any:
 def _statistics(rows: list[tuple[bool, torch.Tensor]], held_out: bool, device: torch.device, compute: torch.dtype) -> Statistics:
     """Sums of one group's inputs over the batches that are ``held_out`` or not."""
     sums = Statistics(rows[0][1].shape[-1], device, compute=compute)
-    sums.add_all([(x, x, None) for held, inputs in rows if held is held_out for x in (inputs.flatten(0, -2),)])
+    sums.add_all([(x, x, None) for held, inputs in rows if held is held_out for x in (inputs.flatten(0, -2),)], complete=True)
     return sums

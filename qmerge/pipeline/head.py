@@ -46,7 +46,7 @@ class _StandIn(nn.Module):
 
 
 class Tail:
-    """The model from its last block's output on. Use as a context manager; the weights outside the blocks must be real, those inside may be on the meta device.
+    """The model from its last block's output on. Use as a context manager; the weights from the blocks to the head must be real, the head's own too where logits are wanted; those inside may be on the meta device.
 
     Several threads may call it at once. Gradients flow through where they are enabled.
     """
@@ -64,6 +64,11 @@ class Tail:
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
         setattr(self._owner, self._leaf, self._blocks)
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token."""
+        return self.skeleton.model.get_output_embeddings().weight.shape[0]
 
     def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head receives, ``[windows, T, in]``, for the last block's output ``[windows, T, hidden]``."""
@@ -130,13 +135,13 @@ def solve_head(
         here = [((x.flatten(0, -2), aim.flatten(0, -2), None), slot) for x, aim, (_, _, held, slot) in zip(inputs, aims, ends, strict=True) if held is held_out]
         if spread.ranks.alone:
             sums.append(Statistics(weight.shape[1], device, compute=COMPUTE[plan.recipe.compute].sums))
-            sums[-1].add_all([part for part, _ in here], [slot for _, slot in here])
+            sums[-1].add_all([part for part, _ in here], [slot for _, slot in here], complete=True)
         else:
             sums.append(spread.sums(held_out, here, weight.shape[1], 0, device, [owner], COMPUTE[plan.recipe.compute].sums))
     found = {}
     if spread.ranks.rank == owner:
         linear = Linear(name, weight, merged.four_bit(name), merged.delta(name))
-        found = {name: requantize_group([linear], grid, *sums, model_dtype, nf4_like, len(plan.skeleton.blocks), steps)[0]}
+        found = {name: requantize_group([linear], grid, *sums, model_dtype, nf4_like, len(plan.skeleton.blocks), steps, spent=True)[0]}
     return {name: handed(spread.ranks, [owner], [name], found, model_dtype, device)[0]}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qmerge.errors import Interrupted
-from qmerge.numerics.curvature import Curvature
+from qmerge.numerics.curvature import Curvature, Distant
 from qmerge.pipeline.budget import Division
 from qmerge.pipeline.experts import Traffic
 from qmerge.pipeline.gradients import Curvatures
@@ -226,18 +226,24 @@ class Kept:
             facts["division"] = {"grids": {name: None if grid is None else asdict(grid) for name, grid in division.grids.items()}, "losses": division.losses, "bits_per_weight": division.bits_per_weight}
         with contextlib.suppress(Interrupted):  # no room: it is found again
             self.journal.put("phase", facts, tensors if whole else {})
+            if whole and (there := self.journal.later("phase", check=False)) is not None:  # memory needs them no more
+                curvatures.by_name.update(_distant(facts["curvatures"], there[1]))
 
     def phase(self) -> tuple[Curvatures, Division | None] | None:
         """What `keep_phase` kept, where that is all that is still needed."""
-        found = self.journal.get("phase") if self.run.resumed else None
+        found = self.journal.later("phase") if self.run.resumed else None
         if found is None or not (found[0]["whole"] or 0 < self.units <= self.count):
             return None
         facts, tensors = found
         held = facts["curvatures"] if facts["whole"] else {}
-        by_name = {name: Curvature(outputs, width, [tensors[f"{name}#{place}"] for place in range(count)]) for name, (outputs, width, count) in held.items()}
         row = facts["division"]
         division = None if row is None else Division({name: None if grid is None else Grid(**grid) for name, grid in row["grids"].items()}, row["losses"], row["bits_per_weight"])
-        return Curvatures(by_name, *facts["counts"]), division
+        return Curvatures(_distant(held, tensors), *facts["counts"]), division
+
+
+def _distant(table: Mapping[str, list[int]], readers: Mapping[str, Callable[[], torch.Tensor]]) -> dict[str, Curvature | Distant]:
+    """Curvatures of a record, which are read when a block comes to them."""
+    return {name: Distant(outputs, width, tuple(readers[f"{name}#{place}"] for place in range(count))) for name, (outputs, width, count) in table.items()}
 
 
 def _put_back(out: Path, count: int) -> None:

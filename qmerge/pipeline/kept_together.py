@@ -142,9 +142,10 @@ class KeptTogether:
         record = None
         if found is not None:
             curvatures, division = found
-            shapes = {name: [curvature.outputs, curvature.width, len(curvature.blocks)] for name, curvature in curvatures.by_name.items()}
+            blocks = {name: curvature.blocks for name, curvature in curvatures.by_name.items()}
+            shapes = {name: [curvature.outputs, curvature.width, len(blocks[name])] for name, curvature in curvatures.by_name.items()}
             grids = None if division is None else [{name: None if grid is None else asdict(grid) for name, grid in division.grids.items()}, division.losses, division.bits_per_weight]
-            tensors = {f"{name}#{place}": block for name, curvature in curvatures.by_name.items() for place, block in enumerate(curvature.blocks)}
+            tensors = {f"{name}#{place}": block for name, its in blocks.items() for place, block in enumerate(its)}
             record = {"shapes": shapes, "counts": [curvatures.tokens, curvatures.rows, curvatures.linears], "division": grids}, tensors
         facts, tensors = self.ranks.hand(record or ({"shapes": None}, {}), 0)
         if facts["shapes"] is None or found is not None:

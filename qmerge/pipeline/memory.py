@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from qmerge.numerics.hessian import SLOTS, STRIP
 from qmerge.pipeline.distill import PIECE_TOKENS
 from qmerge.pipeline.gradients import BATCH, HELD_BYTES, LEAST_WINDOWS
-from qmerge.pipeline.merge import STRETCH
+from qmerge.pipeline.gradients import LOGITS as LOGITS_TOGETHER
+from qmerge.pipeline.merge import STRETCH as MERGED
+from qmerge.pipeline.requantize import STRETCH
 from qmerge.pipeline.streams import TAPE_BYTES, TOKENS_PER_BATCH
 from qmerge.pipeline.workload import Linears, Workload
 from qmerge.store.direct import BUFFER_BYTES
@@ -19,17 +22,23 @@ from qmerge.store.stream import MOST_WAITING
 
 FP32, FP64 = 4, 8
 STATISTICS = 16
-"""of inputs squared: H and D of the windows to solve on and of those to choose with, fp32 (numerics.hessian.Statistics); their means (requantize._Known) as much again"""
-FACTORING = 46
-"""of inputs squared, in passing: the ordered Hessian, damped, flipped, its factor, the inverse and its parts in fp64 (numerics.hessian.factor)"""
-FINISHING = 62
-"""of a linear's elements, in passing: target, grid, values, and what is compared in fp64 (requantize._solve and _finish)"""
+"""of inputs squared: H and D of the windows to solve on and of those to choose with, fp32 (numerics.hessian.Statistics); sums become means where they lie"""
+FACTORING, FACTOR = 12, 4
+"""of inputs squared, in passing: the damped Hessian in fp64, in which it is factored and inverted (numerics.hessian.factor), and the factor in fp32; the factor stays"""
+DAMPED = 4
+"""of inputs squared: H + λI (known.Known), on an accelerator beside H, on a CPU in its place"""
+RUNNING = 62
+"""of the elements of a linear's rows that go through all turns together: target, goal, grid, values and their product with H (rows.solve_rows)"""
+TURNS = 5
+"""of a linear's elements: its codes after each turn (rows.Rows)"""
+FINISHING = 14
+"""of a linear's elements, in passing: values, and what is compared (requantize._finish)"""
 AIM = 4
-"""of a linear's elements, while its group is solved: W D (numerics.shift.Judge)"""
+"""of a linear's elements, while its group is solved: W D for the judge, and once more for the target where that is no larger than D (requantize._Job)"""
 INT_GRID, BOOK_GRID = 8, 4
 """of a linear's elements, for each grid tried: scale and zero, or the scale alone, element by element (numerics.gptq.ElementGrid)"""
-COUPLING, COUPLING_FACTORING = 8, 46
-"""of a curvature's elements: the metric and the feed; in passing as `FACTORING`, of one block of rows (numerics.coupled._rows)"""
+COUPLING, COUPLING_FACTORING = 8, 36
+"""of a curvature's elements: the metric and the feed; in passing, of one block of rows, that in fp64 in its order, reversed, and its inverse (numerics.coupled._rows)"""
 ROUNDING = 75
 """of a linear's elements, where it is rounded without calibration (requantize.round_to_nearest)"""
 LOGITS = 24
@@ -77,7 +86,7 @@ def phases(work: Workload, shard_bytes: int, bytes_out: int, polish: tuple[str, 
         return (_phase("rounding", pending, {"the largest linear": ROUNDING * work.largest, "a whole tensor of the base": 2 * FP32 * work.whole}),)
     found = [_embedding(work), *_gradients(work, budget), *_blocks(work, pending)]
     if work.head is not None:
-        ends = {"embeddings and head": FP32 * work.ends, "two streams of hidden states": 2 * _hidden(work, work.calibration_tokens), "what the head receives": 3 * _hidden(work, work.calibration_tokens)}
+        ends = {"what lies around the blocks": FP32 * _around(work), "the head and its delta": 2 * FP32 * work.head.elements, "two streams of hidden states": 2 * _hidden(work, work.calibration_tokens), "what the head receives": 3 * _hidden(work, work.calibration_tokens)}
         found.append(_phase("head", pending | {"the last block": 5 * work.solved}, ends | _solving(work, work.head)))
     if "blocks" in polish:
         found.append(_tuning(work, pending))
@@ -91,15 +100,19 @@ def _hidden(work: Workload, tokens: int) -> int:
 
 
 def _stream(work: Workload, outputs: int) -> Phase:
-    ahead = 2 * work.threads * 2 * STRETCH  # finished stretches in 16 bits that wait for their turn
-    writing = outputs * (2 * BUFFER_BYTES + MOST_WAITING * 2 * STRETCH)
+    ahead = 2 * work.threads * 2 * MERGED  # finished stretches in 16 bits that wait for their turn
+    writing = outputs * (2 * BUFFER_BYTES + MOST_WAITING * 2 * MERGED)
     whole = work.threads * STRETCHES * FP32 * work.whole
-    return _phase("streaming", {"stretches being merged": work.threads * STRETCHES * FP32 * STRETCH + ahead, "buffers of the writer": writing, "whole tensors of the base": whole}, {})
+    return _phase("streaming", {"stretches being merged": work.threads * STRETCHES * FP32 * MERGED + ahead, "buffers of the writer": writing, "whole tensors of the base": whole}, {})
+
+
+def _around(work: Workload) -> int:
+    """Elements outside the blocks, but for embedding and head, which are there only while they are needed (pipeline.ends)."""
+    return work.ends - work.end * (2 if work.ends >= 2 * work.end else 1)
 
 
 def _embedding(work: Workload) -> Phase:
-    again = 1 if work.curvature_tokens else 0  # the tensors of the first time are there while the second ones are read
-    return _phase("embedding", {"curvatures": curvatures_bytes(work)}, {"embeddings and head": FP32 * work.ends, "the largest of them, in parts": (1 + again) * FP32 * work.end, "hidden states": _hidden(work, work.calibration_tokens)})
+    return _phase("embedding", {}, {"what lies around the blocks": FP32 * _around(work), "the embedding, and its parts": 2 * FP32 * work.end, "hidden states": _hidden(work, work.calibration_tokens)})
 
 
 def curvature_rows(work: Workload) -> int:
@@ -108,7 +121,7 @@ def curvature_rows(work: Workload) -> int:
 
 
 def curvatures_bytes(work: Workload) -> int:
-    """In bf16, of all blocks, until a block takes its own."""
+    """In bf16, of all blocks, while gradients are taken. From then on they lie on the disk (kept.Kept), but where writing them would have taken longer than they are worth: those are small."""
     return 2 * curvature_rows(work) * work.blocks if work.curvature_tokens else 0
 
 
@@ -123,9 +136,10 @@ def _gradients(work: Workload, budget: bool) -> list[Phase]:
         return []
     tokens = gradient_tokens(work)
     together = min(work.threads, -(-tokens // BATCH)) if not work.accelerator else 1
-    ends = {"embeddings and head": FP32 * work.ends}
+    ends = {"what lies around the blocks": FP32 * _around(work)}
     between = {"hidden states between blocks": (work.blocks + 1) * _hidden(work, tokens)}
-    logits = together * LOGITS * work.tokens * work.vocabulary
+    back = {"hidden states between blocks, then curvatures": max(between["hidden states between blocks"], curvatures_bytes(work))}  # one goes as the other comes
+    logits = together * LOGITS * min(work.tokens * work.vocabulary, max(LOGITS_TOGETHER, work.vocabulary))
     batch = max(BATCH, work.tokens)
     kept = together * FP32 * batch * (ACTIVATIONS[0] * work.hidden + ACTIVATIONS[1] * work.inner) + together * _scores(work, batch)
     rows = curvature_rows(work)
@@ -133,8 +147,8 @@ def _gradients(work: Workload, budget: bool) -> list[Phase]:
     if budget:
         backwards |= {"inputs of a block": FP32 * tokens * sum(group.inputs for group in work.groups)} | _largest(_measuring(work, group) for group in work.groups)
     return [
-        _phase("gradients at the end", between, ends | {"logits": logits, "gradients by hidden states": 2 * _hidden(work, tokens)}),
-        _phase("gradients", between | {"curvatures": curvatures_bytes(work)}, backwards),
+        _phase("gradients at the end", between, ends | {"the head, and its parts": FP32 * work.end + max(FP32 * work.end, logits), "gradients by hidden states": 2 * _hidden(work, tokens)}),
+        _phase("gradients", back, backwards),
     ]
 
 
@@ -171,22 +185,21 @@ def _blocks(work: Workload, pending: dict[str, int]) -> list[Phase]:
     passing = together * (FP32 * batch * (3 * work.inner + 4 * work.hidden) + _scores(work, batch))
     once = _captured(work) if taped else 0
     walked = 0 if work.accelerator else once
-    held = {"embeddings and head": FP32 * work.ends}
-    host = pending | {"curvatures": curvatures_bytes(work)}
+    held = {"what lies around the blocks": FP32 * _around(work)}
+    host = pending | {"curvatures of a block": 2 * curvature_rows(work) if work.curvature_tokens else 0}
     several = work.blocks > 1
     entering = held | {
         "two streams of hidden states": (3 if taped else 2) * hidden, "inputs of linears": once + (2 * walked if several else walked),
         "a pass forwards": passing, "blocks in fp32": FP32 * work.block * (3 if several else 1),
     }
     found = [_phase("entering a block", host | {"codes": work.solved if several else 0}, entering)]
-    before = {"the block before": 5 * work.solved if several else 0}
     solved, best = 0, None
     for group in work.groups:
         solved += group.elements * group.copies
-        weights = FP32 * work.block + solved * (FP32 + 1 + (FP32 if group.edited else 0) + (1 if work.base_4bit else 0)) - FP32 * group.elements
+        weights = FP32 * work.block + solved * (FP32 + 1) + group.elements * ((FP32 if group.edited else 0) + (1 if work.base_4bit else 0) - FP32)
         tokens = work.train * work.tokens if taped else together * batch
         moving = FP32 * tokens * (group.inputs + (work.hidden if group.writer else 0)) + (0 if taped else passing)
-        parts = held | before | {"two streams of hidden states": (3 if taped else 2) * hidden, "inputs of linears": once + walked, "a block in fp32, its deltas and codes": weights}
+        parts = held | {"two streams of hidden states": (3 if taped else 2) * hidden, "inputs of linears": once + walked, "a block in fp32, its codes, deltas of a group": weights}
         here = _phase("solving", host, parts | _group(work, group, moving))
         if best is None or here.ram(False) > best.ram(False):
             best = here
@@ -195,7 +208,7 @@ def _blocks(work: Workload, pending: dict[str, int]) -> list[Phase]:
 
 def _group(work: Workload, group: Linears, moving: int) -> dict[str, int]:
     """The fuller of two moments: while statistics are summed, and while the group is solved."""
-    return _largest(({"statistics": _sums(group), "the slot that is open": _slot(group), "differences of inputs": moving}, _solving(work, group)))
+    return _largest(({"statistics": _sums(group), "slots and strips that are open": _slot(work, group), "differences of inputs": moving}, _solving(work, group)))
 
 
 def _sums(group: Linears) -> int:
@@ -203,22 +216,38 @@ def _sums(group: Linears) -> int:
     return STATISTICS * group.inputs**2 + residual
 
 
-def _slot(group: Linears) -> int:
-    """H, D and the residual's product of the slot that is open, beside those of the slots before it (numerics.hessian.Statistics)."""
-    return STATISTICS // 2 * group.inputs**2 + (FP32 * group.elements if group.writer else 0)
+def _slot(work: Workload, group: Linears) -> int:
+    """Strips of the slot that is being summed; all of it where a slot's batches do not come in one go (numerics.hessian.Statistics)."""
+    batches = -(-work.train // max(1, TOKENS_PER_BATCH // max(1, work.tokens)))
+    strips = work.threads * FP32 * 3 * min(STRIP, group.inputs) * group.inputs
+    if batches <= SLOTS or (inside_bytes(work) <= TAPE_BYTES and not work.accelerator):
+        return strips
+    return strips + STATISTICS // 2 * group.inputs**2 + (FP32 * group.elements if group.writer else 0)
 
 
 def _solving(work: Workload, group: Linears) -> dict[str, int]:
-    """Statistics and their means; then either H is factored, or the linears are solved, as many at a time as there are threads."""
-    squares, known = group.inputs**2, _sums(group) + STATISTICS * group.inputs**2 + (FP32 * group.elements if group.writer else 0)
+    """The fullest of three moments: W D is formed; H is factored; rows of the linears are solved, as many stretches at a time as there are threads."""
+    squares, known = group.inputs**2, _sums(group)
+    small = [out <= group.inputs for out in group.outputs]
+    aims = AIM * group.inputs * sum(out * (2 if less else 1) for out, less in zip(group.outputs, small, strict=True))
+    left = known - (STATISTICS // 2 * squares if all(small) and group.copies == 1 else 0)  # D is needed no more
     grids = INT_GRID if work.format not in formats_of_books() else BOOK_GRID * (2 if work.base_4bit else 1)
-    coupled = sum(out * min(out, work.curvature_width) for out in group.outputs) if work.curvature_tokens and group.copies == 1 and group is not work.head else 0
+    width = work.curvature_width if work.curvature_tokens and group.copies == 1 and group is not work.head else 0
+    coupled = sum(out * min(out, width) for out in group.outputs)
     side = sorted(group.outputs, reverse=True)[: 1 if work.accelerator else work.threads]
-    lasting = FP32 * squares + group.elements * (AIM + grids) + COUPLING * coupled
-    passing = sum(FINISHING * out * group.inputs + FP32 * squares for out in side)
-    if coupled:
-        passing = max(passing, sum(COUPLING_FACTORING * min(out, work.curvature_width) ** 2 for out in side))
-    return {"statistics": known, "solving the largest group": max(FACTORING * squares, lasting + passing)}
+    solving = aims + (FACTOR + (DAMPED if work.accelerator else 0)) * squares + group.elements * (grids + TURNS) + COUPLING * coupled
+    rows = sum(FINISHING * out * group.inputs for out in side)
+    rows = max(rows, RUNNING * _running(work, group, width), sum(COUPLING_FACTORING * min(out, width) ** 2 for out in side))
+    return _largest(({"statistics": known, "what outputs should be": aims}, {"statistics": left, "what outputs should be": aims, "factoring": FACTORING * squares}, {"statistics": left, "solving the largest group": solving + rows}))
+
+
+def _running(work: Workload, group: Linears, width: int) -> int:
+    """Elements of the rows that threads solve side by side (requantize._Job.stretches)."""
+    if work.accelerator:
+        return max(group.outputs) * group.inputs
+    wide = width * group.inputs
+    stretch = [min(out * group.inputs, max(wide if wide >= STRETCH else STRETCH + wide, group.inputs)) for out in group.outputs]
+    return min(group.elements, work.threads * max(stretch))
 
 
 def formats_of_books() -> tuple[str, ...]:
@@ -232,8 +261,8 @@ def _tuning(work: Workload, pending: dict[str, int]) -> Phase:
     hidden = _hidden(work, work.calibration_tokens)
     passes = work.threads * FP32 * PIECE_TOKENS * (ACTIVATIONS[0] * work.hidden + ACTIVATIONS[1] * work.inner)
     weights = FP32 * work.block * 3 + work.solved * (FP32 + 2 + 12 + FP32 * (1 + work.threads))
-    return _phase("tuning a block", pending | {"curvatures": curvatures_bytes(work)}, {
-        "embeddings and head": FP32 * work.ends, "the block before": 5 * work.solved, "two streams of hidden states": 4 * hidden, "inputs of linears": _captured(work), "weights, offsets and their gradients": weights, "a pass backwards": passes,
+    return _phase("tuning a block", pending | {"curvatures of a block": 2 * curvature_rows(work) if work.curvature_tokens else 0}, {
+        "what lies around the blocks": FP32 * _around(work), "the block before": 5 * work.solved, "two streams of hidden states": 4 * hidden, "inputs of linears": _captured(work), "weights, offsets and their gradients": weights, "a pass backwards": passes,
     })  # fmt: skip
 
 

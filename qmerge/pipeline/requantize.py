@@ -7,34 +7,29 @@ overfit (damping, how far to shift the target, whether to keep the base's block 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from qmerge.device import in_parallel
 from qmerge.errors import CheckFailed
-from qmerge.numerics import coupled, gptq
+from qmerge.numerics import gptq
 from qmerge.numerics.coupled import Coupling
 from qmerge.numerics.distances import fit
 from qmerge.numerics.grids import Search
-from qmerge.numerics.hessian import Factor, Statistics, factor
+from qmerge.numerics.hessian import Statistics
 from qmerge.numerics.lora import delta_survival
-from qmerge.numerics.polish import Lean, damped, descend, refit
-from qmerge.numerics.shift import Judge, aim, shifts
+from qmerge.numerics.shift import Judge, aim, wanted
 from qmerge.pipeline.candidates import BASES, FULL_RANGE, Linear, Option, options, positions
+from qmerge.pipeline.known import Known
+from qmerge.pipeline.rows import Rows, solve_rows
 from qmerge.types import Grid, QuantizedWeight, QuantState
 
-LEAST_DAMP, MOST_DAMP = 0.01, 0.3
-"""λ of H + λI, in means of diag(H): features over tokens, within these. H is less certain the fewer tokens it was summed over."""
-DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-"""those that `Steps.chosen_damp` tries"""
 SHIFTS = (0.0, 0.5, 1.0)
-LEAN_ROUNDS = 3
 TRIAL_ROWS = 128
 """rows of a linear, about, on which damping, grid and shifts are chosen: rows are solved one by one, so these speak for the rest"""
-FACTOR_BYTES = 2**30
-"""factors of all dampings are kept while a group is solved where they fit into this"""
+STRETCH = 1 << 22
+"""elements of a linear, about, that go through all turns together on a CPU, where rows do not count together: what is held beside them is some fifteen times as much in fp32"""
 
 
 @dataclass(frozen=True)
@@ -107,18 +102,23 @@ def requantize_group(
     nf4_like: QuantState | None = None,
     blocks: int = 1,
     steps: Steps | None = None,
+    spent: bool = False,
 ) -> list[Solved]:
-    """Solve every linear of a group. ``train`` sums the tokens that are solved on, ``held_out`` those that choose. ``blocks``: how many the model has.
+    """Solve every linear of a group. ``train`` sums the tokens that are solved on, ``held_out`` those that choose. ``blocks``: how many the model has. ``spent``: nobody needs the sums
+    afterwards, so parts of them are freed on the way.
 
     Some rows of each linear try every grid at every damping with the target fully shifted, then the other shifts at what won; all rows are solved with
     what the held-out tokens chose, and polished.
     """
     steps = steps or Steps()
-    known = _Known(train, held_out, steps)
+    known = Known(train, held_out, steps.act_order, steps.chosen_damp, spent)
     device = known.hessian.device
+    jobs = in_parallel(lambda linear: _Job(linear, known), linears, device)
+    if spent and all(job.apart for job in jobs):
+        known.forget_drifts()
     importance = known.factor(known.usual).costs() if steps.weighted_scales else torch.ones_like(torch.diagonal(known.hessian))
     search = Search(() if steps.scale_search else FULL_RANGE, steps.signed_scales)
-    jobs = in_parallel(lambda linear: _Job(linear, options(linear, grid, importance, model_dtype, nf4_like, search, steps.keep_base), known, steps), linears, device)
+    in_parallel(lambda job: job.begin(options(job.linear, grid, importance, model_dtype, nf4_like, search, steps.keep_base), steps), jobs, device)
     tried = _shifts(known, steps)
     # linear by linear: how many rows a matrix product has can change its rounding, and which linears of a group are solved together depends on the number of ranks
     trials = [(damp, [(job, number, tried[0]) for number in range(len(job.options))]) for damp in known.damps for job in jobs]
@@ -128,72 +128,86 @@ def requantize_group(
     if len(tried) > 1:
         others = [(job.choice[0], [(job, job.choice[1], shift) for shift in tried[1:]]) for job in jobs]
         _settle(in_parallel(lambda trial: _try(*trial, known), others, device))
-    return in_parallel(lambda job: _solve(job, known, blocks, steps), jobs, device)
-
-
-class _Known:
-    """The statistics of a group as matrices, and H factored at each damping that is asked for, once where a few factors fit."""
-
-    def __init__(self, train: Statistics, held_out: Statistics, steps: Steps) -> None:
-        self.train, self.held_out, self.by_activation = train, held_out, steps.act_order
-        self.hessian, self.drift, self.residual = train.hessian, train.drift, train.residual
-        self.seen, self.seen_drift = held_out.hessian, held_out.drift
-        self.usual = min(MOST_DAMP, max(LEAST_DAMP, len(train.hessian) / max(1, train.tokens)))
-        self.damps = DAMPS if steps.chosen_damp else (self.usual,)
-        self._keep = len(self.damps) == 1 or len(self.damps) * self.hessian.numel() * 4 <= FACTOR_BYTES
-        self._factors: dict[float, Factor] = {}
-
-    def factor(self, damp: float) -> Factor:
-        if damp in self._factors:
-            return self._factors[damp]
-        found = factor(self.hessian, damp, self.by_activation)
-        if self._keep:
-            self._factors[damp] = found
-        return found
-
-    def shifts(self, weight: torch.Tensor, level: Factor, rows: slice, own: bool, residual: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`numerics.shift.shifts` of some rows of a linear."""
-        return shifts(weight[rows], self.drift if own else None, self.residual[rows] if self.residual is not None and residual else None, level)
+    for job in jobs:  # once, and not by each thread for itself
+        known.damped(job.choice[0])
+    parts = [(job, rows) for job in jobs for rows in job.stretches()]
+    found = in_parallel(lambda part: solve_rows(part[0], part[1], known, steps), parts, device)
+    rows_of = [[rows for (owner, _), rows in zip(parts, found, strict=True) if owner is job] for job in jobs]
+    return in_parallel(lambda part: _finish(*part, known, blocks, steps), list(zip(jobs, rows_of, strict=True)), device)
 
 
 class _Job:
-    """A linear on its way: the grids it may be solved on, its judge, and what has been chosen so far."""
+    """A linear on its way: what its outputs should be, the grids it may be solved on, its judge, and what has been chosen so far."""
 
-    def __init__(self, linear: Linear, found: list[Option], known: _Known, steps: Steps) -> None:
-        self.linear, self.options = linear, found
-        self.coupling = Coupling(linear.curvature, linear.merged.device) if linear.curvature is not None and steps.coupled else None
-        self.judge = Judge(linear.merged, known.held_out, known.seen, known.seen_drift, self.coupling)
+    def __init__(self, linear: Linear, known: Known) -> None:
+        self.linear = linear
+        self.moved = known.moved(linear.merged)
+        self.wanted = wanted(linear.merged, known.held_out)
+        self.options: list[Option] = []
+        self.coupling: Coupling | None = None
         self.rows = slice(None, None, max(1, linear.merged.shape[0] // TRIAL_ROWS))
-        self.some = self.judge.some(self.rows)
         self.value = float("inf")
         self.choice: tuple[float, int, tuple[float, float]] = (0.0, 0, (0.0, 0.0))
         """(damping, which option, (own, residual) shift)"""
+
+    @property
+    def apart(self) -> bool:
+        """Does it do without the group's D from here on?"""
+        return self.moved is not None
+
+    def begin(self, found: list[Option], steps: Steps) -> None:
+        self.options = found
+        if self.linear.curvature is not None and steps.coupled:
+            self.coupling = Coupling(self.linear.curvature, self.linear.merged.device)
+
+    def judge(self, known: Known, rows: slice) -> Judge:
+        """Of whole stretches of rows, which count together."""
+        return Judge(self.linear.merged[rows], known.held_out, None if self.coupling is None else self.coupling.part(rows), self.wanted[rows])
+
+    def trial(self, known: Known) -> Judge:
+        """Of the rows that trials are made with, each weighted by its own curvature only."""
+        each = None if self.coupling is None else self.coupling.diagonal[self.rows]
+        return Judge(self.linear.merged[self.rows], known.held_out, None, self.wanted[self.rows], each)
+
+    def stretches(self) -> list[slice]:
+        """Rows that go through all turns together: whole blocks of the curvature, where there is one. Not dependent on threads or ranks, so the bits are not either."""
+        outputs, inputs = self.linear.merged.shape
+        if self.linear.merged.device.type != "cpu":
+            return [slice(0, outputs)]
+        least = max(1, STRETCH // inputs)
+        ends = [part.span.stop for part in self.coupling.parts] if self.coupling is not None else list(range(least, outputs, least)) + [outputs]
+        found, start = [], 0
+        for end in ends:
+            if end - start >= least or end == outputs:
+                found.append(slice(start, end))
+                start = end
+        return found
 
 
 Trial = tuple[_Job, int, tuple[float, float]]
 
 
-def _shifts(known: _Known, steps: Steps) -> list[tuple[float, float]]:
+def _shifts(known: Known, steps: Steps) -> list[tuple[float, float]]:
     """(own, residual) target shifts to try, the likeliest first."""
-    own = SHIFTS if steps.own_shift and bool(known.drift.any()) else (0.0,)
+    own = SHIFTS if steps.own_shift and known.drifts else (0.0,)
     residual = SHIFTS if steps.residual_shift and known.residual is not None and bool(known.residual.any()) else (0.0,)
     first = (own[-1], residual[len(residual) // 2])
     return [first, *(pair for pair in ((a, b) for a in own for b in residual) if pair != first)]
 
 
-def _try(damp: float, trials: list[Trial], known: _Known) -> list[tuple[float, float, Trial]]:
+def _try(damp: float, trials: list[Trial], known: Known) -> list[tuple[float, float, Trial]]:
     """Solve some rows of each trial's linear at one damping, side by side: (held-out objective, damping, trial)."""
     level = known.factor(damp)
     found: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
     targets, grids = [], []
     for job, number, (own, residual) in trials:
         if id(job) not in found:
-            wanted = [shift for other, _, shift in trials if other is job]
-            found[id(job)] = known.shifts(job.linear.merged, level, job.rows, any(a for a, _ in wanted), any(b for _, b in wanted))
+            asked = [shift for other, _, shift in trials if other is job]
+            found[id(job)] = known.shifts(job, level, job.rows, any(a for a, _ in asked), any(b for _, b in asked))
         targets.append(aim(job.linear.merged[job.rows], found[id(job)], own, residual))
         grids.append(job.options[number].element.some(job.rows))
     codes = gptq.solve(torch.cat(targets), level, gptq.joined(grids)).split([target.shape[0] for target in targets])
-    return [(trial[0].some(gptq.values(part, grid)), damp, trial) for trial, part, grid in zip(trials, codes, grids, strict=True)]
+    return [(trial[0].trial(known)(gptq.values(part, grid)), damp, trial) for trial, part, grid in zip(trials, codes, grids, strict=True)]
 
 
 def _settle(results: list[list[tuple[float, float, Trial]]]) -> None:
@@ -203,76 +217,40 @@ def _settle(results: list[list[tuple[float, float, Trial]]]) -> None:
             job.value, job.choice = value, (damp, number, shift)
 
 
-@dataclass
-class _Best:
-    """The best so far of one linear, by the held-out objective with the lean counted in."""
-
-    value: float
-    option: Option
-    codes: torch.Tensor
-    polished: bool = False
-
-
-def _solve(job: _Job, known: _Known, blocks: int, steps: Steps) -> Solved:
-    """All rows with what was chosen; then scales refitted and codes swept by coordinate descent, the target moved against the lean of what is left, and the descent again.
-
-    Each result is kept only where the held-out objective falls, the lean counted once for every block that it adds up over. Block maxima of code books are
-    not refitted: that lowered KL and cost retention on a small adapter, and lowered neither on a strong one.
-    """
+def _finish(job: _Job, parts: list[Rows], known: Known, blocks: int, steps: Steps) -> Solved:
+    """The turn whose rows together have the lowest held-out objective, the lean counted once for every block that it adds up over; the first of equals."""
     damp, number, shift = job.choice
-    linear, level, option, coupling = job.linear, known.factor(damp), job.options[number], job.coupling
-    delta = linear.delta if steps.lean else None
-    there, judged = (None, None) if delta is None else (Lean(delta, known.hessian), Lean(delta, known.seen))
-    target = aim(linear.merged, known.shifts(linear.merged, level, slice(None), bool(shift[0]), bool(shift[1])), *shift)
-    codes = gptq.solve(target, level, option.element) if coupling is None else coupled.solve(target, level, option.element, coupling)
-    best = _Best(_with_lean(codes, option, job, blocks, judged), option, codes)
-    goal, matrix = target, damped(known.hessian, level.damp)
-    raised = level.damp * float(torch.diagonal(known.hessian).double().mean())
-    pull: torch.Tensor | None = None
-    fitting = steps.refit and option.storable is not None and option.element.levels is None
-    for turn in range(1 + (LEAN_ROUNDS if delta is not None and (steps.descent or fitting) else 0)):
-        if fitting and turn == 0:
-            wanted = goal if coupling is None else goal - coupling.pulled(gptq.values(codes, option.element) - goal)
-            option = option.with_scales(refit(option.scales, option.units(codes), wanted, matrix, option.storable, option.size))
-        if steps.descent:
-            pull = (gptq.values(codes, option.element) - goal) @ matrix if pull is None else pull
-            way = descend if coupling is None else partial(coupled.descend, coupling=coupling)
-            codes = way(codes, goal, known.hessian, level.damp, option.element, pull=pull)
-        value = _with_lean(codes, option, job, blocks, judged)
-        if value < best.value:
-            best = _Best(value, option, codes, True)
-        if there is not None:
-            share = there.share(gptq.values(codes, option.element) - target)
-            goal = goal - share * delta
-            if pull is not None:  # the error grows by what the goal loses
-                pull += share * (there.seen + raised * delta)
-    if steps.keep_base:
-        best = _keep_base_codes(job, blocks, best)
-    return _finish(linear, best, Choice(level.damp, *shift, best.option.label, best.polished, coupling is not None, best.value))
+    linear, option, best = job.linear, job.options[number], 0
+    values = [_together([rows.judged[turn] for rows in parts], blocks) for turn in range(len(parts[0].codes))]
+    for turn, value in enumerate(values):
+        best = turn if value < values[best] else best
+    codes, value = torch.cat([rows.codes[best] for rows in parts]), values[best]
+    refitted = best > 0 and parts[0].scales is not None
+    if refitted:
+        option = option.with_scales(torch.cat([rows.scales for rows in parts]))
+    if steps.keep_base and (kept := _base_codes(job)) is not None:
+        positions_, grid = kept
+        its = _together([(job.judge(known, rows)(gptq.values(positions_[rows], grid.element.some(rows))), 0.0, 0.0) for rows in job.stretches()], blocks)
+        if its < value:
+            codes, option, value, best = positions_, grid, its, 0
+    weight = torch.empty_like(linear.merged)
+    for rows in job.stretches():
+        weight[rows] = gptq.values(codes[rows], option.element.some(rows))
+    choice = Choice(known.factor(damp).damp, *shift, option.label, best > 0, job.coupling is not None, value)
+    return _solved(option.build(codes, option.scales), weight, choice, linear)
 
 
-def _with_lean(codes: torch.Tensor, option: Option, job: _Job, blocks: int, judged: Lean | None) -> float:
-    weight = gptq.values(codes, option.element)
-    value = job.judge(weight)
-    if judged is None:
-        return value
-    lost, total = float((judged.share(weight - job.linear.merged) * judged.size).sum()), float(judged.size.sum())
+def _together(parts: list[tuple[float, float, float]], blocks: int) -> float:
+    value, lost, total = (sum(column) for column in zip(*parts, strict=True))
     return value + blocks * (lost**2 / total if total > 0 else 0.0)
 
 
-def _keep_base_codes(job: _Job, blocks: int, best: _Best) -> _Best:
+def _base_codes(job: _Job) -> tuple[torch.Tensor, Option] | None:
     """On the base's own grid a linear that the adapter does not touch may be best left byte for byte as it is."""
     kept = next((option for option in job.options if option.label == BASES), None)
     if kept is None or (job.linear.delta is not None and bool(job.linear.delta.any())):
-        return best
-    codes = positions(job.linear.base.state, job.linear.base.codes).to(job.linear.merged.device)
-    value = _with_lean(codes, kept, job, blocks, None)
-    return _Best(value, kept, codes) if value < best.value else best
-
-
-def _finish(linear: Linear, found: _Best, choice: Choice) -> Solved:
-    weight = gptq.values(found.codes, found.option.element)
-    return _solved(found.option.build(found.codes, found.option.scales), weight, choice, linear)
+        return None
+    return positions(job.linear.base.state, job.linear.base.codes).to(job.linear.merged.device), kept
 
 
 def _solved(quantized: QuantizedWeight, weight: torch.Tensor, choice: Choice, linear: Linear) -> Solved:

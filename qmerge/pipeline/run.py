@@ -254,6 +254,7 @@ def tensors(
             if name in work.traffic:
                 work.records[name.removesuffix(".weight")] |= work.traffic[name].to_json()
         kept.tensors_of[number] = made
+        found = result = tensor = None  # a block is no longer held while the next one is solved
 
 
 def _solved(
@@ -270,6 +271,7 @@ def _solved(
                 traffic = work.traffic.get(row["name"])
                 work.records[row["name"].removesuffix(".weight")] = row["record"] | (traffic.to_json() if traffic else {})
         yield number, found
+        found = None  # nor here
 
 
 def _units(

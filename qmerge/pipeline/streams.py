@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qmerge.device import COMPUTE, in_parallel, worker_threads
-from qmerge.numerics.curvature import Curvature
+from qmerge.numerics.curvature import Curvature, Distant
 from qmerge.numerics.hessian import Statistics, slot_of
 from qmerge.pipeline.blocks import (
     Call,
@@ -30,13 +30,14 @@ from qmerge.pipeline.blocks import (
     split_inputs,
 )
 from qmerge.pipeline.calibrate import Calibration
+from qmerge.pipeline.ends import entrance
 from qmerge.pipeline.experts import ARRIVALS, Arrived, ExpertSolver, Traffic, everywhere, receive
 from qmerge.pipeline.experts_names import ExpertWeight
 from qmerge.pipeline.head import solve_head, wants_head
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Linear, Solved, Steps, requantize_group, round_to_nearest
-from qmerge.pipeline.skeleton import move_buffers, set_weight
+from qmerge.pipeline.skeleton import set_weight
 from qmerge.pipeline.spread import Part, Spread, handed, share_out
 from qmerge.pipeline.stepwise import Walk
 from qmerge.pipeline.tune_blocks import Passage, tune_block
@@ -68,7 +69,7 @@ class Batch:
 def requantize_blocks(
     plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, nf4_like: QuantState | None, progress: Callable[[str], None], steps: Steps | None = None,
     traffic: dict[str, Traffic] | None = None, grids: Mapping[str, Grid | None] | None = None, tuned: list[dict[str, Any]] | None = None,
-    curvatures: dict[str, Curvature] | None = None, kept: Kept | KeptTogether | None = None,
+    curvatures: dict[str, Curvature | Distant] | None = None, kept: Kept | KeptTogether | None = None,
     ranks: Ranks = ALONE,
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """Yields, per block, its number and the solved linears by weight name; the head comes last, where it is requantized. One block's weights and two streams are alive at a time.
@@ -123,15 +124,17 @@ def requantize_blocks(
                     continue
                 owners = share_out([pair.teacher.get_submodule(module).weight.numel() for module in group.modules], ranks)
                 rows = list(zip(names, group.modules, conv, [curvatures.pop(name, None) for name in names], owners, strict=True))
-                linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name), merged.delta(name), curvature) for name, module, turned, curvature, owner in rows if owner == ranks.rank]
+                linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name), merged.delta(name), curvature and curvature.near()) for name, module, turned, curvature, owner in rows if owner == ranks.rank]
                 sums = pair.statistics(group, owners, conv[0])
-                own = requantize_group(linears, grid, *sums, model_dtype, nf4_like, len(skeleton.blocks), steps) if linears else []
+                own = requantize_group(linears, grid, *sums, model_dtype, nf4_like, len(skeleton.blocks), steps, spent=True) if linears else []
+                del sums
                 found = handed(ranks, owners, names, {linear.name: result for linear, result in zip(linears, own, strict=True)}, model_dtype, merged.device)
                 for module, turned, result in zip(group.modules, conv, found, strict=True):
                     set_weight(pair.runtime, f"{module}.weight", result.weight.T.contiguous() if turned else result.weight)
                 solved |= dict(zip(names, found, strict=True))
-                alone |= {module: linear for linear in linears for name, module, *_ in rows if name == linear.name}
-            if again := bool(alone) and "blocks" in plan.recipe.polish:
+                if "blocks" in plan.recipe.polish:
+                    alone |= {module: linear for linear in linears for name, module, *_ in rows if name == linear.name}
+            if again := bool(alone):
                 record = {"block": index} | pair.tune(solved, alone, skeleton.linears, model_dtype)
                 if tuned is not None:
                     tuned.append(record)
@@ -236,7 +239,8 @@ class _BlockPair:
             for held_out in (False, True):
                 chosen = [(part, self.batches[number].slot) for number, part in zip(numbers, parts, strict=True) if self.batches[number].held_out is held_out]
                 if chosen:
-                    sums.setdefault(held_out, Statistics(chosen[0][0][0].shape[1], self.device, compute=self.compute)).add_all(*map(list, zip(*chosen, strict=True)))
+                    complete = all((batch.held_out, batch.slot) != (held_out, chosen[-1][1]) for batch in self.batches[numbers.stop :])
+                    sums.setdefault(held_out, Statistics(chosen[0][0][0].shape[1], self.device, compute=self.compute)).add_all(*map(list, zip(*chosen, strict=True)), complete)
             if held_out in sums:  # the windows to solve on come first, and are through
                 sums[False].close()
         return sums[False], sums[True]
@@ -298,16 +302,8 @@ class _BlockPair:
 
 
 def start(plan: MergePlan, merged: Merged, calibration: Calibration, ranks: Ranks = ALONE, batch: int | None = None) -> tuple[list[Batch], Spread]:
-    """Embed this rank's windows with the model's own code, ``batch`` tokens (``TOKENS_PER_BATCH``) at a time; the blocks are stand-ins, so only the tensors around them are loaded. And who has which batches."""
+    """Embed this rank's windows with the model's own code, ``batch`` tokens (``TOKENS_PER_BATCH``) at a time; the blocks are stand-ins, so only the tensors around them are loaded (`ends.entrance`). And who has which batches."""
     skeleton = plan.skeleton
-    model = skeleton.model
-    for name, _ in list(model.named_parameters(remove_duplicate=False)):
-        if not name.startswith(skeleton.blocks_name + ".") and name in merged.pieces.table:
-            set_weight(model, name, merged.in_file_order(name, merged.weight(name)))  # no routed experts out here, so nothing is in pieces
-    head = skeleton.output_embedding
-    if head and head not in merged.pieces.table:  # tied: the recorder's forward ends in the head, so it needs some weight
-        set_weight(model, head, model.get_input_embeddings().weight)
-    move_buffers(model, merged.device)
     batch = batch or TOKENS_PER_BATCH
     split = [ids.split(max(1, batch // ids.shape[1])) for ids in (calibration.train, calibration.held_out)]
     spread = Spread(ranks, *map(len, split))
@@ -316,7 +312,8 @@ def start(plan: MergePlan, merged: Merged, calibration: Calibration, ranks: Rank
         rows = [(part, held_out, slot_of(number, len(split[held_out])), before + number) for number, part in enumerate(split[held_out])]
         parts += [(part.to(merged.device), held_out, slot, number) for part, held_out, slot, number in rows if spread.mine(held_out, slot)]
     # one thread per operation, here as in the blocks: the bits must not depend on the thread count
-    hidden, calls = in_parallel(lambda ids: record_calls(model, skeleton.blocks_name, ids, COMPUTE[plan.recipe.compute].passes), [[ids for ids, *_ in parts]], merged.device)[0]
+    with entrance(plan, merged):
+        hidden, calls = in_parallel(lambda ids: record_calls(skeleton.model, skeleton.blocks_name, ids, COMPUTE[plan.recipe.compute].passes), [[ids for ids, *_ in parts]], merged.device)[0]
     return [Batch(first, first, call, held, slot, number) for first, call, (_, held, slot, number) in zip(hidden, calls, parts, strict=True)], spread
 
 

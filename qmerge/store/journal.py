@@ -11,13 +11,15 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from qmerge.errors import Interrupted
 from qmerge.store.durable import sync, write_chunks
 from qmerge.store.headers import TORCH_DTYPES, dtype_name
 
@@ -25,6 +27,8 @@ MAGIC = b"qmerge journal 1\n"
 FRESH = ".new"
 USUAL_RATE = 200e6
 """bytes per second that a disk is taken to write until that is known"""
+PIECE = 1 << 22
+"""bytes of a record that are digested at a time"""
 ENOUGH_BYTES = 1 << 20
 """written before the measured rate counts"""
 
@@ -73,6 +77,27 @@ class Journal:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
+    def later(self, name: str, check: bool = True) -> tuple[dict[str, Any], dict[str, Callable[[], torch.Tensor]]] | None:
+        """As `get`, with functions that read one tensor each when they are called: memory for one at a time. Not ``check``: this process put the record, so its digest is not looked at."""
+        path, found = self.folder / name, {}
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.sha256()
+                head = _head(file, digest)
+                place = file.tell()
+                for key, dtype, shape in head["tensors"]:
+                    found[key] = partial(_read_at, path, place, TORCH_DTYPES[dtype], tuple(shape))
+                    place += prod(shape) * TORCH_DTYPES[dtype].itemsize
+                if os.fstat(file.fileno()).st_size != place + digest.digest_size:
+                    return None
+                while check and (left := place - file.tell()) > 0:
+                    digest.update(file.read(min(left, PIECE)))
+                if check and file.read() != digest.digest():
+                    return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return head["facts"], found
+
     def facts(self, name: str) -> dict[str, Any] | None:
         """The facts of a record alone; the tensors are not read, nor the digest checked."""
         try:
@@ -104,6 +129,20 @@ def _chunks(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> It
         digest.update(chunk)
         yield chunk
     yield digest.digest()
+
+
+def _read_at(path: Path, place: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of a record. Raises Interrupted where it is no longer there."""
+    raw = torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    try:
+        with path.open("rb") as file:
+            file.seek(place)
+            count = file.readinto(memoryview(raw.numpy())) if len(raw) else 0
+    except OSError:
+        count = -1
+    if count != len(raw):
+        raise Interrupted("What was kept of the run cannot be read any more.", where=path.name, fix="run again without --resume")
+    return raw.view(dtype).reshape(shape)
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:

@@ -1,0 +1,140 @@
+"""What does a merge to GPTQ take in memory and time where the shapes are those of an 8B model?
+
+Makes a model with random NF4 weights in Llama-3-8B's shape (`synthetic_llama`) with a few blocks, merges it in a fresh process and watches that process: resident memory several times a second,
+the time of each progress line. What costs once a block is scaled to 32 of them. Writes the page and a JSON beside it.
+
+    scripts/bench_8b.py --blocks 1 --page docs/measurements/large-shapes.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from synthetic_llama import Shape, write_adapter, write_base
+
+DEMO = Path(__file__).parents[1] / "examples" / "demo"
+WHOLE = 32
+"""blocks of the model that this stands for"""
+CHILD = """
+import sys
+from qmerge.pipeline import gradients
+gradients.CURVATURE_BYTES = int(gradients.CURVATURE_BYTES * float(sys.argv[1]))  # as narrow as in the whole model
+from qmerge.cli.main import main
+sys.argv = ["qmerge", *sys.argv[2:]]
+sys.exit(main())
+"""
+
+
+@dataclass
+class Taken:
+    """``lines``: (seconds since the start, resident bytes at most since the line before, text). ``ended``: the exit status, None where the time was up."""
+
+    lines: list[tuple[float, int, str]]
+    peak_bytes: int
+    elapsed_s: float
+    ended: int | None
+    load_before: float
+
+
+def make(home: Path, shape: Shape) -> tuple[Path, Path]:
+    base, adapter = home / "base", home / "adapter"
+    write_base(base, shape)
+    write_adapter(adapter, shape, base.name)
+    for file in (DEMO / "base-nf4").glob("*token*"):
+        shutil.copy(file, base)
+    return base, adapter
+
+
+def resident(process: int, key: str) -> int:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
+
+
+def watch(words: list[str], share: float, limit_s: float) -> Taken:
+    load, began = os.getloadavg()[0], time.perf_counter()
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(share), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines: list[tuple[float, int, str]] = []
+    seen = [0, 0]
+    """the most since the last line, and of all"""
+
+    def read() -> None:
+        for line in child.stdout:
+            lines.append((round(time.perf_counter() - began, 1), seen[0], line.rstrip()))
+            seen[0] = 0
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    while child.poll() is None and time.perf_counter() - began < limit_s:
+        seen[0] = max(seen[0], resident(child.pid, "VmRSS"))
+        seen[1] = max(seen[1], resident(child.pid, "VmHWM"))
+        time.sleep(0.05)
+    ended = child.poll()
+    if ended is None:
+        child.kill()
+    child.wait()
+    reader.join()
+    return Taken(lines, seen[1], round(time.perf_counter() - began, 1), ended, load)
+
+
+def page(shape: Shape, taken: Taken, command: str) -> str:
+    rows = "\n".join(f"| {at:.0f} | {held / 1e9:.2f} | {text} |" for at, held, text in taken.lines)
+    end = "the run ended by itself" if taken.ended == 0 else f"the run ended with {taken.ended}" if taken.ended is not None else "the run was cut off, so the peak is of what it came to"
+    blocks = [(at, text) for at, _, text in taken.lines if text.lstrip().startswith("block ")]
+    first = next((at for at, _, text in taken.lines if text.startswith("gradients:") and "tokens" in text), 0.0)
+    each = (blocks[-1][0] - first) / len(blocks) if blocks else None
+    scaled = f"A block was solved in {each:.0f} s, so {WHOLE} of them take {WHOLE * each / 60:.0f} min." if each else "No block was finished in the time that it was given."
+    return f"""# Large shapes
+
+`{command}`: hidden {shape.hidden}, inner {shape.ffn}, vocabulary {shape.vocab}, {shape.layers} blocks of random NF4 weights, merged to GPTQ by a fresh process on {os.cpu_count()} cores (load {taken.load_before:.1f}
+before the start, n = 1). Curvatures are as narrow as they are in a model of {WHOLE} blocks.
+
+Peak resident memory **{taken.peak_bytes / 1e9:.2f} GB**; {end}, after {taken.elapsed_s:.0f} s. {scaled}
+
+| s | GB at most since the line above | what it says |
+|---|---|---|
+{rows}
+
+With more blocks the hidden states between them are added while gradients are taken, and the block before is held while the next one is solved (`--dry-run` counts both).
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--ffn", type=int, default=14336)
+    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--limit", type=float, default=460, help="seconds after which the merge is ended")
+    parser.add_argument("--made", type=Path, help="a folder with base and adapter of an earlier run")
+    parser.add_argument("--page", type=Path)
+    asked = parser.parse_args()
+    shape = Shape(layers=asked.blocks, hidden=asked.hidden, ffn=asked.ffn, vocab=asked.vocab)
+    with tempfile.TemporaryDirectory() as home:
+        base, adapter = (asked.made / "base", asked.made / "adapter") if asked.made else make(Path(home), shape)
+        words = ["merge", "--base", base, "--adapter", adapter, "--format", "gptq", "--calibration", DEMO / "calibration.jsonl", "--samples", asked.samples, "--tokens", asked.tokens, "--out", f"{home}/out"]
+        taken = watch(list(map(str, words)), asked.blocks / WHOLE, asked.limit)
+    command = " ".join(["scripts/bench_8b.py", *sys.argv[1:]])
+    text = page(shape, taken, command)
+    print(text)
+    if asked.page:
+        asked.page.write_text(text, encoding="utf-8")
+        asked.page.with_suffix(".json").write_text(json.dumps({"command": command, "shape": asdict(shape), "taken": asdict(taken)}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -165,9 +165,9 @@ def test_sums_are_those_of_the_tokens_that_the_router_sends(shop, tmp_path, monk
 
     sums, inner, found = {}, streams.requantize_group, shop.inputs(key)
 
-    def keep(linears: list, grid: object, train: object, *rest: object) -> list:
-        sums[linears[0].name] = train
-        return inner(linears, grid, train, *rest)
+    def keep(linears: list, grid: object, train: object, *rest: object, **more: object) -> list:
+        sums[linears[0].name] = copy.deepcopy(train)  # the solver uses it up
+        return inner(linears, grid, train, *rest, **more)
 
     monkeypatch.setattr(streams, "requantize_group", keep)
     made = shop._write(key, "gptq", ("--compute", "fp32"), None, None)  # as the models here compute

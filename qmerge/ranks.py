@@ -185,7 +185,7 @@ def together(launch: Launch | None, device: str = "cpu") -> Iterator[Ranks]:
         watch = Watch(dist.PrefixStore(f"{prefix}/watch", mine), launch.rank, launch.size)
         watch.announce()
         # no limit on waiting: a rank may solve for an hour. Who is gone is found by the watch
-        dist.init_process_group(group_backend(device), store=dist.PrefixStore(f"{prefix}/group", store), rank=launch.rank, world_size=launch.size, timeout=timedelta(days=30))
+        dist.init_process_group(group_backend(device, launch.local_rank), store=dist.PrefixStore(f"{prefix}/group", store), rank=launch.rank, world_size=launch.size, timeout=timedelta(days=30))
     except (dist.DistError, RuntimeError) as problem:
         raise lost(f"not all of {launch.size} ranks came to where they meet within {JOIN_S} s ({(str(problem).splitlines() or [''])[0][:120]})") from None
     watch.start()

@@ -48,9 +48,12 @@ def own_device(wish: str, local_rank: int, local_size: int) -> str:
     return wish
 
 
-def group_backend(device: str) -> str:
-    """What carries tensors between processes."""
-    return "cpu:gloo,cuda:nccl" if device.startswith("cuda") and torch.cuda.is_available() else "gloo"
+def group_backend(device: str, local_rank: int) -> str:
+    """What carries tensors between processes. Where that is NCCL, this process's own device becomes the current one, as NCCL wants it. Not yet run on a GPU."""
+    if device == "cpu" or not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
+        return "gloo"
+    torch.cuda.set_device(local_rank)
+    return "cpu:gloo,cuda:nccl"
 
 
 def exact_matmuls() -> None:

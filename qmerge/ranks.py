@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmerge.errors import QmergeError
 from qmerge.launch import Launch
-from qmerge.watch import STORE_S, Watch, lost
+from qmerge.watch import STORE_S, Watch, is_lost, lost
 
 if TYPE_CHECKING:
     import torch
@@ -78,13 +78,12 @@ class Ranks:
         import torch
 
         raw = json.dumps(facts).encode()
-        sizes = torch.zeros(self.size, dtype=torch.int64)
-        self._wait(lambda dist: dist.all_gather_single(sizes, torch.tensor([len(raw)]), async_op=True))
-        longest = int(sizes.max())
-        mine, all_of_them = torch.zeros(longest, dtype=torch.uint8), torch.empty(self.size * longest, dtype=torch.uint8)
-        mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-        self._wait(lambda dist: dist.all_gather_single(all_of_them, mine, async_op=True))
-        return [json.loads(bytes(part[:size].numpy())) for part, size in zip(all_of_them.split(longest), sizes.tolist(), strict=True)]
+        sizes = torch.zeros(self.size, dtype=torch.int64)  # not by all_gather, which has another name in each torch
+        self._wait(lambda dist: dist.all_to_all_single(sizes, torch.full((self.size,), len(raw)), async_op=True))
+        takes, found = sizes.tolist(), torch.empty(int(sizes.sum()), dtype=torch.uint8)
+        send = torch.frombuffer(bytearray(raw * self.size), dtype=torch.uint8)
+        self._wait(lambda dist: dist.all_to_all_single(found, send, takes, [len(raw)] * self.size, async_op=True))
+        return [json.loads(bytes(part.numpy())) for part in found.split(takes)]
 
     def _bytes(self, raw: bytes, source: int) -> bytes:
         import torch
@@ -185,7 +184,7 @@ def together(launch: Launch | None, device: str = "cpu") -> Iterator[Ranks]:
         watch = Watch(dist.PrefixStore(f"{prefix}/watch", mine), launch.rank, launch.size)
         watch.announce()
         # no limit on waiting: a rank may solve for an hour. Who is gone is found by the watch
-        dist.init_process_group(group_backend(device), store=dist.PrefixStore(f"{prefix}/group", store), rank=launch.rank, world_size=launch.size, timeout=timedelta(days=30))
+        dist.init_process_group(group_backend(device, launch.local_rank), store=dist.PrefixStore(f"{prefix}/group", store), rank=launch.rank, world_size=launch.size, timeout=timedelta(days=30))
     except (dist.DistError, RuntimeError) as problem:
         raise lost(f"not all of {launch.size} ranks came to where they meet within {JOIN_S} s ({(str(problem).splitlines() or [''])[0][:120]})") from None
     watch.start()
@@ -200,7 +199,7 @@ def together(launch: Launch | None, device: str = "cpu") -> Iterator[Ranks]:
             watch.seen()
         else:
             watch.tell(problem)
-        if keeps:
+        if keeps and not is_lost(problem):  # who is gone will see nothing
             watch.all_seen(TOLD_S)
         raise
     finally:

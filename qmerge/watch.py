@@ -52,8 +52,16 @@ class Failure:
         return KINDS.get(self.code, CheckFailed)(f"rank {self.rank}: {self.what}", **self.details)
 
 
+GONE = "Another rank is gone."
+
+
+def is_lost(problem: BaseException) -> bool:
+    """Is it `lost`'s?"""
+    return isinstance(problem, Interrupted) and problem.what == GONE
+
+
 def lost(found: str) -> Interrupted:
-    return Interrupted("Another rank is gone.", found=found, fix="see what ended it (memory? its host?), then run the same command again with --resume, with as many ranks as you like")
+    return Interrupted(GONE, found=found, fix="see what ended it (memory? its host?), then run the same command again with --resume, with as many ranks as you like")
 
 
 class Watch:
@@ -83,6 +91,7 @@ class Watch:
         """This rank fails. The first to say so is heard."""
         with contextlib.suppress(Exception):
             self.store.compare_set("failed", "", json.dumps(asdict(Failure.of(self.rank, problem))))
+        self.seen()
 
     def seen(self) -> None:
         """Tell that this rank knows."""

@@ -14,7 +14,8 @@ from typing import Any
 from qmerge.errors import QmergeError
 
 SHARED_MEMORY = "/dev/shm"
-_MADE: list[Path] = []
+_MADE: list[tuple[int, Path]] = []
+"""with the process that made it"""
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,17 @@ def folder(name: str) -> Path:
     """A fresh folder in memory where the system has one, gone when the process ends."""
     parent = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
     made = Path(tempfile.mkdtemp(prefix=f"qmerge-fuzz-{name}-", dir=parent))
-    _MADE.append(made)
+    _MADE.append((os.getpid(), made))
     return made
 
 
 @atexit.register
 def clean() -> None:
-    """Remove the folders."""
+    """Remove this process's folders; a fork of it that ends has the list too."""
     while _MADE:
-        shutil.rmtree(_MADE.pop(), ignore_errors=True)
+        maker, made = _MADE.pop()
+        if maker == os.getpid():
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def refused(error: QmergeError) -> bool:

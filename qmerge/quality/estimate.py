@@ -17,9 +17,9 @@ CHUNKS = 14
 """tensors of a chunk of logits: both models' logits, log-probabilities, probabilities, and KL's terms in fp64 (divergence.compare_logits)"""
 LINEAR = 40
 """bytes for each element of the largest linear, while it is set against ΔW in fp64 (merging.linear_rows)"""
-LOADERS = {"none": 0, "bitsandbytes": 0, "compressed-tensors": 60_000_000, "gptq": 80_000_000, "awq": 80_000_000}
-"""what a candidate's public loader takes over bitsandbytes': gptqmodel 76 MB on the demo, 38 MB on a model of 34M (python scripts/measure_evaluation.py demo:gptq demo:nf4 34M:gptq 34M:nf4, one run each).
-awq goes through the same library and was not measured; compressed-tensors is a guess. With these the whole process was foreseen 15 % too high on the demo and 12 to 14 % too low on the other"""
+LOADERS = {"none": 0, "bitsandbytes": 0, "compressed-tensors": 10_000_000, "gptq": 110_000_000, "awq": 10_000_000}
+"""what a candidate's public loader takes over bitsandbytes': `python scripts/measure_evaluation.py`, one run each (docs/measurements/evaluation-memory.md); gptqmodel 76 MB on the demo and 110 MB on a
+model of 34M, the others on the demo alone"""
 PASSES = 12, 6
 """fp32 values per token of a batch, times hidden and times the widest inner width, while a model runs"""
 

@@ -1,4 +1,4 @@
-"""How much memory does `qmerge run` take while it measures its output, beside what it foresaw? Real runs in fresh processes; what a candidate's loader takes is what is left over.
+"""How much memory does `qmerge run` take while it measures its output, beside what it foresaw? Real runs in fresh processes; what a candidate's loader takes is the difference between formats.
 
     python scripts/measure_evaluation.py [CASE …]      prints one line of JSON for each case (minutes each); quality/estimate.py has its figures from here
 """
@@ -26,8 +26,14 @@ seen = {}
 inner, sizes = command.evaluate_to, estimate.evaluation_bytes
 
 def foreseen(measured):
-    seen["foreseen"], seen["loader"] = sizes(measured), estimate.LOADERS.get(measured.method, 0)
+    seen["loader"] = estimate.LOADERS.get(measured.method, 0)
     return sizes(measured)
+
+announced = command.announce
+
+def announce(found, evaluating=0):
+    seen["foreseen"], seen["process"] = found.base_bytes + evaluating, found.base_bytes
+    return announced(found, evaluating)
 
 def evaluate_to(*args, **options):
     peak = PeakMemory(torch.device("cpu"))
@@ -35,9 +41,9 @@ def evaluate_to(*args, **options):
     try:
         return inner(*args, **options)
     finally:
-        seen["taken"] = peak.peak() - seen["before"]
+        seen["taken"] = peak.peak()
 
-estimate.evaluation_bytes, command.evaluate_to = foreseen, evaluate_to
+estimate.evaluation_bytes, command.evaluate_to, command.announce = foreseen, evaluate_to, announce
 note = sys.argv.pop()
 try:
     main()
@@ -49,7 +55,7 @@ FLAGS = {"gptq": (), "nf4": (), "compressed-tensors": (), "awq": (), "bf16": ()}
 
 
 def measured(model: dict[str, str], fmt: str, root: Path) -> dict[str, int]:
-    """Bytes: ``foreseen`` beside the process, of it ``loader``; ``taken`` at the fullest moment of measuring, above what the process held ``before``."""
+    """Bytes of the whole process while it measures: ``foreseen`` (of it ``process`` as it stood at the plan, and ``loader``) and ``taken`` at the fullest moment; ``before``: when measuring began."""
     text = root / "text.jsonl"
     text.write_text("".join((DEMO / "eval-prose.jsonl").read_text().splitlines(keepends=True)[:20]))
     words = ["run", "--base", model["base"], "--adapter", model["adapter"], "--format", fmt, "--device", "cpu", "--calibration", str(DEMO / "calibration.jsonl"), "--text", str(text), "--allow-overlap",

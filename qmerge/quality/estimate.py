@@ -17,8 +17,9 @@ CHUNKS = 14
 """tensors of a chunk of logits: both models' logits, log-probabilities, probabilities, and KL's terms in fp64 (divergence.compare_logits)"""
 LINEAR = 40
 """bytes for each element of the largest linear, while it is set against ΔW in fp64 (merging.linear_rows)"""
-LOADERS = {"none": 0, "bitsandbytes": 0, "compressed-tensors": 60_000_000, "gptq": 450_000_000, "awq": 450_000_000}
-"""what a candidate's public loader may take once it is imported: guesses on the safe side (docs/measurements/serving.md shows about 200 MB for gptqmodel over a float model)"""
+LOADERS = {"none": 0, "bitsandbytes": 0, "compressed-tensors": 10_000_000, "gptq": 110_000_000, "awq": 10_000_000}
+"""what a candidate's public loader takes over bitsandbytes': `python scripts/measure_evaluation.py`, one run each (docs/measurements/evaluation-memory.md); gptqmodel 76 MB on the demo and 110 MB on a
+model of 34M, the others on the demo alone"""
 PASSES = 12, 6
 """fp32 values per token of a batch, times hidden and times the widest inner width, while a model runs"""
 

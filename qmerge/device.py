@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -71,27 +70,24 @@ class Compute:
 
 COMPUTE = {"fp32": Compute(torch.float32, torch.float32), "mixed": Compute(torch.float32, torch.bfloat16), "bf16": Compute(torch.bfloat16, torch.bfloat16)}
 """what says so in a recipe. ``mixed`` costs nothing that shows, ``bf16`` some percent of KL: the difference of two streams that were rounded apart is what the solver answers"""
-WORTHWHILE = 1.5
-"""times as quick as fp32 that bf16 has to be on a CPU, or it is not taken there"""
-
-
 def pick_compute(wish: str, device: torch.device) -> str:
-    """A key of `COMPUTE`; ``auto`` is ``mixed`` on an accelerator, and on a CPU that multiplies bf16 clearly faster than fp32 (measured, some milliseconds), else ``fp32``."""
+    """A key of `COMPUTE`; ``auto`` is ``mixed`` on an accelerator and on CPUs that are quick at bf16, else ``fp32``. The same machine always gives the same answer: two runs must give the same bytes."""
     if wish != "auto":
         return wish
-    if device.type != "cpu":
-        return "mixed"
-    taken = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        taken[dtype] = min(_seconds(lambda left=left, right=right: torch.nn.functional.linear(left, right)) for _ in range(5))
-    return "mixed" if taken[torch.float32] > WORTHWHILE * taken[torch.bfloat16] else "fp32"
+    return "mixed" if device.type != "cpu" or quick_at_bf16(_cpuinfo()) else "fp32"
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def quick_at_bf16(cpuinfo: str) -> bool:
+    """By what Linux says of the processor: AMX tiles, or AMD's AVX512-BF16 (4.5 times fp32's rate where it was measured; Intel's without AMX was slower than fp32)."""
+    flags = set(found[1].split()) if (found := re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)) else set()
+    return "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in cpuinfo)
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
 
 
 def products_in(compute: torch.dtype, device: torch.device) -> AbstractContextManager:

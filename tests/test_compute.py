@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles.dequantized import divergence, load_public, logits, separate_model
 
-from qmerge.device import pick_compute
+from qmerge.device import pick_compute, quick_at_bf16
 from qmerge.numerics.curvature import Curvature
 from qmerge.numerics.hessian import Statistics
 from qmerge.numerics.products import add_product
@@ -95,6 +95,14 @@ def test_auto_is_settled_and_said(written):
     assert pick_compute("auto", torch.device("cuda")) == "mixed"
     out, _ = written("llama", "gptq")
     assert read_manifest(out)["recipe"]["compute"] in ("fp32", "mixed")
+
+
+@pytest.mark.parametrize(("vendor", "flags", "quick"), [
+    ("AuthenticAMD", "avx2 avx512f avx512_bf16", True), ("AuthenticAMD", "avx2 avx512f", False), ("GenuineIntel", "avx512f avx512_bf16", False), ("GenuineIntel", "avx512_bf16 amx_bf16 amx_tile", True), ("", "", False),
+])  # fmt: skip
+def test_a_processor_is_known_by_what_it_says(vendor, flags, quick):
+    """A choice that is timed: a busy moment would change the bytes, and --resume would refuse to go on."""
+    assert quick_at_bf16(f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n") is quick
 
 
 def test_another_word_is_refused(zoo, cli, tmp_path):

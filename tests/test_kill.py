@@ -22,6 +22,10 @@ def jobs(zoo, tmp_path_factory):
     return Jobs(zoo, tmp_path_factory.mktemp("kill"))
 
 
+SLACK = 4
+"""calls by which runs of one job differ: a shard is noted when the inputs' digests are known, which a thread of its own computes"""
+
+
 def killed_at(jobs: Jobs, fmt: str, out: Path, fatal: int | None) -> int:
     """The exit code of a run that is killed at one of its calls; with None it only counts them, into ``count`` beside OUT."""
 
@@ -48,10 +52,15 @@ def count_of(jobs: Jobs, fmt: str) -> int:
 
 
 def hooks(jobs: Jobs, fmt: str, chosen: Any) -> int:
-    points = list(chosen(count_of(jobs, fmt)))
+    count = count_of(jobs, fmt)
+    points = list(chosen(count))
     for fatal in points:
         out = jobs.place() / "out"
-        assert killed_at(jobs, fmt, out, fatal) == -signal.SIGKILL
+        code = killed_at(jobs, fmt, out, fatal)
+        if code == 0 and fatal > count - SLACK:  # it made fewer calls, and was through before this one
+            assert jobs.files(out) == jobs.reference(fmt), "other bytes"
+            continue
+        assert code == -signal.SIGKILL
         resumed(jobs, fmt, out)
     return len(points)
 

@@ -76,7 +76,8 @@ class SignedLog:
 
 
 def nice_step(rough: float) -> float:
-    """The next 1, 2 or 5 times a power of ten that is at least ``rough``."""
+    """The next 1, 2 or 5 times a power of ten that is at least ``rough``, or than 1e-300: an axis of next to no length has a step too."""
+    rough = max(rough, 1e-300)
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
 

@@ -50,7 +50,10 @@ class Axis:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
             step = max(1, math.ceil((last - first) / count))
             return [10.0**power for power in range(first, last + 1, step)]
-        step = nice_step((self.high - self.low) / count)
+        span = self.high - self.low
+        if not (math.isfinite(span) and span > 1e-12 * max(abs(self.low), abs(self.high)) and span > 1e-300):  # numbers that nothing measures
+            return [self.low]
+        step = nice_step(span / count)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [index * step for index in range(first, last + 1)]
 
@@ -76,8 +79,7 @@ class SignedLog:
 
 
 def nice_step(rough: float) -> float:
-    """The next 1, 2 or 5 times a power of ten that is at least ``rough``, or than 1e-300: an axis of next to no length has a step too."""
-    rough = max(rough, 1e-300)
+    """The next 1, 2 or 5 times a power of ten that is at least ``rough``."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from qmerge.adapters.patterns import check_pattern
+from qmerge.adapters.patterns import check_compiles, check_pattern
 from qmerge.errors import Refused
 
 # no influence on merged weights: where the adapter came from, how it was trained, which modules were chosen (the file says which).
@@ -116,13 +116,15 @@ def _check_kinds(config: dict[str, Any], where: str) -> None:
             if not accepts(value):
                 raise Refused("A pattern of the adapter's config has a malformed value.", where=f"{field}[{pattern[:80]!r}] in {where}", found=repr(value)[:120])
             check_pattern(pattern, f"{field}[{pattern[:80]!r}] in {where}")
+            check_compiles(_wrapped(pattern), f"{field}[{pattern[:80]!r}] in {where}")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise Refused("modules_to_save is malformed.", where=where, expected="a list of module names", found=repr(saved)[:120])
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
+def _wrapped(pattern: str) -> str:
+    """As PEFT matches it. Not every expression may stand within another: global flags must come first."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def matching_key(patterns: Iterable[str], module: str) -> str:
@@ -130,7 +132,7 @@ def matching_key(patterns: Iterable[str], module: str) -> str:
 
     PEFT's rule (``get_pattern_key``): ``matching_key(["q_proj"], "model.layers.0.q_proj") == "q_proj"``; the order of the file decides.
     """
-    return next((pattern for pattern in patterns if _compiled(pattern).match(module)), module)
+    return next((pattern for pattern in patterns if re.match(_wrapped(pattern), module)), module)
 
 
 def rank_and_scaling(config: dict[str, Any], module: str) -> tuple[int, float]:

@@ -37,6 +37,14 @@ def check_pattern(pattern: Any, where: str) -> None:
                       fix="write the modules' names out in adapter_config.json")
 
 
+def check_compiles(pattern: str, where: str) -> None:
+    """Refused where ``pattern`` is no regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise Refused("A pattern of the adapter's config is no regular expression.", where=where, found=str(error)[:200]) from None
+
+
 def _ways(tree: Any, inside: bool) -> float:
     """In how many ways a name may be split along ``tree``; infinitely many where a repeat or a choice lies ``inside`` a repeat."""
     ways = 1.0

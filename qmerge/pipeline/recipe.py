@@ -277,6 +277,8 @@ def _check_adapters(recipe: Recipe, faults: list[str]) -> None:
         faults.append(f"--combine {recipe.combine} needs at least two adapters")
     if recipe.combine == SUM and (recipe.density is not None or recipe.combine_rank is not None):
         faults.append("--density and --combine-rank belong to --combine ties, dare_*, magnitude_prune* and *svd")
+    if recipe.density is not None and not 0 < recipe.density <= 1:
+        faults.append(f"--density {str(recipe.density)[:40]}: expected above 0, at most 1")
     if recipe.each and (len(choices) < 2 or recipe.combine != SUM):
         faults.append("--each writes one checkpoint per adapter: give several --adapter and no --combine")
     if recipe.each and recipe.format in QUANTIZING:

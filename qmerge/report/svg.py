@@ -87,17 +87,21 @@ def nice_step(rough: float) -> float:
 def log_axis(values: Iterable[float], start: float, end: float, decades: int = 8) -> Axis:
     """A logarithmic axis over whole decades around the positive ``values``, at most ``decades`` below the largest."""
     positive = [value for value in values if value > 0]
-    high = math.ceil(math.log10(max(positive)) + 1e-9) if positive else 0
+    high = min(math.ceil(math.log10(max(positive)) + 1e-9), 308) if positive else 0  # 1e309 is no number
     low = math.floor(math.log10(min(positive)) - 1e-9) if positive else -3
     low = min(max(low, high - decades), high - 1)
     return Axis(10.0**low, 10.0**high, start, end, log=True)
+
+
+LONGEST = 8e307
+"""what an axis goes up to: twice it is a number still"""
 
 
 def linear_axis(values: Iterable[float], start: float, end: float, margin: float = 0.06) -> Axis:
     found = list(values) or [0.0, 1.0]
     low, high = min(found), max(found)
     pad = (high - low) * margin or max(abs(high) * 0.1, 1e-9)
-    return Axis(low - pad, high + pad, start, end)
+    return Axis(max(low - pad, -LONGEST), min(high + pad, LONGEST), start, end)
 
 
 def power_label(value: float, plain: bool = True) -> str:
@@ -109,6 +113,8 @@ def power_label(value: float, plain: bool = True) -> str:
 
 
 def plain_label(value: float, step: float) -> str:
+    if not step < 1e15:  # also where a step is infinite
+        return f"{value:.1e}".replace("-", "−")
     decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
     if decimals > 5:
         return f"{value:.1e}".replace("-", "−") if value else "0"

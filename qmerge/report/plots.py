@@ -153,7 +153,7 @@ def _loss_axis(groups: list[list[float]]) -> Axis | SignedLog:
     sizes = [size for found in groups if (size := statistics.median(abs(value) for value in found)) > 0]
     if not sizes or max(sizes) < 8 * min(sizes):
         return plain
-    knee = max(min(sizes), max(sizes) / 1000)
+    knee = min(max(min(sizes), max(sizes) / 1000), svg.LONGEST / 4)  # a median of two numbers may be beyond them
     return SignedLog(min(plain.low, -2 * knee), max(plain.high, 2 * knee), 20, RIGHT, knee)
 
 

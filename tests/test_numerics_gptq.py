@@ -181,7 +181,7 @@ def test_same_streams_shift_nothing():
     weight, _, _ = problem("sym")
     found = statistics(correlated(), residual=torch.zeros(600, OUT))
     level = factor(found.hessian, 0.01)
-    assert torch.equal(aim(weight, shifts(weight, found.drift, found.residual, level), 1.0, 1.0), weight)
+    assert torch.equal(aim(weight, shifts(weight @ found.drift, found.residual, level), 1.0, 1.0), weight)
 
 
 def test_full_shift_answers_as_the_teacher():
@@ -191,7 +191,7 @@ def test_full_shift_answers_as_the_teacher():
     residual = (x @ torch.randn(IN, OUT, generator=draws(7))) * 0.1
     weight, _, _ = problem("sym")
     found = statistics(x, teacher, residual)
-    aimed = aim(weight, shifts(weight, found.drift, found.residual, factor(found.hessian, 1e-6)), 1.0, 1.0)
+    aimed = aim(weight, shifts(weight @ found.drift, found.residual, factor(found.hessian, 1e-6)), 1.0, 1.0)
     wanted = teacher.double() @ weight.double().T + residual.double()
     best = torch.linalg.lstsq(x.double(), wanted).solution.T
     error = [float((wanted - x.double() @ w.double().T).square().mean()) for w in (aimed, best, weight)]

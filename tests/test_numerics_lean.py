@@ -6,7 +6,7 @@ import torch
 from qmerge.errors import CheckFailed
 from qmerge.numerics import gptq, nf4
 from qmerge.numerics.hessian import Statistics
-from qmerge.numerics.polish import descend, lean
+from qmerge.numerics.polish import Lean, descend
 from qmerge.pipeline.requantize import Linear, requantize_group
 from qmerge.types import Grid, QuantizedWeight, QuantState
 
@@ -36,16 +36,18 @@ def test_lean_is_minus_one_where_the_adapter_is_gone_and_zero_where_it_is_whole(
     """A sign or a normalization lost here would push weights away from the adapter."""
     base, delta, _, mix = _linear()
     hessian = _statistics(mix, 2000, 1).hessian
-    gone, size = lean(-delta, delta, hessian)
+    lean = Lean(delta, hessian)
+    gone, size = lean.share(-delta), lean.size
     torch.testing.assert_close(gone, torch.full_like(gone, -1.0))
-    assert float(lean(torch.zeros_like(delta), delta, hessian)[0].abs().max()) == 0.0
+    assert float(lean.share(torch.zeros_like(delta)).abs().max()) == 0.0
     torch.testing.assert_close(size[0, 0], delta[0] @ hessian @ delta[0])
 
 
 def test_lean_of_a_zero_delta_is_zero_and_not_nan():
     """A linear that the adapter leaves alone (B = 0) must not turn the choice into NaN."""
     _, delta, _, mix = _linear()
-    share, size = lean(delta, torch.zeros_like(delta), _statistics(mix, 100, 1).hessian)
+    lean = Lean(torch.zeros_like(delta), _statistics(mix, 100, 1).hessian)
+    share, size = lean.share(delta), lean.size
     assert float(share.abs().max()) == 0.0 and float(size.abs().max()) == 0.0
 
 
@@ -58,7 +60,8 @@ def test_requantizing_on_the_nf4_grid_gives_the_lean_back():
     given_back = requantize_group([Linear("w", base + delta, stored, delta)], grid, train, held_out, torch.float32, blocks=40)[0]
 
     def lost(weight: torch.Tensor) -> float:
-        share, size = lean(weight - base - delta, delta, held_out.hessian)
+        lean = Lean(delta, held_out.hessian)
+        share, size = lean.share(weight - base - delta), lean.size
         return float((share * size).sum() / size.sum())
 
     assert lost(plain.weight) < -0.05, "this case no longer shows the lean; choose another"

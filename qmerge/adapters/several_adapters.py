@@ -13,7 +13,6 @@ from typing import Any
 
 from qmerge.adapters.adapter import Adapter, open_adapter
 from qmerge.adapters.edits import Edit
-from qmerge.adapters.lowrank import LowRank
 from qmerge.adapters.replace import Replace, ReplaceRows
 from qmerge.adapters.several import Chain, WeightedSum
 from qmerge.errors import Refused, UsageProblem
@@ -117,8 +116,3 @@ def joint_edits(
 
 def _replaces(edit: Edit) -> bool:
     return isinstance(edit, (Replace, ReplaceRows)) or (isinstance(edit, Chain) and any(_replaces(step) for step in edit.edits))
-
-
-def is_plain(edit: Edit) -> bool:
-    """Is the edit a low-rank product alone?"""
-    return isinstance(edit, LowRank) and edit.plain

@@ -33,12 +33,6 @@ class Lean:
         return (self.seen * error).sum(1, keepdim=True) / self.size.clamp(min=1e-30)
 
 
-def lean(error: torch.Tensor, delta: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(`Lean.share` of ``error``, `Lean.size`)."""
-    found = Lean(delta, hessian)
-    return found.share(error), found.size
-
-
 def descend(
     codes: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, damp: float, grid: ElementGrid, sweeps: int = 3, block: int = 64, pull: torch.Tensor | None = None,
     matrix: torch.Tensor | None = None,

@@ -13,13 +13,8 @@ from qmerge.numerics.coupled import Coupling
 from qmerge.numerics.hessian import Factor, Statistics
 
 
-def shifts(weight: torch.Tensor, drift: torch.Tensor | None, residual: torch.Tensor | None, factor: Factor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """``(W D (H+λI)⁻¹, R (H+λI)⁻¹)``, each fp32 ``[rows, in]``, or None where not asked for or zero. ``weight`` ``[rows, in]`` and ``residual`` R are of the same rows, ``drift`` D ``[in, in]``."""
-    return towards(weight @ drift if drift is not None and bool(drift.any()) else None, residual, factor)
-
-
-def towards(moved: torch.Tensor | None, residual: torch.Tensor | None, factor: Factor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """`shifts` where ``moved`` W D is known, or None."""
+def shifts(moved: torch.Tensor | None, residual: torch.Tensor | None, factor: Factor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``(W D (H+λI)⁻¹, R (H+λI)⁻¹)``, each fp32 ``[rows, in]``, or None where not given. ``moved`` W D and ``residual`` R are of the same rows."""
     return tuple(None if part is None else factor.solve(part) for part in (moved, residual))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from qmerge.numerics.hessian import STRIP, Factor, Statistics, factor
 from qmerge.numerics.polish import damped
-from qmerge.numerics.shift import towards
+from qmerge.numerics.shift import shifts
 
 if TYPE_CHECKING:
     from qmerge.pipeline.requantize import _Job
@@ -69,4 +69,4 @@ class Known:
         moved = None
         if own and self.drifts:
             moved = job.moved[rows] if job.moved is not None else job.linear.merged[rows] @ self.train.drift
-        return towards(moved, self.residual[rows] if self.residual is not None and residual else None, level)
+        return shifts(moved, self.residual[rows] if self.residual is not None and residual else None, level)

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from fuzz import bending
-from fuzz.places import clean, folder
+from fuzz.places import folder
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -45,13 +45,6 @@ examples = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=
 words = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=12)
 shapes = st.lists(st.integers(0, 3), max_size=3)
 random_sources = st.randoms(use_true_random=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fresh_folders() -> Iterator[None]:
-    """Harnesses make theirs while they are imported."""
-    yield
-    clean()
 
 
 @pytest.fixture(scope="module")

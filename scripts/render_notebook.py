@@ -15,9 +15,8 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
-from nbconvert import HTMLExporter
+from qmerge.errors import QmergeError
+from qmerge.extras import need
 
 NOTEBOOK = Path(__file__).parents[1] / "eval" / "separate_vs_merged.ipynb"
 PAGE = """<!doctype html>
@@ -42,6 +41,11 @@ MORE = "main table{display:block;overflow-x:auto}main td:first-child{min-width:7
 
 def render(results: Path) -> str:
     """The page, from a run of the notebook on ``results``."""
+    need("running the notebook", "nbformat", "nbclient", "nbconvert", "ipykernel")
+    import nbformat
+    from nbclient import NotebookClient
+    from nbconvert import HTMLExporter
+
     os.environ["QMERGE_RESULTS"] = str(results.resolve())
     book = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
@@ -56,7 +60,10 @@ def main() -> None:
     if len(sys.argv) != 3:
         sys.exit("usage: render_notebook.py results.json page.html")
     target = Path(sys.argv[2])
-    page = render(Path(sys.argv[1]))
+    try:
+        page = render(Path(sys.argv[1]))
+    except QmergeError as problem:
+        sys.exit(f"error: {problem}")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, "utf-8")
     print(target)

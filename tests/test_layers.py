@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qmerge"
-ORDER = (("__init__", "types", "errors", "units", "device", "launch", "watch", "ranks"), ("numerics",), ("store",), ("adapters",), ("formats",), ("pipeline",), ("quality",), ("report",), ("cli", "__main__"))
+ORDER = (("__init__", "types", "errors", "extras", "units", "device", "launch", "watch", "ranks"), ("numerics",), ("store",), ("adapters",), ("formats",), ("pipeline",), ("quality",), ("report",), ("cli", "__main__"))
 FORBIDDEN = {"quality": {"pipeline"}, "report": {"pipeline", "quality", "formats"}}
 RANK = {layer: rank for rank, layers in enumerate(ORDER) for layer in layers}
 

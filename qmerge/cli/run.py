@@ -16,6 +16,7 @@ from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, war
 from qmerge.cli.planning import announce, describe_estimate, detail, evaluation_of, fit_option, foreseen
 from qmerge.cli.targets import check_file, check_results_file
 from qmerge.errors import Interrupted, Refused, UsageProblem
+from qmerge.extras import need_loader
 
 
 @click.command("run", cls=QuietCommand)
@@ -50,6 +51,7 @@ def run_command(
     asked, recipe = recipe, to_plan(recipe, resume)
     steps = Steps()
     from qmerge.pipeline.plan import describe_plan, plan
+    from qmerge.quality.arms import check_method
     from qmerge.quality.attach import check_separate
     from qmerge.quality.compare import exit_code, load_budget
     from qmerge.quality.evaluate import candidate_names, check_request
@@ -58,7 +60,6 @@ def run_command(
     from qmerge.quality.suites import load_suite, split_names
     from qmerge.quality.tasks import open_tasks
     from qmerge.report.load import load_results
-    from qmerge.store.foreign import check_model_folder
     from qmerge.store.hub import resolve
 
     # all that measuring would refuse, before hours of merging
@@ -67,13 +68,14 @@ def run_command(
         check_versions(load_results(baseline, whole=True), ignore_versions)
     check_request(candidate_names((recipe.out,)), named_texts(texts) or {"held-out": ""}, [part for part in also.split(",") if part], recipe.original)
     check_separate(recipe.adapter_set)
+    need_loader(recipe.format)
     requests = parse_requests(perplexity)
     if suite or tasks:
         open_tasks(load_suite(suite, split_names(tasks), allow_task_code))
     found = plan(recipe)
     for place in (recipe.base, recipe.original):
         if place:
-            check_model_folder(resolve(place)[0])
+            check_method(resolve(place)[0])
     evidence = Path(recipe.out.rstrip("/") + ".eval")
     check_results_file(evidence / "results.json", "OUT.eval/results.json")
     for page in ("report.md", "report.html", *(["held-out.jsonl"] if not texts else [])):

@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig
 from qmerge.adapters.edits import Edit
 from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.errors import Refused, UsageProblem
+from qmerge.extras import need_loader
 from qmerge.quality.attach import as_set, attach
 from qmerge.quality.loaders import from_pretrained, label, load_public, quantization_config, quantization_method
 from qmerge.quality.merging import merge_in_memory, model_edits
@@ -130,6 +131,7 @@ def check_method(path: str) -> str:
     check_model_folder(path)
     if method not in ("none", *PACKED, "compressed-tensors"):
         raise Refused("evaluation does not know this quantization", where=label(path), expected=f"none, {', '.join(PACKED)}, compressed-tensors", found=method)
+    need_loader(method)
     return method
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPTQConfig
 
-from qmerge.errors import Refused, UsageProblem
+from qmerge.errors import Refused
+from qmerge.extras import need_loader
 from qmerge.store.checkpoint import open_checkpoint
 from qmerge.store.foreign import check_model_folder
 from qmerge.store.jsonfiles import read_object
@@ -30,12 +31,11 @@ _PATCHED = re.compile(r"transformers\.(models\..*\.modeling_\w+|conversion_mappi
 def load_public(path: str, method: str) -> tuple[nn.Module, str | None]:
     """A checkpoint as its public loader gives it, and a word on the loader where it is not transformers'. Refused as `check_model_folder`, before any of them opens a file."""
     check_model_folder(path)
+    need_loader(method)
     if method == "compressed-tensors":
-        _need("compressed_tensors", "compressed")
         return _from_compressed(path), None
     if method not in ("gptq", "awq"):
         return from_pretrained(path), None
-    _need("gptqmodel", "gptq"), _need("optimum", "gptq")
     if quantization_config(path).get("lm_head"):
         return _from_gptqmodel(path, method, "it has no quantized head"), "GPTQModel.load; transformers reads no quantized head"
     try:
@@ -160,13 +160,6 @@ def _plain_kernel(path: str, method: str) -> dict[str, Any]:
     from transformers import AwqConfig
 
     return {"quantization_config": AwqConfig(bits=int(stored.get("bits", 4)), backend=PREFERRED_KERNEL["awq"])}
-
-
-def _need(module: str, extra: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(module) is None:
-        raise UsageProblem(f"loading this checkpoint needs {module}, which is not installed", fix=f"pip install 'qmerge[{extra}]'")
 
 
 def label(path: str) -> str:

@@ -26,6 +26,7 @@ import torch
 from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.device import device_name
 from qmerge.errors import QmergeError, Refused, UsageProblem
+from qmerge.extras import need_loader
 from qmerge.quality.arms import full_recipe, load_merged, quantization_method, weight_bytes
 from qmerge.quality.attach import as_set, check_separate
 from qmerge.quality.evaluate import recipe_of
@@ -66,14 +67,14 @@ class _Arm:
 
 
 def check_load(load: Load, folders: Mapping[str, str]) -> None:
-    """Raise UsageProblem for numbers that make no sense, and for prompts that do not fit the context of one of ``folders``; reads configs alone."""
+    """Raise UsageProblem for numbers that make no sense, for prompts that do not fit the context of one of ``folders``, and where its loader is not installed; reads configs alone."""
     if not load.batches or len(set(load.batches)) < len(load.batches) or min(load.batches) < 1:
         raise UsageProblem("the batch sizes are malformed", where="--batches", expected="different whole numbers from 1 on, as in 1,8,32", found=",".join(map(str, load.batches)) or "none")
     for flag, value in (("--prompt-tokens", load.prompt_tokens), ("--new-tokens", load.new_tokens), ("--repeats", load.repeats), ("--rounds", load.rounds), ("--timeout", load.timeout_s)):
         if not 1 <= value < 1e9:  # NaN is neither
             raise UsageProblem("this must be at least 1", where=flag, expected="1 or more, below a billion", found=f"{value:g}")
     for name, folder in folders.items():
-        quantization_method(folder)  # refuses what is no checkpoint
+        need_loader(quantization_method(folder))  # which refuses what is no checkpoint
         if weight_bytes(folder) or (Path(folder) / INDEX).exists():  # without any weights no library opens it, and it gets a note
             check_model_folder(folder)
         config = read_object(Path(folder) / "config.json", what="the model's config")

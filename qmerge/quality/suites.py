@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qmerge.errors import Refused, UsageProblem
+from qmerge.extras import need
 from qmerge.quality import local_tasks
 from qmerge.store.yamlfiles import BadYaml, read_yaml
 
@@ -36,8 +36,7 @@ def load_suite(path: str | Path | None, names: Sequence[str] = (), allow_code: b
     ``batch_size``, ``chat_template`` for all. Raises ``UsageProblem`` with all faults of the file at once, ``Refused`` for faults of the rows,
     and for an ``include_path`` without ``allow_code``: lm-eval's task files import Python by name and hold Jinja that is not sandboxed, so such a folder is a program.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UsageProblem("benchmarks need lm-eval, which is not installed", fix="pip install 'qmerge[eval]'")
+    need("a benchmark", "lm_eval")
     content = {"tasks": []} if path is None else _read(Path(path))
     folder = Path.cwd() if path is None else Path(path).resolve().parent
     faults = _top_faults(content, folder)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qmerge.errors import Refused
+from qmerge.extras import need
 from qmerge.store.regular import read_plain
 
 MAX_SIGNATURE_BYTES = 100_000_000
@@ -21,12 +22,11 @@ MAX_KEY_BYTES = 100_000
 def check_signature(folder: Path, signature: Path, public_key: Path, files: Sequence[str]) -> str | None:
     """What is wrong, or None: the signature is of this key, every file that it lists is as signed, and it lists all ``files`` (relative names).
 
-    Raises `Refused` where the library is not installed or signature or key cannot be read.
+    Raises `UsageProblem` where the library is not installed, `Refused` where signature or key cannot be read.
     """
-    try:
-        from model_signing import verifying
-    except ImportError as problem:
-        raise Refused("signatures are verified by the package model-signing, which is not here", expected="pip install 'qmerge[sign]'", found=f"no module {problem.name}") from problem
+    need("checking a signature", "model_signing", "OpenSSL")
+    from model_signing import verifying
+
     for path, most in ((signature, MAX_SIGNATURE_BYTES), (public_key, MAX_KEY_BYTES)):
         try:
             read_plain(path, most)

@@ -53,9 +53,8 @@ def describe_estimate(found: Estimate, evaluating: int = 0) -> str:
 
 def detail(found: Estimate) -> str:
     """What the lines above rest on, for ``--dry-run``."""
-    accelerator = found.work.accelerator
     rows = [f"basis     {found.rates.basis}", f"memory    {format_bytes(found.base_bytes)} of it is this process with its libraries"]
-    rows += [f"          {phase.name}: {format_bytes(found.base_bytes + phase.ram(accelerator))}" for phase in found.phases]
+    rows += [f"          {phase.name}: {format_bytes(found.ram_at(phase))}" for phase in found.phases]
     rows += [f"            {part.name}: {format_bytes(part.nbytes)}" for part in sorted(found.fullest.parts, key=lambda part: -part.nbytes)[:4]]
     return "\n".join([*rows, *(f"disk      {name}: {format_bytes(count)}" for name, count in (found.disk | found.disk_more).items())])
 

@@ -53,7 +53,11 @@ class Estimate:
     @property
     def ram_bytes(self) -> int:
         """Peak resident memory of the process."""
-        return self.base_bytes + self.fullest.ram(self.work.accelerator)
+        return self.ram_at(self.fullest)
+
+    def ram_at(self, phase: memory.Phase) -> int:
+        """Resident memory of the process in a phase, with the holes in its heap."""
+        return self.base_bytes + phase.ram(self.work.accelerator) + memory.holes_bytes(self.work, phase)
 
     @property
     def device_bytes(self) -> int:
@@ -70,7 +74,7 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         accelerator = self.work.accelerator
-        rows = {phase.name: {"ram_bytes": self.base_bytes + phase.ram(accelerator), "device_bytes": phase.on_device(accelerator), "parts": {part.name: part.nbytes for part in phase.parts}} for phase in self.phases}
+        rows = {phase.name: {"ram_bytes": self.ram_at(phase), "device_bytes": phase.on_device(accelerator), "holes_bytes": memory.holes_bytes(self.work, phase), "parts": {part.name: part.nbytes for part in phase.parts}} for phase in self.phases}
         return {
             "bytes_written": self.bytes_written, "disk_bytes": self.disk_bytes, "disk_most_bytes": self.disk_most_bytes, "disk": self.disk | self.disk_more,
             "peak_ram_bytes": self.ram_bytes, "process_bytes": self.base_bytes, "peak_device_bytes": self.device_bytes, "fullest_phase": self.fullest.name, "phases": rows,

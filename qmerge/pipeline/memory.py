@@ -49,6 +49,11 @@ STRETCHES = 6
 """fp32 copies of a stretch that a worker of the float merge holds (dense._merge)"""
 
 
+HOLES, MOST_HOLES_BYTES = 0.55, 5 << 28
+"""Of what a calibrated run holds in main memory, and at most: free pages between what is alive. Activations live for a block, temporaries among them for a moment, of many sizes; what is 32 MB or
+more leaves no hole (device.one_heap). Measured (docs/measurements/estimates.md), not derived. Handing the pages back between linears halves them and took a tenth of the run's time."""
+
+
 @dataclass(frozen=True)
 class Part:
     """``host``: in main memory whatever the device."""
@@ -70,6 +75,11 @@ class Phase:
 
     def on_device(self, accelerator: bool) -> int:
         return sum(part.nbytes for part in self.parts if not part.host) if accelerator else 0
+
+
+def holes_bytes(work: Workload, phase: Phase) -> int:
+    """Free pages of the heap at that moment."""
+    return min(MOST_HOLES_BYTES, round(HOLES * phase.ram(work.accelerator))) if work.train else 0
 
 
 def _phase(name: str, host: dict[str, float], anywhere: dict[str, float]) -> Phase:

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -173,6 +174,8 @@ def in_parallel(work: Callable[[Item], Result], items: Sequence[Item], device: t
         torch.set_num_threads(threads)
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+TIDY_S, LOOSE_BYTES = 60.0, 256 << 20
+"""the heap's free pages are handed back this often at most, and where they are more than this"""
 """mallopt's names for them (malloc.h)"""
 ARENAS_BYTES = 8 * (os.cpu_count() or 1) * 64 * 2**20
 """address space that glibc's allocator may set aside without using it: 64 MiB for each of its arenas"""
@@ -262,3 +265,21 @@ def one_heap() -> None:
     if mallopt is not None:
         for setting, value in ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 256 << 20)):
             mallopt(setting, value)
+
+
+class _Heap(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+
+
+def tidy_heap(last: float) -> float:
+    """Hand free pages within the heap back to the system: sizes that change from linear to linear leave holes. ``last``: when that was done last, on the monotonic clock; returned renewed. It takes
+    tenths of a second, and so does filling the pages again, so it is done once a `TIDY_S` at most: in runs whose linears take that long. Elsewhere than on glibc nothing happens."""
+    libc, now = ctypes.CDLL(None), time.monotonic()
+    if now - last < TIDY_S or not hasattr(libc, "mallinfo2"):
+        return last
+    libc.mallinfo2.restype = _Heap
+    if libc.mallinfo2().fordblks > LOOSE_BYTES:
+        libc.malloc_trim(0)
+    return now

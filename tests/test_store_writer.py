@@ -90,6 +90,16 @@ def test_same_input_same_bytes(tmp_path, tensors):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+@pytest.mark.parametrize("held", [0, 40, 10**6])
+def test_what_waits_in_memory_does_not_change_the_bytes(tmp_path, tensors, held):
+    """A shard whose tensors come back from the wrong place of the file they waited in; a file that is left behind."""
+    write(tmp_path / "usual", tensors, max_shard_bytes=200)
+    write(tmp_path / "other", tensors, max_shard_bytes=200, held_bytes=held)
+    files = sorted(os.listdir(tmp_path / "usual"))
+    assert files == sorted(os.listdir(tmp_path / "other")) and len(files) > 1
+    assert all((tmp_path / "usual" / file).read_bytes() == (tmp_path / "other" / file).read_bytes() for file in files)
+
+
 def test_a_copy_is_taken(tmp_path):
     """A buffer that the caller reuses must not change what was added; views and transposes are written as they look."""
     folder = tmp_path / "out"

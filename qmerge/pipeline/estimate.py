@@ -16,6 +16,7 @@ from qmerge.pipeline.calibrate import Calibration
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.timing import Rates, seconds
 from qmerge.pipeline.workload import Workload, measure_plan
+from qmerge.store.pending import WAITING_BYTES
 from qmerge.store.sidefiles import side_files
 from qmerge.types import Grid
 
@@ -174,4 +175,6 @@ def working_bytes(plan: MergePlan, work: Workload) -> tuple[dict[str, int], dict
     solved = sum(outputs.bytes_out(plan.recipe, plan.base, plan.pieces, name, packed) for name in plan.requantized)
     blocks = solved if "distill" in plan.recipe.polish else min(plan.recipe.shard_bytes, solved)
     more = {"activations": 2 * 2 * memory.FP32 * work.calibration_tokens * work.hidden, "curvatures": memory.curvatures_bytes(work)}
-    return {"solved blocks": round(KEPT_SCALES * blocks)}, {name: count for name, count in more.items() if count}
+    filling = min(plan.recipe.shard_bytes, plan.bytes_out) - WAITING_BYTES
+    must = {"solved blocks": round(KEPT_SCALES * blocks), "the shard that is being filled": max(0, filling)}
+    return {name: count for name, count in must.items() if count}, {name: count for name, count in more.items() if count}

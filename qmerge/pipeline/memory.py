@@ -18,6 +18,7 @@ from qmerge.pipeline.requantize import STRETCH
 from qmerge.pipeline.streams import TAPE_BYTES, TOKENS_PER_BATCH
 from qmerge.pipeline.workload import Linears, Workload
 from qmerge.store.direct import BUFFER_BYTES
+from qmerge.store.pending import WAITING_BYTES
 from qmerge.store.stream import MOST_WAITING
 
 FP32, FP64 = 4, 8
@@ -87,11 +88,11 @@ def _phase(name: str, host: dict[str, float], anywhere: dict[str, float]) -> Pha
 
 
 def phases(work: Workload, shard_bytes: int, bytes_out: int, polish: tuple[str, ...] = (), budget: bool = False, outputs: int = 1) -> tuple[Phase, ...]:
-    """Every phase that the run goes through. ``shard_bytes``: largest weight file; a quantizing run collects one in memory. ``budget``: bits are divided by measured losses.
+    """Every phase that the run goes through. ``shard_bytes``: largest weight file; of one that is being collected, some are in memory (store.pending). ``budget``: bits are divided by measured losses.
     ``outputs``: as many float checkpoints are written side by side."""
     if not work.quantized and not work.train:
         return (_stream(work, outputs),)
-    pending = {"the shard that is being filled": min(shard_bytes, bytes_out)}
+    pending = {"the shard that is being filled": min(shard_bytes, bytes_out, WAITING_BYTES)}
     if not work.train:
         return (_phase("rounding", pending, {"the largest linear": ROUNDING * work.largest, "a whole tensor of the base": 2 * FP32 * work.whole}),)
     found = [_embedding(work), *_gradients(work, budget), *_blocks(work, pending)]
@@ -204,12 +205,14 @@ def _blocks(work: Workload, pending: dict[str, int]) -> list[Phase]:
     }
     found = [_phase("entering a block", host | {"codes": work.solved if several else 0}, entering)]
     solved, best = 0, None
-    for group in work.groups:
+    for number, group in enumerate(work.groups):
         solved += group.elements * group.copies
-        weights = FP32 * work.block + solved * (FP32 + 1) + group.elements * ((FP32 if group.edited else 0) + (1 if work.base_4bit else 0) - FP32)
+        own = 0 if taped else FP32  # of the run-time block, beside the teacher's: those of solved groups are let go where nothing passes them again
+        weights = FP32 * work.block + solved * (1 + own) + group.elements * ((FP32 if group.edited else 0) + (1 if work.base_4bit else 0) - own)
+        passed = FP32 * work.calibration_tokens * sum(other.inputs for other in work.groups[:number] if other.copies == 1) if taped else 0
         tokens = work.train * work.tokens if taped else together * batch
         moving = FP32 * tokens * (group.inputs + (work.hidden if group.writer else 0)) + (0 if taped else passing)
-        parts = held | {"two streams of hidden states": (3 if taped else 2) * hidden, "inputs of linears": once + walked, "a block in fp32, its codes, deltas of a group": weights}
+        parts = held | {"two streams of hidden states": (3 if taped else 2) * hidden, "inputs of linears": once + walked - passed * (1 if work.accelerator else 2), "a block in fp32, its codes, deltas of a group": weights}
         here = _phase("solving", host, parts | _group(work, group, moving))
         if best is None or here.ram(False) > best.ram(False):
             best = here

@@ -29,7 +29,8 @@ class Walk:
         self._open = 0
         """groups below this number are solved"""
         self._abandoned = False
-        self._stores: list[dict[str, torch.Tensor]] = [{} for _ in inputs]
+        self.stores: list[dict[str, torch.Tensor]] = [{} for _ in inputs]
+        """per batch, what watched modules received, by name"""
         self._at = [-1] * len(inputs)
         """the group that each batch waits at; len(groups) where it is through"""
         self._results: list[Any] = [None] * len(inputs)
@@ -59,7 +60,7 @@ class Walk:
         number = self.groups.index(group)
         self._go_on(number)
         names = watched(group)
-        found = [{name: store[name] for name in names if name in store} for store in self._stores]
+        found = [{name: store[name] for name in names if name in store} for store in self.stores]
         return [store if group.modules[0] in store else {} for store in found]
 
     def finish(self) -> list[torch.Tensor]:
@@ -81,7 +82,7 @@ class Walk:
             batch = getattr(self._me, "batch", None)
             if batch is None:  # somebody else runs this block
                 return
-            self._stores[batch].setdefault(name, args[0] if args else next(iter(kwargs.values())))
+            self.stores[batch].setdefault(name, args[0] if args else next(iter(kwargs.values())))
             if number is not None and self._at[batch] < number:
                 self._wait(batch, number)
 

@@ -6,6 +6,7 @@ stream through the model as requantized so far. Within a block the groups of lin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qmerge.device import COMPUTE, in_parallel, worker_threads
+from qmerge.device import COMPUTE, in_parallel, tidy_heap, worker_threads
 from qmerge.numerics.curvature import Curvature, Distant
 from qmerge.numerics.hessian import Statistics, slot_of
 from qmerge.pipeline.blocks import (
@@ -28,6 +29,7 @@ from qmerge.pipeline.blocks import (
     record_calls,
     run_block,
     split_inputs,
+    watched,
 )
 from qmerge.pipeline.calibrate import Calibration
 from qmerge.pipeline.ends import entrance
@@ -86,7 +88,7 @@ def requantize_blocks(
                 yield index, _recall(kept, index, traffic, tuned)
             return
     batches, spread = start(plan, merged, calibration, ranks)
-    passed = kept.load_streams(batches) if kept is not None else 0
+    passed, tidied = kept.load_streams(batches) if kept is not None else 0, time.monotonic()
     for index, empty in enumerate(skeleton.blocks):
         if kept is not None and index < kept.count:
             solved = _recall(kept, index, traffic, tuned)
@@ -132,6 +134,8 @@ def requantize_blocks(
                 for module, turned, result in zip(group.modules, conv, found, strict=True):
                     set_weight(pair.runtime, f"{module}.weight", result.weight.T.contiguous() if turned else result.weight)
                 solved |= dict(zip(names, found, strict=True))
+                pair.leave(group, weights=not experts)
+                tidied = tidy_heap(tidied)
                 if "blocks" in plan.recipe.polish:
                     alone |= {module: linear for linear in linears for name, module, *_ in rows if name == linear.name}
             if again := bool(alone):
@@ -244,6 +248,18 @@ class _BlockPair:
             if held_out in sums:  # the windows to solve on come first, and are through
                 sums[False].close()
         return sums[False], sums[True]
+
+    def leave(self, group: Group, weights: bool) -> None:
+        """The group is solved. What it received, and the teacher's ``weights``, are let go where each stream passes the block once."""
+        if not self.taped:
+            return
+        later = self.groups[self.groups.index(group) + 1 :]
+        names = set(watched(group)) - {name for other in later for name in watched(other)}
+        for store in [store for store, _ in self.tape] + (self.walk.stores if self.walk is not None else []):
+            for name in names:
+                store.pop(name, None)
+        for module in group.modules if weights else ():
+            set_weight(self.teacher, f"{module}.weight", torch.empty(0))
 
     def _parts(self, group: Group, held_out: bool, reached: list[dict[str, torch.Tensor]] | None) -> Iterator[tuple[Part, int]]:
         """The inputs of this rank's batches that are, or are not, held out, with their slots; a few at a time."""

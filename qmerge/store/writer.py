@@ -21,12 +21,13 @@ from qmerge.errors import Refused
 from qmerge.store.checkpoint import INDEX, SINGLE
 from qmerge.store.durable import sync, write_chunks, write_json
 from qmerge.store.headers import MAX_HEADER_BYTES, dtype_name
+from qmerge.store.pending import WAITING_BYTES, Pending, Waiting
 
 MAX_SHARD_BYTES = 5_000_000_000
 
 
 class ShardWriter:
-    """Collects tensors and writes a shard whenever the next tensor would not fit. Peak memory: one shard.
+    """Collects tensors and writes a shard whenever the next tensor would not fit. Beyond ``held_bytes`` they wait in a file without a name beside the shards, not in memory.
 
     The same tensors in the same order give the same bytes. Nothing has its final name before :meth:`finish`. A writer that goes on after another one
     gets its ``done`` shards (`Shard`, first to last): tensors that lie in those need not be added, and are left aside where they are.
@@ -37,6 +38,7 @@ class ShardWriter:
 
     def __init__(
         self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES, metadata: Mapping[str, str] | None = None, done: Sequence[Shard] = (), finished: Callable[[int, Shard], None] = lambda *_: None,
+        held_bytes: int = WAITING_BYTES,
     ) -> None:  # fmt: skip
         """``folder`` must exist; ``max_shard_bytes`` counts tensor bytes. A tensor that is larger gets a shard of its own. ``finished`` gets the number of each shard that is on the disk."""
         if max_shard_bytes <= 0:
@@ -49,12 +51,11 @@ class ShardWriter:
         self._names: set[str] = set(self._done)
         self.digests: dict[str, dict[str, Any]] = {}
         """after `finish`: file name -> ``{"sha256", "bytes"}`` of every shard"""
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
+        self._pending = Pending(self.folder, held_bytes)
         self._finished = False
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a contiguous CPU copy of ``tensor``. Raises Refused for a name that was added before, an empty one, and dtypes without a
+        """Take ``tensor`` as it is now. Raises Refused for a name that was added before, an empty one, and dtypes without a
         safetensors spelling; Interrupted when a shard was due and the disk is full."""
         if self._finished:
             raise RuntimeError("the writer is finished")
@@ -64,11 +65,10 @@ class ShardWriter:
             raise Refused("A tensor would be written twice." if name in self._names else "A tensor has no usable name.", where=f"tensor {name!r}")
         dtype_name(tensor.dtype)
         nbytes = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + nbytes > self.max_shard_bytes:
+        if self._pending.specs and self._pending.nbytes + nbytes > self.max_shard_bytes:
             self._flush()
         self._names.add(name)
-        self._pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        self._pending_bytes += nbytes
+        self._pending.add(name, tensor.detach())
         self.total_bytes += nbytes
 
     def finish(self) -> dict[str, str]:
@@ -93,21 +93,21 @@ class ShardWriter:
         return weight_map
 
     def _flush(self) -> None:
-        if not self._pending:  # all of it was there already
+        if not self._pending.specs:  # all of it was there already
             return
         digest, count = hashlib.sha256(), 0
 
         def hashed() -> Iterator[Any]:
             nonlocal count
-            for chunk in serialize(self._pending, self.metadata):
+            for chunk in serialize(self._pending.specs, self._pending.read, self.metadata):
                 digest.update(chunk)
                 count += memoryview(chunk).nbytes
                 yield chunk
 
         number = len(self._shards)
         write_chunks(temporary(self.folder, number), hashed())
-        self._shards.append(Shard(sorted(self._pending), self._pending_bytes, {"sha256": digest.hexdigest(), "bytes": count}))
-        self._pending, self._pending_bytes = {}, 0
+        self._shards.append(Shard(sorted(self._pending.specs), self._pending.nbytes, {"sha256": digest.hexdigest(), "bytes": count}))
+        self._pending.clear()
         self._told(number, self._shards[-1])
 
 
@@ -133,14 +133,14 @@ def number_of(name: str) -> int | None:
     return int(found[1] or found[2]) - 1 if found else None
 
 
-def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[Any]:
-    """The bytes of one safetensors file, in pieces: length, header, then each tensor's data. ``tensors`` are contiguous and on the CPU."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+def serialize(tensors: Mapping[str, Waiting], read: Callable[[str], memoryview], metadata: Mapping[str, str]) -> Iterator[Any]:
+    """The bytes of one safetensors file, in pieces: length, header, then each tensor's data, which ``read`` gives by name."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name in order:
         tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
+        start, end = end, end + tensor.nbytes
         header[name] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
@@ -149,5 +149,4 @@ def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
     yield len(raw).to_bytes(8, "little")
     yield raw
     for name in order:
-        if tensors[name].numel():
-            yield tensors[name].reshape(-1).view(torch.uint8).numpy()
+        yield read(name)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import unicodedata
 
+EXIT_CODES = {0: "fine", 1: "failed", 2: "malformed command or recipe", 3: "quality below budget", 4: "inputs refused (nothing written)", 75: "interrupted or out of room"}
+"""what a process that ends with them says"""
 MOST_SHOWN = 2000
 """characters of one part of a message"""
 _ACTING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -91,14 +91,3 @@ class Metric:
     def to_json(self) -> dict[str, Any]:
         row = {"value": self.value, "ci_low": self.ci_low, "ci_high": self.ci_high, "n": self.n, "unit": self.unit}
         return row | ({"note": self.note} if self.note else {})
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """``state`` is ``pass``, ``fail`` or ``inconclusive``; ``reasons`` are sentences, the decisive one first."""
-
-    state: str
-    reasons: tuple[str, ...] = field(default_factory=tuple)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"state": self.state, "reasons": list(self.reasons)}

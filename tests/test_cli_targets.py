@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_report_results import passing_results
 
-from qmerge.cli.targets import check_file, check_results_file
+from qmerge.api.targets import check_file, check_results_file
 from qmerge.errors import UsageProblem
 
 EVAL = ("eval", "--base", "b", "--adapter", "a", "--candidate", "c", "--text", "t.txt")

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
+from qmerge.api.targets import check_results_file
 from qmerge.cli.options import adapter_options, adapter_set
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
-from qmerge.cli.targets import check_results_file
 from qmerge.errors import UsageProblem
 from qmerge.units import format_bytes, format_seconds
 

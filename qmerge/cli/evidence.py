@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmerge.cli.options import adapter_options, adapter_set, measure_options, named_texts
+from qmerge.api.measuring import measure, named_texts, notes
+from qmerge.cli.options import adapter_options, adapter_set, measure_options
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
-from qmerge.cli.targets import check_results_file
 
 if TYPE_CHECKING:
     from qmerge.adapters.several_adapters import AdapterSet
@@ -47,43 +46,14 @@ def eval_command(candidates: tuple[str, ...], texts: tuple[str, ...], out: str, 
     say(f"wrote {out}. Next: qmerge compare {out}, or qmerge report {out} --out DIR")
 
 
-def evaluate_to(
-    out: Path, candidates: tuple[str, ...], texts: dict[str, str], *, base: str, adapter: AdapterSet, tokens: int, template: str | None, also: str,
-    original: str | None, on: str, nf4_recipe: str | None, suite: str | None, budget: str, device: str, steps: Steps | None = None, tasks: str | None = None, allow_task_code: bool = False, **measures: Any,
-) -> dict[str, Any]:
-    """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``. ``measures``: what `measure_options` gave."""
-    from qmerge.device import pick_device
-    from qmerge.pipeline.recipe import read_nf4_recipe
+def evaluate_to(out: Path, candidates: tuple[str, ...], texts: dict[str, str], *, adapter: AdapterSet, also: str, budget: str, steps: Steps | None = None, **measures: Any) -> dict[str, Any]:
+    """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``. ``measures``: the other arguments of `qmerge.api.measuring.measure`."""
     from qmerge.quality.compare import load_budget
-    from qmerge.quality.evaluate import candidate_names, evaluate_in_full
-    from qmerge.quality.sidecar import write_results
-    from qmerge.quality.suites import load_suite, split_names
-    from qmerge.store.hub import resolve
 
-    check_results_file(out, "--out", (base, *(one.place.partition("#")[0] for one in adapter.choices), *candidates))
-    limits = load_budget(budget)
-    benchmarks = load_suite(suite, split_names(tasks), allow_task_code) if suite or tasks else None
-    recipe = read_nf4_recipe(nf4_recipe)
-    base, original = (str(resolve(place)[0]) if place else None for place in (base, original))
-    named = candidate_names(str(resolve(place)[0]) for place in candidates)
-    done = evaluate_in_full(
-        base, adapter, named, texts, tokens, on=on, nf4_recipe=recipe.to_json() if recipe else None, original=original,
-        also=tuple(part for part in also.split(",") if part), template=template, device=str(pick_device(device)), suite=benchmarks, budget=limits,
-        results_dir=out.parent, keep_tail=True, progress=(steps or Steps()).count, **measures,
-    )
-    for name, arm in done.results["arms"].items():
-        if arm.get("loader"):
-            warn(f"{name} was read by {arm['loader']}")
-        if arm.get("logits"):
-            warn(f"{name} needed memory for the logits {arm['logits']}")
-        if arm.get("tokenizer_note"):
-            warn(f"{name}: {arm['tokenizer_note']}")
-    for task, row in done.results["tasks"].items():
-        if row.get("truncated"):
-            warn(f"{task}: {row['truncated']} of {row['n']} prompts are longer than the model's context; lm-eval cut their beginning, for all arms alike")
-    done.results["measured_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")  # what a history is sorted by
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_results(done.results, done.scores, out, done.answers)
+    arms = tuple(part for part in also.split(",") if part)
+    done = measure(out, candidates, texts, adapter=adapter, also=arms, limits=load_budget(budget), count=(steps or Steps()).count, **measures)
+    for note in notes(done.results):
+        warn(note)
     return done.results
 
 
@@ -97,18 +67,6 @@ def eval_line(recipe: Recipe, out: str | Path) -> str:
         words += [flag, str(value)] if value != usual else []
     words += [flag for flag, given in (("--residual-base", recipe.residual_base), ("--allow-pickle", recipe.allow_pickle)) if given]
     return f"{shlex.join([*words, '--candidate', str(out)])} --text FILE --out results.json"
-
-
-def recomputed(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
-    """The results with their numbers computed anew; warns where the stored ones differ."""
-    from qmerge.quality.compare import differing_keys
-    from qmerge.quality.sidecar import recompute_file
-
-    found = recompute_file(path, stored)
-    keys = [key for part in ("arms", "tasks") for key in differing_keys(found.get(part), stored.get(part), part)]
-    if keys:
-        warn(f"{len(keys)} stored numbers are not what the files beside {path.name} give: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}")
-    return found
 
 
 def show_verdict(verdict: dict[str, Any]) -> None:

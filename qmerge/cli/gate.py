@@ -7,13 +7,11 @@ from typing import Any
 
 import click
 
-from qmerge.cli.evidence import recomputed, show_verdict
-from qmerge.cli.output import QuietCommand, result_json, say
-from qmerge.cli.targets import check_file, check_results_file
+from qmerge.api.judging import judge
+from qmerge.api.targets import check_file, check_results_file
+from qmerge.cli.evidence import show_verdict
+from qmerge.cli.output import QuietCommand, result_json, say, warn
 from qmerge.errors import Refused
-
-UNJUDGED = {"verdict": {"state": "inconclusive"}}
-"""what stands for a stored verdict, which a new one never rests on"""
 
 
 @click.command("compare", cls=QuietCommand)
@@ -32,7 +30,7 @@ def compare_command(
     as_json: bool,
 ) -> None:
     """Judge results against a budget, and against older results. Exit 0: pass; 3: below budget, or worse than the baseline."""
-    from qmerge.quality.compare import exit_code
+    from qmerge.quality.compare import exit_code, load_budget
     from qmerge.report.write import write_junit
 
     read = [place for place in (results, baseline, budget) if place]
@@ -41,7 +39,7 @@ def compare_command(
     if save_baseline:
         # the accepted results may be replaced by what is accepted now, but never the results by their own excerpt
         check_results_file(save_baseline, "--save-baseline", [results, budget, Path(results).with_suffix(".npz")])
-    judged = judge(results, budget, baseline, ignore_versions, recompute=recompute)
+    judged = judge(results, load_budget(budget), baseline, ignore_versions, warn, recompute=recompute)
     verdict = judged["verdict"]
     # files first: whoever reads the verdict through `head` still gets them
     if junit:
@@ -59,38 +57,6 @@ def compare_command(
     context.exit(exit_code(verdict, strict))
 
 
-def judge(path: str, budget: str, baseline: str | None, ignore_versions: bool, *, recompute: bool = False) -> dict[str, Any]:
-    """The results at ``path`` with the verdict that ``budget`` and ``baseline`` give them now."""
-    from qmerge.quality.compare import load_budget
-    from qmerge.report.load import check_whole, load_results
-
-    limits = load_budget(budget)
-    results = load_results(path) | UNJUDGED
-    check_whole(results, path)
-    if recompute:
-        results = recomputed(Path(path), results)
-    return judged_again(results, path, limits, baseline, ignore_versions)
-
-
-def judged_again(results: dict[str, Any], path: str | Path, limits: dict[str, Any], baseline: str | None, ignore_versions: bool) -> dict[str, Any]:
-    """``results`` with a verdict from ``limits`` and, where given, from the results at ``baseline``, paired where both have their per-token numbers."""
-    from qmerge.quality.compare import compare
-    from qmerge.report.load import load_results
-
-    old = load_results(baseline, whole=True) if baseline else None
-    return results | {"verdict": compare(results, limits, old, ignore_versions=ignore_versions, tokens=_tokens(path, baseline) if baseline else None)}
-
-
-def check_versions(baseline: dict[str, Any], ignore_versions: bool) -> None:
-    """What is known before anything is measured: ``Refused`` where the baseline is of other versions than those installed."""
-    from qmerge.quality.baseline import check_fingerprints
-    from qmerge.quality.fingerprint import versions
-
-    told = {"fingerprint": {"versions": baseline["fingerprint"].get("versions")}}
-    if told["fingerprint"]["versions"]:
-        check_fingerprints({"fingerprint": {"versions": versions()}}, told, ignore_versions)
-
-
 def not_compared(results: dict[str, Any], why: Refused) -> dict[str, Any]:
     """``results`` judged by the budget alone, and no longer passed: whether they are worse than the baseline is not known."""
     verdict, reason = results["verdict"], f"the baseline was not compared: {why.what} ({why.found})"
@@ -106,16 +72,3 @@ def accept(results: dict[str, Any], target: str) -> None:
 
     write_json(baseline_of(results), target)
     say(f"wrote {target}")
-
-
-def _tokens(new: str | Path, old: str | Path) -> tuple[Any, Any] | str:
-    """Both sidecars, or which one is missing. Imported here: without them a verdict needs no torch."""
-    from qmerge.quality.baseline import SIDES
-
-    places = [Path(path).with_suffix(".npz") for path in (new, old)]
-    missing = [f"{place.name} is not beside {whose}" for place, whose in zip(places, SIDES, strict=True) if not place.is_file()]
-    if missing:
-        return " and ".join(missing)
-    from qmerge.quality.sidecar import read_scores
-
-    return read_scores(places[0]), read_scores(places[1])

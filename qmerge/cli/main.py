@@ -25,9 +25,9 @@ from qmerge.cli.reporting import advise_command, report_command
 from qmerge.cli.run import run_command
 from qmerge.cli.several import check_alone
 from qmerge.cli.verify import verify_command
-from qmerge.errors import QmergeError, printable
+from qmerge.errors import EXIT_CODES, QmergeError, printable
 
-EPILOG = "Exit codes: 0 fine, 1 failed, 2 malformed command or recipe, 3 quality below budget, 4 inputs refused (nothing written), 75 interrupted or out of room."
+EPILOG = f"Exit codes: {', '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}."
 
 
 PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)

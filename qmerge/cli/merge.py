@@ -6,10 +6,11 @@ from typing import Any
 
 import click
 
+from qmerge.api.merging import carry_out, prepare
 from qmerge.cli.evidence import eval_line
-from qmerge.cli.options import merge_options, to_plan
-from qmerge.cli.output import QuietCommand, Steps, result, result_json, say
-from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, fit_option, foreseen
+from qmerge.cli.options import merge_options
+from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, fit_option
 from qmerge.cli.several import several
 from qmerge.ranks import Ranks
 
@@ -34,13 +35,10 @@ def _merge(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, re
     from qmerge.pipeline.recipe import build_recipe
 
     recipe = build_recipe(recipe_file, settings, flags)
-    asked, recipe = recipe, to_plan(recipe, resume)
-    from qmerge.pipeline.plan import describe_plan, plan, plan_each
-    from qmerge.pipeline.run import calibration_for, run, run_dense
+    from qmerge.pipeline.plan import describe_plan
 
-    plans = plan_each(recipe, ranks.first) if recipe.each else [plan(recipe, ranks.first)]
-    calibration = None if recipe.each else calibration_for(plans[0])
-    expected = foreseen(plans, calibration, unchecked or not ranks.first, resume, processes=ranks.local_size)
+    prepared = prepare(recipe, resume=resume, check_fit=not unchecked, warn=warn, ranks=ranks)
+    plans, expected = prepared.plans, prepared.estimate
     if dry_run:
         if as_json:
             rows = [found.to_json() | estimate_json(expected) for found in plans]
@@ -49,7 +47,6 @@ def _merge(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, re
             result("\n".join([*(describe_plan(found) for found in plans), describe_estimate(expected), detail(expected)]))
             say("dry run: nothing was written. Next: the same command without --dry-run")
         return
-    from qmerge.pipeline.resume import Resume
     from qmerge.pipeline.stop import Stop
     from qmerge.units import format_bytes, format_seconds
 
@@ -57,9 +54,8 @@ def _merge(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, re
         say(describe_plan(found))
     announce(expected)
     steps = Steps()
-    goes_on = Resume(asked.overwrite) if resume else None
     with Stop(say) as stop:
-        done = run_dense(plans, steps.step, steps.count, goes_on, stop, say, ranks) if recipe.each else [run(plans[0], steps.step, calibration, steps.count, resume=goes_on, stop=stop, say=say, ranks=ranks)]
+        done = carry_out(prepared, steps.step, steps.count, say, stop, ranks)
     if not ranks.first:
         return
     rows = [

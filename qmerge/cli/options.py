@@ -7,8 +7,6 @@ from typing import Any
 
 import click
 
-from qmerge.errors import UsageProblem
-
 Command = Callable[..., Any]
 
 
@@ -90,27 +88,3 @@ def adapter_set(options: dict[str, Any]) -> Any:
 
     combination = Combination(options.pop("combine"), options.pop("density"), options.pop("combine_rank"), options.pop("seed"))
     return AdapterSet(tuple(parse_choice(text) for text in options.pop("adapter")), combination, options.pop("residual_base"), options.pop("allow_pickle"))
-
-
-def named_texts(values: tuple[str, ...]) -> dict[str, str]:
-    """``[NAME=]FILE`` arguments to name -> file; a name is taken from the file where none is given, and must be unique."""
-    from pathlib import Path
-
-    found: dict[str, str] = {}
-    for value in values:
-        name, sign, path = value.partition("=")
-        if not sign or not name.isidentifier() and not name.replace("-", "_").replace(".", "_").isidentifier():
-            name, path = Path(value).stem, value
-        if not path:
-            raise UsageProblem("a text has no file", where=f"--text {value}", expected="--text NAME=FILE", found="nothing after the =", fix="is a shell variable not set?")
-        if name in found:
-            raise UsageProblem("two texts have the same name", where=f"--text {value}", found=name, fix="give one a name of its own: --text NAME=FILE")
-        found[name] = path
-    return found
-
-
-def to_plan(recipe: Any, resume: bool) -> Any:
-    """With ``--resume`` the plan must not mind that OUT is there: whether it is what was asked for is seen later, and it is replaced only where ``recipe`` itself says so."""
-    from dataclasses import replace
-
-    return replace(recipe, overwrite=True) if resume else recipe

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmerge.cli.output import say, warn
+from qmerge.cli.output import say
 from qmerge.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from qmerge.pipeline.calibrate import Calibration
     from qmerge.pipeline.estimate import Estimate
     from qmerge.pipeline.plan import MergePlan
 
 fit_option = click.option("--no-fit-check", "unchecked", is_flag=True, help="Start even where the estimate says that disk or memory will not do. The estimate is shown all the same.")
-
-
-def foreseen(plans: Sequence[MergePlan], calibration: Calibration | None, unchecked: bool, resumed: bool = False, evaluating: int = 0, processes: int = 1) -> Estimate:
-    """The estimate of a run, after every check that the run itself makes before it writes. Raises Refused where the run cannot fit, unless ``unchecked``.
-    ``processes``: as many like this one share the machine's memory."""
-    from qmerge.device import one_heap
-    from qmerge.pipeline.estimate import estimate
-    from qmerge.pipeline.fit import check_fit
-    from qmerge.pipeline.run import check_adapters
-
-    for plan in plans:
-        check_adapters(plan)
-    if plans[0].requantized:  # a float merge lives on stretches that glibc keeps at hand
-        one_heap()
-    found = estimate(plans, calibration)
-    if not unchecked:
-        for word in check_fit(found, plans, resumed, evaluating, processes):
-            warn(word)
-    return found
 
 
 def describe_estimate(found: Estimate, evaluating: int = 0) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from qmerge.api.looking import check_pairs
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.errors import CheckFailed, UsageProblem
 
@@ -32,9 +33,7 @@ def push_command(
 
     if not HUB_ID.fullmatch(repo):
         raise UsageProblem("this is no id of the hub", where="--repo", expected="ORG/NAME", found=repo)
-    for first, second, names in ((base, adapters, "--base and --adapter"), (signature, public_key, "--signature and --public-key")):
-        if bool(first) != bool(second):
-            raise UsageProblem(f"{names} go together", where="qmerge push", fix="give both, or neither")
+    check_pairs(base, adapters, signature, public_key, "qmerge push")
     from qmerge.pipeline.verify import verify
     from qmerge.store.manifest import read_manifest
     from qmerge.store.push import parcel, push

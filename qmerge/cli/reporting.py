@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from qmerge.cli.gate import judge
+from qmerge.api.judging import judge
+from qmerge.api.targets import check_file
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
-from qmerge.cli.targets import check_file
 from qmerge.errors import UsageProblem
 
 
@@ -45,10 +45,11 @@ def report_command(
 
 
 def _report(results: str, out: str, budget: str | None, baseline: str | None, ignore_versions: bool, junit: str | None) -> list[str]:
+    from qmerge.quality.compare import load_budget
     from qmerge.report.load import load_results
     from qmerge.report.write import write_junit, write_report
 
-    shown = judge(results, budget or "default", baseline, ignore_versions) if budget or baseline else load_results(results)
+    shown = judge(results, load_budget(budget or "default"), baseline, ignore_versions, warn) if budget or baseline else load_results(results)
     if junit:
         write_junit(shown, junit)
     return [str(page) for page in write_report(shown, out)]

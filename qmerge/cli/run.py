@@ -9,12 +9,15 @@ from typing import Any
 
 import click
 
+from qmerge.api.judging import check_versions, judged_again
+from qmerge.api.measuring import named_texts
+from qmerge.api.merging import foreseen, to_plan
+from qmerge.api.targets import check_file, check_results_file
 from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
-from qmerge.cli.gate import check_versions, judged_again, not_compared
-from qmerge.cli.options import measure_options, merge_options, named_texts, to_plan
+from qmerge.cli.gate import not_compared
+from qmerge.cli.options import measure_options, merge_options
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
-from qmerge.cli.planning import announce, describe_estimate, detail, evaluation_of, fit_option, foreseen
-from qmerge.cli.targets import check_file, check_results_file
+from qmerge.cli.planning import announce, describe_estimate, detail, evaluation_of, fit_option
 from qmerge.errors import Interrupted, Refused, UsageProblem
 from qmerge.extras import need_loader
 
@@ -90,7 +93,7 @@ def run_command(
         check_room(new_tokens, found.context_length)
     calibration, held_out = prepare_texts(found, named_texts(texts), allow_overlap, tuple(requests.values()))
     evaluating = evaluation_of(found, found.bytes_out, _tokens(named_texts(texts), held_out), eval_tokens or min(recipe.tokens, found.context_length or recipe.tokens))
-    expected = foreseen([found], calibration, unchecked, resume, evaluating)
+    expected = foreseen([found], calibration, warn, check_fit=not unchecked, resumed=resume, evaluating=evaluating)
     if dry_run:
         result("\n".join((describe_plan(found), describe_estimate(expected, evaluating), detail(expected))))
         say("dry run: nothing was written. Next: the same command without --dry-run")

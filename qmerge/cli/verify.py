@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
+from qmerge.api.looking import check_pairs
 from qmerge.cli.output import QuietCommand, result, result_json, say
-from qmerge.errors import CheckFailed, UsageProblem
+from qmerge.errors import CheckFailed
 
 
 @click.command("verify", cls=QuietCommand)
@@ -18,10 +19,7 @@ from qmerge.errors import CheckFailed, UsageProblem
 @click.option("--json", "as_json", is_flag=True, help="The checks as JSON on stdout.")
 def verify_command(out: str, base: str | None, adapters: tuple[str, ...], allow_pickle: bool, signature: str | None, public_key: str | None, as_json: bool) -> None:
     """Re-hash OUT, unpack its codes, check its configs; with --base and --adapter also derive it again from them. Exit 1 where a check fails, 4 where there is nothing to check."""
-    if (base is None) != (not adapters):
-        raise UsageProblem("--base and --adapter go together", where="qmerge verify", fix="give both, or neither")
-    if (signature is None) != (public_key is None):
-        raise UsageProblem("--signature and --public-key go together", where="qmerge verify", fix="give both, or neither")
+    check_pairs(base, adapters, signature, public_key, "qmerge verify")
     from qmerge.pipeline.verify import verify
 
     checks = verify(out, base, adapters, allow_pickle, signature, public_key)

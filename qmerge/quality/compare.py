@@ -7,6 +7,7 @@ verdict's words and the exit code come from the same checks.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,18 @@ def load_budget(name_or_path: str | Path) -> dict[str, Any]:
         raise UsageProblem("no such budget", where=str(name_or_path), expected=f"{known}, or a YAML file", found=error.strerror or str(error)) from error
     except BadYaml as error:
         raise UsageProblem("the budget is not YAML", where=file.name, found=str(error)) from error
-    faults = _budget_faults(content)
-    if faults:
-        raise UsageProblem("the budget is malformed", where=file.name, expected="metric: {max: number} or {min: number}", found="; ".join(faults))
-    return {"name": file.stem, "limits": content}
+    return _checked(file.stem, content, file.name)
+
+
+def budget_of(given: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """`load_budget`, or limits given as ``{metric: {"max" | "min": number}}``. Raises as it does."""
+    return _checked("given", dict(given), "budget") if isinstance(given, Mapping) else load_budget(given)
+
+
+def _checked(name: str, limits: Any, where: str) -> dict[str, Any]:
+    if faults := _budget_faults(limits):
+        raise UsageProblem("the budget is malformed", where=where, expected="metric: {max: number} or {min: number}", found="; ".join(faults))
+    return {"name": name, "limits": limits}
 
 
 def compare(

@@ -13,6 +13,7 @@ from qmerge.report.schema import faults
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 512 * 1024 * 1024
+MOST_DIGITS = 300
 AGAIN = "it was cut short or is another file: take it from where it was kept, or measure again with qmerge eval"
 
 
@@ -34,7 +35,7 @@ def load_results(path: str | Path, whole: bool = False) -> dict[str, Any]:
         raise Refused("This results.json is too large to be one.", where=found.name, expected=f"at most {MAX_BYTES} bytes")
     try:
         text = found.read_text("utf-8")
-        results = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        results = json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
         if "\\ud" in text.lower():  # half a character, which JSON can spell and no file can hold
             json.dumps(results, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -55,6 +56,11 @@ def _no_number(word: str) -> NoReturn:
 def _finite(word: str) -> float:
     """What is read has to be written again by `bench --into` and `compare --save-baseline`; 1e999 would be infinity, which passes limits too."""
     return value if math.isfinite(value := float(word)) else _no_number(word)
+
+
+def _whole(word: str) -> int:
+    """A whole number that a float can be as large as: limits are."""
+    return int(word) if len(word) < MOST_DIGITS else _no_number(f"a number of {len(word)} digits")
 
 
 def check_whole(results: dict[str, Any], path: str | Path) -> None:

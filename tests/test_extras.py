@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from qmerge.errors import UsageProblem
 from qmerge.extras import BROUGHT_BY, LOADERS, need

@@ -121,10 +121,11 @@ def _round_tile(target: torch.Tensor, factor: Factor, grid: ElementGrid, feed: t
     for start in range(0, len(order), BLOCK):
         span = slice(start, min(start + BLOCK, len(order)))
         errors = torch.empty_like(work[span])
-        arrays = [part.contiguous().numpy() for part in (work[span], aims[span], ordered.scale[span])]
+        here = ordered.columns(span)
+        arrays = [part.contiguous().numpy() for part in (work[span], aims[span], here.scale)]
         shared = [part.numpy() for part in (upper[span, span].contiguous(), inverse[span], feed, codes[span], errors, misses[span])]
         if ordered.levels is None:
-            kernels.round_tile_int(*arrays, ordered.zero[span].contiguous().numpy(), kernels.float32(ordered.top), *shared)
+            kernels.round_tile_int(*arrays, here.zero.contiguous().numpy(), kernels.float32(ordered.top), *shared)
         else:
             kernels.round_tile_book(*arrays, ordered.levels.numpy(), ordered.bounds.numpy(), *shared)
         if span.stop < len(order):

@@ -8,7 +8,7 @@ column order, so the file needs no activation order. The grid is a parameter; th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -19,15 +19,30 @@ from qmerge.types import Grid
 
 @dataclass(frozen=True)
 class ElementGrid:
-    """The grid of every element, ready for the column loop. All ``[in, out]`` (transposed, so that a column is contiguous).
+    """The grid of every element, ready for the column loop.
 
     int: value = ``scale * (code - zero)``, code 0..top. Code book: value = ``scale * levels[code]`` with sorted levels, ``zero`` is None.
     """
 
-    scale: torch.Tensor
-    zero: torch.Tensor | None = None
+    scales: torch.Tensor
+    """fp32 ``[in, out]`` (transposed, so that a column is contiguous); ``[groups, out]`` where there is a ``group``"""
+    zeros: torch.Tensor | None = None
+    """as ``scales``"""
     top: int = 15
     levels: torch.Tensor | None = None
+    group: torch.Tensor | None = None
+    """int64 ``[in]``: the row of ``scales`` that each column has"""
+    size: int = 0
+    """where columns are in the file's order and groups have as many of them each"""
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """``[in, out]``; made when it is asked for, where columns share it."""
+        return self.scales if self.group is None else self.scales[self.group]
+
+    @property
+    def zero(self) -> torch.Tensor | None:
+        return self.zeros if self.zeros is None or self.group is None else self.zeros[self.group]
 
     @property
     def bounds(self) -> torch.Tensor:
@@ -36,28 +51,44 @@ class ElementGrid:
 
     def take(self, order: torch.Tensor) -> ElementGrid:
         """The grid with its columns in another order."""
-        return ElementGrid(self.scale[order].contiguous(), None if self.zero is None else self.zero[order].contiguous(), self.top, self.levels)
+        if self.group is not None:
+            return replace(self, group=self.group[order], size=0)
+        return replace(self, scales=self.scales[order].contiguous(), zeros=None if self.zeros is None else self.zeros[order].contiguous())
 
     def columns(self, span: slice) -> ElementGrid:
-        """Some columns of the weight, as views."""
-        return ElementGrid(self.scale[span], None if self.zero is None else self.zero[span], self.top, self.levels)
+        """Some columns of the weight."""
+        if self.group is not None:
+            return replace(self, group=self.group[span], size=0)
+        return replace(self, scales=self.scales[span], zeros=None if self.zeros is None else self.zeros[span])
 
-    def some(self, rows: slice) -> ElementGrid:
+    def some(self, rows: slice | torch.Tensor) -> ElementGrid:
         """The grid of some of the weight's rows."""
-        return ElementGrid(self.scale[:, rows], None if self.zero is None else self.zero[:, rows], self.top, self.levels)
+        return replace(self, scales=self.scales[:, rows], zeros=None if self.zeros is None else self.zeros[:, rows])
+
+    def with_scales(self, scales: torch.Tensor, size: int) -> ElementGrid:
+        """Other scales: fp32 ``[out, groups]``, for ``size`` columns each."""
+        found = scales.T.contiguous() if self.group is not None else scales.T.repeat_interleave(size, dim=0)[: len(self.scales)].contiguous()
+        return replace(self, scales=torch.where(found == 0, torch.full_like(found, 1e-30), found))  # an empty block: nothing is divided by zero
+
+    def whole(self) -> ElementGrid:
+        """With a scale of its own for every element."""
+        return self if self.group is None else replace(self, scales=self.scale, zeros=self.zero, group=None, size=0)
 
 
 def joined(grids: list[ElementGrid]) -> ElementGrid:
     """One grid for several weights that are solved side by side, row under row."""
-    zero = None if grids[0].zero is None else torch.cat([grid.zero for grid in grids], dim=1)
-    return ElementGrid(torch.cat([grid.scale for grid in grids], dim=1), zero, grids[0].top, grids[0].levels)
+    first = grids[0]
+    if any(grid.group is None or first.group is None or not torch.equal(grid.group, first.group) for grid in grids):
+        grids = [grid.whole() for grid in grids]
+    zeros = None if first.zeros is None else torch.cat([grid.zeros for grid in grids], dim=1)
+    return replace(grids[0], scales=torch.cat([grid.scales for grid in grids], dim=1), zeros=zeros)
 
 
 def int_grid(scales: torch.Tensor, zeros: torch.Tensor, columns: int, grid: Grid) -> ElementGrid:
     """From ``[out, groups]`` scales and zeros; the last group may be short."""
     size = columns if grid.group_size == -1 else grid.group_size
-    widen = [value.T.repeat_interleave(size, dim=0)[:columns].contiguous() for value in (scales, zeros)]
-    return ElementGrid(widen[0], widen[1], 2**grid.bits - 1)
+    group = torch.arange(columns, device=scales.device) // size
+    return ElementGrid(scales.T.contiguous(), zeros.T.contiguous(), 2**grid.bits - 1, group=group, size=0 if columns % size else size)
 
 
 def book_grid(absmax: torch.Tensor, shape: tuple[int, int], block_size: int, levels: torch.Tensor) -> ElementGrid:
@@ -134,8 +165,18 @@ def nearest(weight: torch.Tensor, grid: ElementGrid) -> tuple[torch.Tensor, torc
     return code.to(torch.uint8), (code - zero).mul_(scale)
 
 
+def units(codes: torch.Tensor, grid: ElementGrid) -> torch.Tensor:
+    """fp32 ``[out, in]``: what the scales of codes ``[out, in]`` multiply."""
+    if grid.levels is not None:
+        return grid.levels[codes.long()]
+    if not grid.size:
+        return codes.float() - grid.zero.T
+    return (codes.float().view(len(codes), -1, grid.size) - grid.zeros.T.unsqueeze(2)).view(codes.shape)
+
+
 def values(codes: torch.Tensor, grid: ElementGrid) -> torch.Tensor:
     """fp32 weights ``[out, in]`` of codes ``[out, in]``."""
-    if grid.levels is not None:
-        return grid.levels[codes.long()] * grid.scale.T
-    return (codes.float() - grid.zero.T) * grid.scale.T
+    found = units(codes, grid)
+    if not grid.size:
+        return found.mul_(grid.scale.T)
+    return found.view(len(codes), -1, grid.size).mul_(grid.scales.T.unsqueeze(2)).view(codes.shape)

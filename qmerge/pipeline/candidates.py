@@ -46,9 +46,7 @@ class Option:
     storable: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def with_scales(self, scales: torch.Tensor) -> Option:
-        wide = scales.T.repeat_interleave(self.size, dim=0)[: self.element.scale.shape[0]].contiguous()
-        wide = torch.where(wide == 0, torch.full_like(wide, 1e-30), wide)  # an empty block: nothing is divided by zero
-        return replace(self, scales=scales, element=replace(self.element, scale=wide))
+        return replace(self, scales=scales, element=self.element.with_scales(scales, self.size))
 
     def some(self, rows: slice) -> Option:
         """The grid of some rows; nothing is built from it. Scales of code books, which may run across rows, stay whole and cannot be changed."""
@@ -58,9 +56,7 @@ class Option:
 
     def units(self, codes: torch.Tensor) -> torch.Tensor:
         """fp32 ``[out, in]``: what the scales multiply."""
-        if self.element.levels is not None:
-            return self.element.levels[codes.long()]
-        return codes.float() - self.element.zero.T
+        return gptq.units(codes, self.element)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ FINISHING = 14
 """of a linear's elements, in passing: values, and what is compared (requantize._finish)"""
 AIM = 4
 """of a linear's elements, while its group is solved: W D for the judge, and once more for the target where that is no larger than D (requantize._Job)"""
-INT_GRID, BOOK_GRID = 8, 4
-"""of a linear's elements, for each grid tried: scale and zero, or the scale alone, element by element (numerics.gptq.ElementGrid)"""
+INT_GRID, BOOK_GRID = 0.25, 4
+"""of a linear's elements, for each grid tried: scale and zero of a group, or the scale alone, element by element (numerics.gptq.ElementGrid)"""
 COUPLING, COUPLING_FACTORING = 8, 36
 """of a curvature's elements: the metric and the feed; in passing, of one block of rows, that in fp64 in its order, reversed, and its inverse (numerics.coupled._rows)"""
 ROUNDING = 75

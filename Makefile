@@ -27,7 +27,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup merge-qlora test test-slow fuzz check eval serving report gate baseline card notebook notebook-page bench bench-eval bench-quality bench-peers bench-merge bench-stats demo clean
+.PHONY: help setup merge-qlora test test-slow fuzz check wheel oldest eval serving report gate baseline card notebook notebook-page bench bench-eval bench-quality bench-peers bench-merge bench-stats demo clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -56,6 +56,12 @@ test-slow: $(STAMP) ## the longer checks
 
 check: $(STAMP) ## ruff
 	@$(BIN)/ruff check qmerge tests scripts
+
+wheel: $(STAMP) ## build dist/, and try the wheel in a new environment without extras (minutes, 2 to 7 GB below /tmp); ARGS='torch==…'
+	@$(BIN)/python scripts/check_wheel.py --out dist $(ARGS)
+
+oldest: $(STAMP) ## tests on the oldest versions that pyproject.toml admits, in an environment below .bench (minutes, 7 GB)
+	@$(BIN)/python scripts/check_oldest.py $(ARGS)
 
 eval: $(STAMP) ## measure OUT again: BASE=… ADAPTER=… OUT=… EVAL=… (default: the demo)
 	@$(BIN)/qmerge eval $(if $(BASE),--base "$(BASE)" --adapter "$(ADAPTER)" --text "$(EVAL)",--base $(DEMO)/base-nf4 --adapter $(DEMO)/adapter --text prose=$(DEMO)/eval-prose.jsonl --text code=$(DEMO)/eval-code.jsonl) --candidate "$(OUT)" --out "$(RESULTS)" $(ARGS)

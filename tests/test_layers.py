@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qmerge"
+PICTURE = PACKAGE.parent / "docs" / "architecture.md"
 ORDER = (("__init__", "types", "errors", "extras", "units", "device", "launch", "watch", "ranks"), ("numerics",), ("store",), ("adapters",), ("formats",), ("pipeline",), ("quality",), ("report",), ("api",), ("cli", "__main__"))
 FORBIDDEN = {"quality": {"pipeline"}, "report": {"pipeline", "quality", "formats"}}
 RANK = {layer: rank for rank, layers in enumerate(ORDER) for layer in layers}
@@ -41,3 +43,13 @@ def test_imports_point_one_way(path):
     own = "api" if path == PACKAGE / "__init__.py" else layer_of(path)
     wrong = {other for other in imported(path) if RANK[other] > RANK[own] or other in FORBIDDEN.get(own, set())}
     assert not wrong, f"qmerge/{own} must not import {', '.join(sorted(wrong))}"
+
+
+def test_the_picture_is_what_the_imports_say():
+    """docs/architecture.md drawn once, and the code gone elsewhere since."""
+    rows = re.findall(r"^ ?(\d+) (\w+) +.*-> (.+)$", PICTURE.read_text("utf-8"), re.M)
+    assert [(int(rank), layer) for rank, layer, _ in rows] == [(rank + 1, layer) for rank, layers in reversed(list(enumerate(ORDER))) for layer in reversed(layers)]
+    found: dict[str, set[str]] = {layer: set() for layer in RANK}
+    for path in PACKAGE.rglob("*.py"):
+        found[layer_of(path)] |= imported(path) - {layer_of(path)}
+    assert {layer: set() if names == "nothing" else set(names.split()) for _, layer, names in rows} == found

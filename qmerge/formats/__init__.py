@@ -12,7 +12,10 @@ BLOCK_SIZES: dict[str, tuple[int, ...]] = {kind: (32, 64, 128, 256, 512, 1024, 2
 QUANTIZING = ("gptq", "nf4", "fp4", "compressed-tensors", "awq")
 """formats that round, and so want calibration text"""
 
-BUILT = (*QUANTIZING, "bf16", "fp16", "fp32")
+FLOAT = ("bf16", "fp16", "fp32")
+"""formats that hold every weight as a number of its own"""
+
+BUILT = (*QUANTIZING, *FLOAT)
 """formats that this version writes"""
 
 MIXED = ("compressed-tensors",)

@@ -11,6 +11,7 @@ from typing import Any
 from qmerge.adapters.adapter import Adapter, open_adapter
 from qmerge.adapters.config import changed_base
 from qmerge.errors import QmergeError
+from qmerge.formats import FLOAT, QUANTIZING
 from qmerge.formats.base import Base, open_base
 from qmerge.formats.training import recipe_from_adapter
 from qmerge.pipeline.skeleton import Skeleton, build_skeleton
@@ -126,7 +127,7 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
         facts |= {"blocks": len(skeleton.blocks), "blocks_at": skeleton.blocks_name, "linears_in_blocks": len(skeleton.inside), "tied_embeddings": skeleton.tied}
     else:
         facts["tensor_names"] = _patterns(base.names if base is not None else checkpoint.specs)
-    facts["writes"] = ["bf16", "fp16", "fp32"] + (["gptq", "nf4", "fp4", "compressed-tensors", "awq"] if skeleton is not None else []) if base is not None else []
+    facts["writes"] = [*FLOAT, *(QUANTIZING if skeleton is not None else ())] if base is not None else []
     if base is not None:
         facts["parameters"] = _parameters(base, problems)
     facts |= {"tensors": len(checkpoint.specs), "dtypes": _dtypes(checkpoint.specs), "weight_files": len(checkpoint.files()), "bytes": checkpoint.weight_bytes}

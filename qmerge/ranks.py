@@ -203,8 +203,8 @@ def together(launch: Launch | None, device: str = "cpu") -> Iterator[Ranks]:
             watch.all_seen(TOLD_S)
         raise
     finally:
-        watch.stop()
         dist.destroy_process_group()
+        watch.stop()  # last: what waits for a host that is silent is ended by it
 
 
 def agreed(ranks: Ranks, what: Mapping[str, Any], differences: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]], error: Callable[[int, list[str]], QmergeError]) -> None:

@@ -73,22 +73,31 @@ class Watch:
         self.lost_rank: str | None = None
         self.noticed = False
         """the working thread knows, and is on its way out"""
+        self.silent = False
+        """the store does not answer; a question to it would wait for ever"""
         self._ended, self._told = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+        self._answered, self._stopped = clock(), False
+        """when the store last did; whether this process stood still since"""
+        self._threads = [threading.Thread(target=work, daemon=True, name="watch") for work in (self._run, self._ask)]
 
     def announce(self) -> None:
         """This rank is there. Before `start`, which expects the others to be."""
         self.store.set(f"beat/{self.rank}", "0")
 
     def start(self) -> None:
-        self._thread.start()
+        self._answered = self._clock()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._ended.set()
-        self._thread.join(timeout=2 * BEAT_S)
+        for thread in self._threads:
+            thread.join(timeout=2 * BEAT_S)
 
     def tell(self, problem: BaseException) -> None:
         """This rank fails. The first to say so is heard."""
+        if self.silent:
+            return
         with contextlib.suppress(Exception):
             self.store.compare_set("failed", "", json.dumps(asdict(Failure.of(self.rank, problem))))
         self.seen()
@@ -100,6 +109,8 @@ class Watch:
 
     def all_seen(self, within_s: float) -> None:
         """Wait until the others know, but not for long: whoever keeps the store must not be the first to go."""
+        if self.silent:
+            return
         until = self._clock() + within_s
         keys = [f"seen/{rank}" for rank in range(self.size) if rank != self.rank]
         with contextlib.suppress(Exception):
@@ -118,23 +129,35 @@ class Watch:
         return self.problem()
 
     def _run(self) -> None:
-        beats: dict[int, tuple[bytes, float]] = {}
-        count, last, since = 0, self._clock(), None
+        """Decides, and asks nobody: a cable that is pulled leaves a question to the store without an answer, and without an error."""
+        last, since = self._clock(), None
         while not self._ended.wait(BEAT_S):
             now = self._clock()
             if now - last > 10 * BEAT_S:  # this process itself was stopped: it can say nothing of others
-                beats = {rank: (beat, now) for rank, (beat, _) in beats.items()}
-            last, count = now, count + 1
+                self._answered, self._stopped = now, True
+            last = now
+            if self.problem() is None and now - self._answered > LOST_S:
+                self.silent, self.lost_rank = True, f"where the ranks meet has not answered for {LOST_S:.0f} s"
             if self.problem() is None:
-                try:
-                    self._look(beats, count)
-                except Exception as problem:  # noqa: BLE001  whatever the store raises, it is gone
-                    self.lost_rank = f"where the ranks meet is gone ({(str(problem).splitlines() or [''])[0][:120]})"
                 continue
             self._told.set()
             since = now if since is None else since
-            if not self.noticed and now - since > GRACE_S:
+            if now - since > (2 if self.noticed else 1) * GRACE_S:  # also where the working thread knows, and then waits for a store that does not answer
                 self._end()
+
+    def _ask(self) -> None:
+        """Gives and reads signs of life."""
+        beats: dict[int, tuple[bytes, float]] = {}
+        count = 0
+        while not self._ended.wait(BEAT_S) and self.problem() is None:
+            if self._stopped:
+                beats, self._stopped = {rank: (beat, self._clock()) for rank, (beat, _) in beats.items()}, False
+            count += 1
+            try:
+                self._look(beats, count)
+            except Exception as problem:  # noqa: BLE001  whatever the store raises, it is gone
+                self.lost_rank = f"where the ranks meet is gone ({(str(problem).splitlines() or [''])[0][:120]})"
+            self._answered = self._clock()
 
     def _look(self, beats: dict[int, tuple[bytes, float]], count: int) -> None:
         self.store.set(f"beat/{self.rank}", str(count))

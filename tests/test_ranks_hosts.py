@@ -131,8 +131,8 @@ def test_a_host_that_falls_silent_is_noticed(zoo, tmp_path):
             if "output" in line:
                 break
         subprocess.run(["ip", "-n", names[1], "link", "set", f"v{names[1]}", "down"], check=True)
-        codes = []
+        codes, told = [], []
         for one_of in both:
-            one_of.communicate(timeout=200)
+            told.append(one_of.communicate(timeout=200)[1])
             codes.append(one_of.returncode)
-    assert codes == [75, 75] and not (tmp_path / "two").exists()
+    assert codes == [75, 75] and not (tmp_path / "two").exists(), told

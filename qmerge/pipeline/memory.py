@@ -6,7 +6,7 @@ named, so that whoever changes what is held finds the figure. `tests/test_estima
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from qmerge.numerics.hessian import SLOTS, STRIP
@@ -83,7 +83,7 @@ def holes_bytes(work: Workload, phase: Phase) -> int:
     return min(MOST_HOLES_BYTES, round(HOLES * phase.ram(work.accelerator))) if work.train else 0
 
 
-def _phase(name: str, host: dict[str, float], anywhere: dict[str, float]) -> Phase:
+def _phase(name: str, host: Mapping[str, float], anywhere: Mapping[str, float]) -> Phase:
     return Phase(name, (*(Part(key, round(value), True) for key, value in host.items() if value), *(Part(key, round(value)) for key, value in anywhere.items() if value)))
 
 

@@ -251,7 +251,7 @@ def _solving(work: Workload, group: Linears) -> dict[str, int]:
     solving = aims + (FACTOR + (DAMPED if work.accelerator else 0)) * squares + group.elements * (grids + TURNS) + COUPLING * coupled
     rows = sum(FINISHING * out * group.inputs for out in side)
     rows = max(rows, RUNNING * _running(work, group, width), sum(COUPLING_FACTORING * min(out, width) ** 2 for out in side))
-    return _largest(({"statistics": known, "what outputs should be": aims}, {"statistics": left, "what outputs should be": aims, "factoring": FACTORING * squares}, {"statistics": left, "solving the largest group": solving + rows}))
+    return _largest(({"statistics": known, "what outputs should be": aims}, {"statistics": left, "what outputs should be": aims, "factoring": FACTORING * squares}, {"statistics": left, "solving the largest group": round(solving + rows)}))
 
 
 def _running(work: Workload, group: Linears, width: int) -> int:

@@ -91,7 +91,7 @@ def _cpuinfo() -> str:
         return ""
 
 
-def products_in(compute: torch.dtype, device: torch.device) -> AbstractContextManager:
+def products_in(compute: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """Within it, matrix products and attention of this thread take their factors in ``compute``; sums within a product, norms and what is added up stay in fp32."""
     return nullcontext() if compute == torch.float32 else torch.autocast(device.type, compute)
 

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qmerge.errors import QmergeError
 from qmerge.launch import Launch
+from qmerge.types import known
 from qmerge.watch import STORE_S, Watch, is_lost, lost
 
 if TYPE_CHECKING:
@@ -100,17 +102,17 @@ class Ranks:
     def hand(self, record: Record | None, source: int) -> Record:
         """Rank ``source``'s facts and tensors (contiguous, on the CPU), on every rank."""
         if self.alone:
-            return record
+            return known(record)
         import torch
 
-        facts, tensors = record if self.rank == source else (None, {})
+        facts, tensors = known(record) if self.rank == source else ({}, {})
         facts, table = self.tell([facts, [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]], source)
         found = {}
         for name, dtype, shape in table:
             part = tensors[name] if self.rank == source else torch.empty(shape, dtype=getattr(torch, dtype))
             if part.numel():
                 flat = part.reshape(-1).view(torch.uint8)
-                self._wait(lambda dist, flat=flat: dist.broadcast(flat, source, async_op=True), flat.numel() if self.rank == source else 0)
+                self._wait(partial(_broadcast, flat, source), flat.numel() if self.rank == source else 0)
             found[name] = part
         return facts, found
 
@@ -121,7 +123,7 @@ class Ranks:
         if source == target:
             return tensor if self.rank == source else None
         none = torch.empty(0, dtype=torch.uint8)
-        send = tensor.reshape(-1).view(torch.uint8) if self.rank == source else none
+        send = known(tensor).reshape(-1).view(torch.uint8) if self.rank == source else none
         received = torch.empty(tuple(shape), dtype=dtype) if self.rank == target else None
         takes = [0] * self.size
         if received is not None:
@@ -155,11 +157,16 @@ class Ranks:
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             work.wait()
         except RuntimeError as problem:
-            self.watch.noticed = True
-            raise (self.watch.wait_for_word(TOLD_S) or lost((str(problem).splitlines() or [""])[0][:160])) from None
+            watch = known(self.watch)
+            watch.noticed = True
+            raise (watch.wait_for_word(TOLD_S) or lost((str(problem).splitlines() or [""])[0][:160])) from None
         finally:
             self.spent["seconds"] += time.perf_counter() - began
             self.spent["bytes"] += nbytes
+
+
+def _broadcast(flat: torch.Tensor, source: int, dist: Any) -> Any:
+    return dist.broadcast(flat, source, async_op=True)
 
 
 ALONE = Ranks()

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
+
+
+def known(value: T | None) -> T:
+    """``value``, where the code around it has made sure that it is there; AssertionError where it has not."""
+    assert value is not None
+    return value
+
+
+def two_axes(shape: Sequence[int]) -> tuple[int, int]:
+    """Of a weight ``[out, in]``. ValueError for any other number of axes."""
+    rows, columns = shape
+    return rows, columns
 
 
 @dataclass(frozen=True)

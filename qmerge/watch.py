@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qmerge.errors import CheckFailed, Interrupted, QmergeError, Refused, UsageProblem, printable
+from qmerge.types import known
 
 BEAT_S = 1.0
 LOST_S = 60.0
@@ -49,7 +50,8 @@ class Failure:
 
     def error(self) -> QmergeError:
         """For the other ranks: of the same kind, so that all exit alike."""
-        return KINDS.get(self.code, CheckFailed)(f"rank {self.rank}: {self.what}", **self.details)
+        kind: type[QmergeError] = KINDS.get(self.code, CheckFailed)
+        return kind(f"rank {self.rank}: {self.what}", **self.details)
 
 
 GONE = "Another rank is gone."
@@ -181,7 +183,7 @@ class Watch:
                 self._told.set()
 
     def _end(self) -> None:
-        problem = self.problem()
+        problem = known(self.problem())
         if self.rank == 0:
             os.write(2, f"error: {printable(str(problem))}\n  (this rank was in the middle of a long step, and was ended)\n".encode())
         os._exit(problem.exit_code)

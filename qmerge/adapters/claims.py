@@ -92,9 +92,9 @@ def _is_copy(key: str, plain: set[str]) -> bool:
 def _place(key: str, tensor: str, config: Mapping[str, Any], where: str, wanted: str | None, modules: dict[str, ModuleClaims], saved: dict[str, str]) -> str | None:
     """Put one tensor where it belongs; returns the adapter's name inside the key, where it has one."""
     part, tokens = _PART.fullmatch(key), _TOKENS.fullmatch(key)
-    if part or tokens:
-        module = (part or tokens)["module"]
-        slot, adapter = _slot(part, where) if part else ("tokens", tokens["adapter"])
+    if found := part or tokens:
+        module = found["module"]
+        slot, adapter = _slot(part, where) if part else ("tokens", found["adapter"])
         table: dict[str, str] = modules.setdefault(module, ModuleClaims()).parts if not (adapter and wanted and adapter != wanted) else {}
     elif (base := _BASE.fullmatch(key)) and _may_hold_base(base, config):
         slot, adapter, table = f"base.{base['leaf']}", None, modules.setdefault(base["module"], ModuleClaims()).parts

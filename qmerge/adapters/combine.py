@@ -166,7 +166,7 @@ def combine_all(
     return results
 
 
-def _tuner(modules: Sequence[str], pairs: Mapping[str, Sequence[Pair | None]], count: int, embeddings: frozenset[str], turned: frozenset[str], init: bool | str) -> Any:
+def _tuner(modules: Sequence[str], pairs: Mapping[str, Sequence[Pair | None]], count: int, embeddings: frozenset[str], turned: frozenset[str], init: Any) -> Any:
     """PEFT's LoraModel around a tree of these modules alone, with all pairs in it."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
@@ -202,7 +202,7 @@ def _leaf(inputs: int, outputs: int, embedding: bool, turned: bool) -> nn.Module
 
     with torch.device("meta"):
         leaf: nn.Module = nn.Embedding(inputs, outputs) if embedding else Conv1D(outputs, inputs) if turned else nn.Linear(inputs, outputs, bias=False)
-    leaf.weight = nn.Parameter(torch.zeros(1, 1).expand(leaf.weight.shape), requires_grad=False)
+    leaf.weight = nn.Parameter(torch.zeros(1, 1).expand(leaf.get_parameter("weight").shape), requires_grad=False)
     return leaf
 
 
@@ -214,6 +214,6 @@ def _factors(layer: Any, adapter: str, embedding: bool) -> tuple[torch.Tensor, t
 
 def _fill(layer: Any, adapter: str, pair: Pair | None, embedding: bool) -> None:
     assert pair is not None
-    for slot, values in zip(_factors(layer, adapter, embedding), pair, strict=False):
+    for slot, values in zip(_factors(layer, adapter, embedding), pair[:2], strict=True):
         slot.copy_(values)
     layer.scaling[adapter] = float(pair[2])

@@ -49,11 +49,6 @@ def combined_edits(
 
 
 def _rank(adapters: Sequence[Adapter], combination: Combination) -> int | None:
-    """That of the result, where the combination cuts it to one."""
-    return combination.rank or (max(int(adapter.config["r"]) for adapter in adapters) if combination.how.endswith("svd") else None)
-
-
-def _rank(adapters: Sequence[Adapter], combination: Combination) -> int | None:
     """The rank to cut to, None for those that keep the adapters' own. PEFT's rule: the largest that any config names, whether a module has it or not."""
     if combination.how not in PRODUCTS:
         return combination.rank

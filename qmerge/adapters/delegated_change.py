@@ -12,6 +12,7 @@ from qmerge.adapters.delegated_layer import Layer
 from qmerge.adapters.edits import Change, Edit
 from qmerge.errors import Refused
 from qmerge.store.adapter import check_finite
+from qmerge.types import known
 
 Load = Callable[[str], torch.Tensor]
 """reads a tensor of the adapter's file as stored"""
@@ -44,9 +45,11 @@ class DelegatedChange(Change):
     def added(self, rows: torch.Tensor, inputs: torch.Tensor, start: int) -> torch.Tensor:
         separate = self.layer.build(self.tensors, rows)
         if self.layer.embedding:
-            return (separate(torch.arange(rows.shape[0], device=rows.device)) - rows) @ inputs
-        nothing = separate(torch.zeros(1, rows.shape[1], device=rows.device))  # a trained bias answers this too; it is another edit's
-        return (separate(inputs.T) - nothing - inputs.T @ rows.T).T
+            moved: torch.Tensor = separate(torch.arange(rows.shape[0], device=rows.device)) - rows
+            return moved @ inputs
+        nothing: torch.Tensor = separate(torch.zeros(1, rows.shape[1], device=rows.device))  # a trained bias answers this too; it is another edit's
+        answer: torch.Tensor = separate(inputs.T)
+        return (answer - nothing - inputs.T @ rows.T).T
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,19 @@ class DelegatedBiasChange(Change):
         return torch.randn(self.layer.shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        return _merged(self.layer, self.tensors, self._any_weight(rows.device), rows)[1]
+        return known(_merged(self.layer, self.tensors, self._any_weight(rows.device), rows)[1])
 
     @torch.no_grad()
     def added(self, rows: torch.Tensor, inputs: torch.Tensor, start: int) -> torch.Tensor:
         bias = rows.reshape(-1)
         separate = self.layer.build(self.tensors, self._any_weight(rows.device), bias)
-        answer = separate(torch.zeros(1, self.layer.shape[1], device=rows.device))[0]
+        answer: torch.Tensor = separate(torch.zeros(1, self.layer.shape[1], device=rows.device))[0]
         return (answer - bias).unsqueeze(1) * inputs
 
 
 @torch.no_grad()
 def _merged(layer: Layer, tensors: dict[str, torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    built = layer.build(tensors, weight, bias)
+    built: Any = layer.build(tensors, weight, bias)
     try:
         built.merge(safe_merge=True)
     except (RuntimeError, ValueError, NotImplementedError) as problem:

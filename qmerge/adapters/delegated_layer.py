@@ -56,7 +56,9 @@ class Layer:
                 expected=f"a layer {list(self.shape)}",
                 found=str(problem)[:400],
             ) from problem
-        return model.base_model.model.get_submodule(self.module)
+        inner: Any = model.base_model.model
+        found: nn.Module = inner.get_submodule(self.module)
+        return found
 
     def check(self, specs: Mapping[str, TensorSpec], device: str) -> None:
         """Refused where tensors of these shapes do not fit a layer of this shape. ``device``: ``meta`` computes nothing, ``cpu`` works on zeros."""
@@ -65,7 +67,7 @@ class Layer:
     def _leaf(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
         if self.conv and bias is None:  # a Conv1D always has one
             bias = torch.zeros(self.shape[0], device=weight.device)
-        leaf = nn.Embedding(*self.shape, device="meta") if self.embedding else self._empty(*self.shape, bias=bias is not None)
+        leaf = nn.Embedding(self.shape[0], self.shape[1], device="meta") if self.embedding else self._empty(self.shape[0], self.shape[1], bias=bias is not None)
         # a copy: some types merge in place
         leaf.weight = nn.Parameter((weight.T if self.conv else weight).clone(memory_format=torch.contiguous_format), requires_grad=False)
         if bias is not None:
@@ -76,7 +78,7 @@ class Layer:
         """A linear of that shape whose weight is one number; TinyLoRA, which would take its SVD, only counts it."""
         rows, columns = (1, 1) if self.config["peft_type"] == "TINYLORA" else shape
         leaf = self._empty(rows, columns, bias=False)
-        leaf.weight = nn.Parameter(torch.zeros(1, 1).expand(leaf.weight.shape), requires_grad=False)
+        leaf.weight = nn.Parameter(torch.zeros(1, 1).expand(leaf.get_parameter("weight").shape), requires_grad=False)
         if self.conv:
             leaf.bias = nn.Parameter(torch.zeros(rows), requires_grad=False)
         return leaf
@@ -92,7 +94,7 @@ class Layer:
     def _tailored(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """The adapter's config, for the modules of this tree alone."""
         config = peft_config(self.config, self.name)
-        wish = {
+        wish: dict[str, Any] = {
             "target_modules": {name for name, _ in self.peers or ((self.module, self.shape),)}, "exclude_modules": None, "layers_to_transform": None,
             "layers_pattern": None, "modules_to_save": None, "bias": "none", "inference_mode": True, "fan_in_fan_out": self.conv, "progressbar": False,
             "runtime_offload_base_weight": False,
@@ -113,7 +115,7 @@ class Layer:
     def _load(self, model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         from peft.utils.save_and_load import set_peft_model_state_dict
 
-        result = set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
+        result: Any = set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
         # projections that a type keeps in one place and every layer refers to are listed once per layer
         shared = {key.rpartition(".")[2] for key in tensors if not key.startswith("base_model.model.")}
         lacking = [
@@ -138,5 +140,5 @@ def put(tree: nn.Module, path: str, leaf: nn.Module) -> None:
     for name in parents:
         if name not in tree._modules:
             tree.add_module(name, nn.Module())
-        tree = tree._modules[name]
+        tree = tree.get_submodule(name)
     tree.add_module(last, leaf)

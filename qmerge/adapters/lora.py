@@ -15,6 +15,7 @@ from qmerge.adapters.promises import check_promises
 from qmerge.adapters.replace import AddBias, Replace, ReplaceRows
 from qmerge.adapters.several import Chain
 from qmerge.errors import Refused
+from qmerge.types import known
 
 if TYPE_CHECKING:
     from qmerge.adapters.adapter import Adapter, LoraPair
@@ -68,7 +69,7 @@ def _pair_edit(adapter: Adapter, pair: LoraPair, base: tuple[int, ...] | None) -
     keys = tuple(key for key in (pair.a, pair.b, pair.magnitude) if key)
     if pair.magnitude and tuple(adapter.specs[pair.magnitude].shape) not in ((b[0],), (b[0], 1), (1, b[0])):
         raise Refused("DoRA's magnitudes do not fit the pair that they belong to.", where=f"tensor {pair.magnitude!r} in {adapter.name}", expected=f"{b[0]} values", found=f"shape {list(adapter.specs[pair.magnitude].shape)}")
-    magnitude = None if pair.magnitude is None else lambda: adapter.source.fp32(pair.magnitude).reshape(-1)
+    magnitude = None if pair.magnitude is None else lambda: adapter.source.fp32(known(pair.magnitude)).reshape(-1)
     if pair.embedding:
         factors = _undone(adapter, pair, lambda source: (source.fp32(pair.a).T, source.fp32(pair.b).T))
         return LowRank(keys, (a[1], b[0]), factors, pair.scaling, magnitude, by_column=True)
@@ -94,8 +95,10 @@ def _undone(adapter: Adapter, pair: LoraPair, read: Callable[[Any], tuple[torch.
         return lambda: read(adapter.source)
     started = adapter.initial.pairs[pair.module].scaling / pair.scaling
 
+    before = adapter.initial.source
+
     def factors() -> tuple[torch.Tensor, torch.Tensor]:
-        (left, right), (left0, right0) = read(adapter.source), read(adapter.initial.source)
+        (left, right), (left0, right0) = read(adapter.source), read(before)
         return torch.cat([left, -started * left0], dim=1), torch.cat([right, right0])
 
     return factors
@@ -119,7 +122,8 @@ def _bias_edit(adapter: Adapter, pair: LoraPair, has_bias: bool) -> AddBias:
     if not has_bias:
         raise Refused("The adapter adds a bias to a linear that has none, and the model's class would not load one.", where=f"tensor {pair.bias!r} in {adapter.name}",
                       expected=f"{pair.module}.bias in the base", found="none", fix="keep this adapter separate")
-    return AddBias((pair.bias,), tuple(adapter.specs[pair.bias].shape), lambda: adapter.source.fp32(pair.bias), pair.scaling)
+    bias = known(pair.bias)
+    return AddBias((bias,), tuple(adapter.specs[bias].shape), lambda: adapter.source.fp32(bias), pair.scaling)
 
 
 def _token_edit(adapter: Adapter, module: str, key: str, base: tuple[int, ...] | None) -> ReplaceRows:

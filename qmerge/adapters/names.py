@@ -107,7 +107,8 @@ def relate(model: nn.Module, disk_shapes: Mapping[str, Iterable[int]]) -> NameMa
     targets = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     namer, converters = _load_names(model, targets)
     disk_of, groups = _assign(shapes, targets, namer, converters)
-    tied, tied_disk = {}, {}
+    tied: dict[str, Tied] = {}
+    tied_disk: dict[str, tuple[Tied, tuple[str, int]]] = {}
     for group in groups:
         parameters, disks = _parameters(group, shapes, model), group.slots
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", group.target)
@@ -128,8 +129,9 @@ def saved_shapes(model: nn.Module) -> dict[str, Shape]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
+    saved: Any = model  # of transformers' own class, which is all that has such a first release
     with Views():
-        return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, dict(model.state_dict())).items()}
+        return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(saved, dict(model.state_dict())).items()}
 
 
 def _load_names(model: nn.Module, targets: Mapping[str, Shape]) -> tuple[Namer, dict[str, Any]]:
@@ -143,12 +145,12 @@ def _load_names(model: nn.Module, targets: Mapping[str, Shape]) -> tuple[Namer, 
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    prefix = model.base_model_prefix
+    prefix, known_names = model.base_model_prefix, dict(targets)
 
     def namer(name: str) -> tuple[str, str | None]:
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, targets)
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, known_names)
         if renamed not in targets and name in targets:  # the loader's rule: a name that fits as it is was not to be renamed
-            return rename_source_key(name, [], [], prefix, targets)
+            return rename_source_key(name, [], [], prefix, known_names)
         return renamed, pattern
 
     return namer, {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -66,9 +66,10 @@ class WeightedSum(Edit):
         return self.edits[0].shape
 
     def load(self, device: torch.device) -> Change:
-        if all(isinstance(edit, LowRank) and edit.plain for edit in self.edits):
-            pairs = [edit.factors() for edit in self.edits]  # one product of higher rank is the sum of the products
-            left = torch.cat([pair[0] * (weight * edit.scaling) for pair, weight, edit in zip(pairs, self.weights, self.edits, strict=True)], dim=1)
+        plain = [edit for edit in self.edits if isinstance(edit, LowRank) and edit.plain]
+        if len(plain) == len(self.edits):
+            pairs = [edit.factors() for edit in plain]  # one product of higher rank is the sum of the products
+            left = torch.cat([pair[0] * (weight * edit.scaling) for pair, weight, edit in zip(pairs, self.weights, plain, strict=True)], dim=1)
             return LowRankChange(left.to(device), torch.cat([pair[1] for pair in pairs]).to(device), 1.0)
         return WeightedSumChange([edit.load(device) for edit in self.edits], self.weights)
 
@@ -84,4 +85,4 @@ class WeightedSumChange(Change):
         return total.add_(rows)
 
     def added(self, rows: torch.Tensor, inputs: torch.Tensor, start: int) -> torch.Tensor:
-        return sum(weight * change.added(rows, inputs, start) for change, weight in zip(self.changes, self.weights, strict=True))
+        return torch.as_tensor(sum(weight * change.added(rows, inputs, start) for change, weight in zip(self.changes, self.weights, strict=True)))

@@ -67,12 +67,13 @@ class Settings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A merge, or several of one base, that every check has passed. Nothing is written yet."""
+    """A merge, or with ``each`` several of one base, that every check has passed. Nothing is written yet."""
 
     plans: tuple[MergePlan, ...]
     calibration: Calibration | None
     estimate: Estimate
     resume: Resume | None
+    each: bool
 
 
 def merge(
@@ -123,7 +124,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, check_fit: bool = True, war
     plans = tuple(plan_each(recipe, ranks.first)) if recipe.each else (plan(recipe, ranks.first),)
     calibration = None if recipe.each else calibration_for(plans[0])
     expected = foreseen(plans, calibration, warn, check_fit=check_fit and ranks.first, resumed=resume, processes=ranks.local_size)
-    return Prepared(plans, calibration, expected, Resume(asked.overwrite) if resume else None)
+    return Prepared(plans, calibration, expected, Resume(asked.overwrite) if resume else None, recipe.each)
 
 
 def carry_out(prepared: Prepared, step: Hear, count: Callable[[str, int, int], None], say: Hear, stop: Stop | None = None, ranks: Ranks = ALONE) -> list[RunReport]:
@@ -131,7 +132,7 @@ def carry_out(prepared: Prepared, step: Hear, count: Callable[[str, int, int], N
     from qmerge.pipeline.run import run, run_dense
 
     plans = list(prepared.plans)
-    if plans[0].recipe.each:
+    if prepared.each:
         return run_dense(plans, step, count, prepared.resume, stop, say, ranks)
     return [run(plans[0], step, prepared.calibration, count, resume=prepared.resume, stop=stop, say=say, ranks=ranks)]
 

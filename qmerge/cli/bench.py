@@ -58,8 +58,8 @@ def bench_command(
         check_known(load_results(into), names)
     recipe = read_nf4_recipe(nf4_recipe)
     load = Load(sizes, prompt_tokens, new_tokens, repeats, rounds, timeout)
-    base, merged = (str(resolve(place)[0]) if place else None for place in (base, merged))
-    section = measure_serving(base, adapter, names, load, device=str(pick_device(device)), merged=merged, with_merged=not without_merged, on=on,
+    whole = str(resolve(merged)[0]) if merged else None
+    section = measure_serving(str(resolve(base)[0]), adapter, names, load, device=str(pick_device(device)), merged=whole, with_merged=not without_merged, on=on,
                               nf4_recipe=recipe.to_json() if recipe else None, progress=Steps().step)  # fmt: skip
     written = _write(section, out, into)
     if as_json:
@@ -81,12 +81,12 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _write(section: dict[str, Any], out: str | None, into: str | None) -> str | None:
     """The file that was written. ``into`` is read again: another command may have added to it meanwhile."""
-    if not (out or into):
+    if not (place := into or out):
         return None
     from qmerge.report.load import SCHEMA_VERSION, load_results
 
     content = load_results(into) | {"serving": section} if into else {"schema_version": SCHEMA_VERSION, "serving": section}
-    path = Path(into or out)
+    path = Path(place)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
@@ -97,8 +97,8 @@ def _write(section: dict[str, Any], out: str | None, into: str | None) -> str | 
 def serving_tables(section: dict[str, Any]) -> str:
     """Size, time to load and memory; tokens per second by batch; kernels and packages. Plain aligned text."""
     rows, sizes = section["rows"], [str(size) for size in section["settings"]["batches"]]
-    cost = [("arm", "weights", "imports", "load", "peak: load", "prefill", "decode", "first token", "hot swap")]
-    speed = [("arm", *(f"{phase} ×{size}" for phase in ("prefill", "decode") for size in sizes))]
+    cost: list[tuple[str, ...]] = [("arm", "weights", "imports", "load", "peak: load", "prefill", "decode", "first token", "hot swap")]
+    speed: list[tuple[str, ...]] = [("arm", *(f"{phase} ×{size}" for phase in ("prefill", "decode") for size in sizes))]
     words = []
     for name, row in rows.items():
         memory = (_bytes(row.get(f"peak_{phase}_bytes")) for phase in ("load", "prefill", "decode"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,9 @@ from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, war
 from qmerge.cli.planning import announce, describe_estimate, detail, evaluation_of, fit_option
 from qmerge.errors import Interrupted, Refused, UsageProblem
 from qmerge.extras import need_loader
+
+if TYPE_CHECKING:
+    from qmerge.store.texts import Document
 
 
 @click.command("run", cls=QuietCommand)
@@ -40,7 +43,7 @@ from qmerge.extras import need_loader
 @click.option("--json", "as_json", is_flag=True, help="Verdict and paths as JSON on stdout.")
 @click.pass_context
 def run_command(
-    context: click.Context, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None, allow_task_code: bool,
+    context: click.Context, /, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None, allow_task_code: bool,
     budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, resume: bool, unchecked: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
 ) -> None:
     """Merge, then measure the result against base + separate adapter, judge it, and write a report to OUT.eval/."""
@@ -78,7 +81,7 @@ def run_command(
     found = plan(recipe)
     for place in (recipe.base, recipe.original):
         if place:
-            check_method(resolve(place)[0])
+            check_method(str(resolve(place)[0]))
     evidence = Path(recipe.out.rstrip("/") + ".eval")
     check_results_file(evidence / "results.json", "OUT.eval/results.json")
     for page in ("report.md", "report.html", *(["held-out.jsonl"] if not texts else [])):
@@ -145,7 +148,7 @@ def run_command(
     context.exit(exit_code(results["verdict"], strict))
 
 
-def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool, requests: Iterable[Any] = ()) -> tuple[Any, list]:
+def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool, requests: Iterable[Any] = ()) -> tuple[Any, list[Document]]:
     """(calibration or None where the format needs none, documents held out for evaluation where no text was given). Refuses overlap before any work,
     also with the texts of ``requests``, the perplexities, and those that fill no window."""
     from qmerge.pipeline.calibrate import hold_out, load_tokenizer
@@ -159,7 +162,8 @@ def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool, reques
     others = [document for request in requests for document in _checked(request, tokenizer, found.context_length)]
     if not texts and recipe.calibration is None:
         raise Refused("there is no text to measure on", where="--text", expected="held-out text", found="none", fix="--text FILE, or qmerge merge to write without measuring")
-    documents, kept = None, []
+    documents: list[Document] | None = None
+    kept: list[Document] = []
     if not texts:
         documents, kept = hold_out(read_documents(recipe.calibration, template=recipe.template, tokenizer=tokenizer), recipe.seed)
         warn(f"no --text: {len(kept)} of the {len(kept) + len(documents)} calibration documents are held out to measure on")
@@ -171,7 +175,7 @@ def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool, reques
     return calibration, kept
 
 
-def _checked(request: Any, tokenizer: Any, context: int | None) -> list:
+def _checked(request: Any, tokenizer: Any, context: int | None) -> list[Document]:
     """The documents of a perplexity, once they are known to fill its windows."""
     from qmerge.quality.protocols import context_length, plan, read_request
     from qmerge.store.texts import Document
@@ -181,13 +185,13 @@ def _checked(request: Any, tokenizer: Any, context: int | None) -> list:
     return [Document(text) for text in texts]
 
 
-def _tokens(texts: dict[str, str], held_out: list) -> int:
+def _tokens(texts: dict[str, str], held_out: list[Document]) -> int:
     """Of what is measured on, about: three bytes to a token."""
     files = [file for path in texts.values() if Path(path).exists() for file in ([Path(path)] if Path(path).is_file() else Path(path).rglob("*")) if file.is_file()]
     return (sum(file.stat().st_size for file in files) + sum(len(document.text) for document in held_out)) // 3
 
 
-def _write_held_out(folder: Path, documents: list) -> Path:
+def _write_held_out(folder: Path, documents: list[Document]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "held-out.jsonl"
     rows = [

@@ -15,7 +15,7 @@ from qmerge.errors import Refused
 from qmerge.formats.integers import Layout, check_zeros, dequantize, group_index, group_problem, groups_of, no_fit, stored_scales
 from qmerge.formats.rows import Reader, whole_reader
 from qmerge.store.checkpoint import Checkpoint
-from qmerge.types import Grid, QuantizedWeight, TensorSpec
+from qmerge.types import Grid, QuantizedWeight, TensorSpec, known
 
 __all__ = ["SUFFIXES", "check_settings", "check_shape", "components", "config", "dequantize", "grid_of", "open_rows", "pack", "shape", "stored_bytes", "unpack"]
 
@@ -41,12 +41,13 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
 def shape(weight: str, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
     """``[out, in]``, from headers. Raises `Refused` where parts are missing or do not fit each other."""
     held = [specs.get(name) for name in components(weight)]
-    if None in held:
+    first, second, third = held
+    if first is None or second is None or third is None:
         raise Refused("an AWQ weight is incomplete", where=weight, expected=", ".join(components(weight)), found="no such tensor")
-    (inputs, words), (groups, zero_words), (rows, out) = (spec.shape for spec in held)
-    if {held[0].dtype, held[1].dtype} != {"I32"} or words * 8 != out or (groups, zero_words) != (rows, words) or inputs % groups:
+    (inputs, words), (groups, zero_words), (rows, out) = first.shape, second.shape, third.shape
+    if {first.dtype, second.dtype} != {"I32"} or words * 8 != out or (groups, zero_words) != (rows, words) or inputs % groups:
         raise Refused("the parts of an AWQ weight do not fit each other", where=weight, expected="[in, out / 8], [groups, out / 8] and [groups, out]",
-                      found=", ".join(f"{spec.dtype} {list(spec.shape)}" for spec in held))
+                      found=", ".join(f"{spec.dtype} {list(spec.shape)}" for spec in (first, second, third)))
     return out, inputs
 
 
@@ -98,8 +99,8 @@ def pack(module: str, quantized: QuantizedWeight, dtype: torch.dtype = torch.flo
     check_zeros(module, quantized, 0)
     return {
         f"{module}.qweight": pack_codes(quantized.codes.T),
-        f"{module}.qzeros": pack_codes(quantized.zeros.T),
-        f"{module}.scales": stored_scales(module, quantized.scales.T.contiguous(), torch.float16),
+        f"{module}.qzeros": pack_codes(known(quantized.zeros).T),
+        f"{module}.scales": stored_scales(module, known(quantized.scales).T.contiguous(), torch.float16),
     }
 
 

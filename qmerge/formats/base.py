@@ -21,7 +21,7 @@ from qmerge.formats.fly import Nf4Recipe, decode_with_bitsandbytes, fly_reader, 
 from qmerge.formats.rows import Device, Reader, count_rows, float_reader, four_bit_step
 from qmerge.store.checkpoint import Checkpoint
 from qmerge.store.headers import TORCH_DTYPES
-from qmerge.types import QuantizedWeight
+from qmerge.types import QuantizedWeight, known
 
 __all__ = ["Base", "Nf4Recipe", "decode_with_bitsandbytes", "open_base", "quantize_as_bitsandbytes"]
 
@@ -89,16 +89,16 @@ class Base:
             return _float_dtype(told, name)
         if kind is None:
             return TORCH_DTYPES[specs[name].dtype]
-        told = self.checkpoint.config.get("dtype") or self.checkpoint.config.get("torch_dtype")
-        if told:
-            return _float_dtype(str(told).removeprefix("torch."), f"{self.checkpoint.name}/config.json")
+        stated = self.checkpoint.config.get("dtype") or self.checkpoint.config.get("torch_dtype")
+        if stated:
+            return _float_dtype(str(stated).removeprefix("torch."), f"{self.checkpoint.name}/config.json")
         return TORCH_DTYPES[specs[self.parts(name)[2]].dtype] if kind in ("gptq", "awq") else self._usual_dtype()
 
     def row_step(self, name: str) -> int:
         """What the ``start`` of `rows` must be a multiple of: 1, the rows after which a 4-bit block begins anew, or all rows. Cheap."""
         shape = self.shape(name)
         if name in self.fly:
-            return four_bit_step(shape, self.recipe.block_size)
+            return four_bit_step(shape, known(self.recipe).block_size)
         kind = self.quantized.get(name)
         if kind in FOUR_BIT:
             return four_bit_step(shape, int(nf4_format.read_meta(name, self.checkpoint.load, kind)["blocksize"]))
@@ -116,7 +116,7 @@ class Base:
         if kind == "awq":
             return awq.open_rows(name, self.checkpoint)
         if name in self.fly:
-            return fly_reader(self._oriented(name), self.recipe, device)
+            return fly_reader(self._oriented(name), known(self.recipe), device)
         if name not in self.checkpoint.specs:
             raise Refused("The checkpoint has no such tensor.", where=self.checkpoint.name, expected=name, found=f"{len(self.checkpoint.specs)} other tensors")
         through = _float_dtype(self.recipe.dtype, "the NF4 recipe") if self.recipe and self.recipe.dtype else None
@@ -141,7 +141,7 @@ class Base:
         """Codes and quant state of a 4-bit weight, stored or made on the fly exactly as bitsandbytes makes it."""
         if name in self.quantized:
             return nf4_format.unpack(name, self.checkpoint.load, self.checkpoint.specs, self.quantized[name])
-        return quantize_as_bitsandbytes(self._oriented(name), self.recipe, device)
+        return quantize_as_bitsandbytes(self._oriented(name), known(self.recipe), device)
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 
 from qmerge.formats.integers import Layout, check_zeros, dequantize, group_index, group_problem, groups_of, no_fit, stored_scales
 from qmerge.numerics.packing import pack_rows, unpack_rows, words
-from qmerge.types import Grid, QuantizedWeight
+from qmerge.types import Grid, QuantizedWeight, known
 
 __all__ = ["SUFFIXES", "check_shape", "config", "dequantize", "grid_of", "pack", "stored_bytes", "unpack"]
 
@@ -42,10 +42,10 @@ def pack(module: str, quantized: QuantizedWeight, dtype: torch.dtype = torch.bfl
     check_zeros(module, quantized, 0)
     stored = {
         f"{module}.weight_packed": pack_rows(quantized.codes.T, bits).T.contiguous(),
-        f"{module}.weight_scale": stored_scales(module, quantized.scales, dtype).contiguous(),
+        f"{module}.weight_scale": stored_scales(module, known(quantized.scales), dtype).contiguous(),
         f"{module}.weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64),
     }
-    return stored if quantized.grid.symmetric else stored | {f"{module}.weight_zero_point": pack_rows(quantized.zeros, bits)}
+    return stored if quantized.grid.symmetric else stored | {f"{module}.weight_zero_point": pack_rows(known(quantized.zeros), bits)}
 
 
 def unpack(module: str, load: Callable[[str], torch.Tensor], grid: Grid) -> QuantizedWeight:

@@ -14,7 +14,7 @@ import torch
 from qmerge.errors import UsageProblem
 from qmerge.formats.rows import Device, Reader, decode_flat, four_bit_reader
 from qmerge.numerics import nf4
-from qmerge.types import Grid, QuantizedWeight, QuantState
+from qmerge.types import Grid, QuantizedWeight, QuantState, known
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def quantize(weight: torch.Tensor, recipe: Nf4Recipe, device: Device = "cpu") ->
         absmax=state.absmax.cpu(),
         code=state.code.float().cpu(),
         block_size=state.blocksize,
-        shape=tuple(weight.shape),
+        shape=(weight.shape[0], weight.shape[1]),
         dtype=str(dtype).removeprefix("torch."),
         quant_type=recipe.quant_type,
         nested_absmax=nested.absmax.float().cpu() if nested else None,
@@ -82,5 +82,6 @@ def fly_reader(weight: torch.Tensor, recipe: Nf4Recipe, device: Device = "cpu") 
 
 def decode_with_bitsandbytes(weight: QuantizedWeight, device: Device) -> torch.Tensor:
     """fp32 ``[out, in]`` on ``device`` by bitsandbytes' kernels; nested block maxima are undone before."""
-    absmax = nf4.effective_absmax(weight.state).to(device)
-    return decode_flat(nf4.pack_nibbles(weight.codes).reshape(-1).to(device), absmax, weight.state, weight.codes.numel()).reshape(weight.state.shape)
+    state = known(weight.state)
+    absmax = nf4.effective_absmax(state).to(device)
+    return decode_flat(nf4.pack_nibbles(weight.codes).reshape(-1).to(device), absmax, state, weight.codes.numel()).reshape(state.shape)

@@ -15,7 +15,7 @@ import torch
 from qmerge.errors import Refused
 from qmerge.formats.integers import Layout, check_zeros, dequantize, group_problem, groups_of, no_fit, stored_scales
 from qmerge.numerics.packing import pack_rows, unpack_rows, words
-from qmerge.types import Grid, QuantizedWeight
+from qmerge.types import Grid, QuantizedWeight, known
 
 __all__ = ["SUFFIXES", "check_shape", "config", "dequantize", "grid_of", "pack", "stored_bytes", "unpack"]
 
@@ -40,9 +40,9 @@ def pack(module: str, quantized: QuantizedWeight, dtype: torch.dtype = torch.flo
     check_zeros(module, quantized, 1)
     return {
         f"{module}.qweight": pack_rows(quantized.codes.T, bits),
-        f"{module}.qzeros": pack_rows(quantized.zeros - 1, bits).T.contiguous(),
-        f"{module}.scales": stored_scales(module, quantized.scales.T.contiguous(), torch.float16),
-        f"{module}.g_idx": quantized.g_idx,
+        f"{module}.qzeros": pack_rows(known(quantized.zeros) - 1, bits).T.contiguous(),
+        f"{module}.scales": stored_scales(module, known(quantized.scales).T.contiguous(), torch.float16),
+        f"{module}.g_idx": known(quantized.g_idx),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from qmerge.errors import Refused
 from qmerge.formats import GROUP_SIZES
-from qmerge.types import Grid, QuantizedWeight
+from qmerge.types import Grid, QuantizedWeight, known
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def group_index(inputs: int, grid: Grid) -> torch.Tensor:
 
 def dequantize(quantized: QuantizedWeight) -> torch.Tensor:
     """``scale * (code - zero)`` fp32 ``[out, in]``."""
-    group = quantized.g_idx.long()
-    return (quantized.codes.float() - quantized.zeros[:, group]) * quantized.scales[:, group]
+    group = known(quantized.g_idx).long()
+    return (quantized.codes.float() - known(quantized.zeros)[:, group]) * known(quantized.scales)[:, group]
 
 
 def stored_scales(module: str, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -74,7 +74,7 @@ def stored_scales(module: str, scales: torch.Tensor, dtype: torch.dtype) -> torc
 
 def check_zeros(module: str, quantized: QuantizedWeight, least: int) -> None:
     """Raises `ValueError` for a zero that the container cannot hold; a symmetric grid's zero is its middle."""
-    grid, zeros = quantized.grid, quantized.zeros
+    grid, zeros = quantized.grid, known(quantized.zeros)
     if float(zeros.min()) < least or float(zeros.max()) > 2**grid.bits - 1 or not torch.equal(zeros, zeros.round()):
         raise ValueError(f"{module}: a zero is not one of {least}..{2**grid.bits - 1}")
     if grid.symmetric and bool((zeros != 2 ** (grid.bits - 1)).any()):

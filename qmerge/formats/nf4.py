@@ -21,7 +21,7 @@ from qmerge.numerics import nf4
 from qmerge.store.checkpoint import Checkpoint
 from qmerge.store.jsonfiles import parse_object
 from qmerge.store.tensors import read_bytes
-from qmerge.types import Grid, QuantizedWeight, QuantState
+from qmerge.types import Grid, QuantizedWeight, QuantState, known
 
 STATE_KEY = ".quant_state.bitsandbytes__"
 NOTHING = "no_module"
@@ -83,13 +83,13 @@ def _check_state(weight: str, state: QuantState) -> None:
     if state.nested and state.absmax.dtype != torch.uint8:
         raise Refused("a doubly quantized 4-bit weight has block maxima that are no codes", where=weight + ".absmax", expected="uint8",
                       found=str(state.absmax.dtype))
-    floats = [state.absmax] if not state.nested else [state.nested_absmax, state.nested_code]
+    floats = [state.absmax] if not state.nested else [known(state.nested_absmax), known(state.nested_code)]
     if not all(part.is_floating_point() for part in floats):
         raise Refused("a 4-bit weight has block maxima that are no numbers", where=weight + ".absmax", expected="floating point", found=str(floats[0].dtype))
     blocks = -(-state.shape[0] * state.shape[1] // state.block_size)
     nested_blocks = -(-blocks // state.nested_block_size)
-    found = f"{state.absmax.numel()} block maxima" + (f", {state.nested_absmax.numel()} nested ones" if state.nested else "")
-    if state.absmax.numel() != blocks or (state.nested and (state.nested_absmax.numel() != nested_blocks or state.nested_code.numel() != 256)):
+    found = f"{state.absmax.numel()} block maxima" + (f", {known(state.nested_absmax).numel()} nested ones" if state.nested else "")
+    if state.absmax.numel() != blocks or (state.nested and (known(state.nested_absmax).numel() != nested_blocks or known(state.nested_code).numel() != 256)):
         raise Refused("a 4-bit weight does not fit its own quant state", where=weight, found=found,
                       expected=f"{blocks} block maxima for shape {state.shape}" + (f", {nested_blocks} nested ones" if state.nested else ""))
 
@@ -163,12 +163,12 @@ def _as_fp32(value: float) -> float:
 
 def pack(weight: str, quantized: QuantizedWeight) -> dict[str, torch.Tensor]:
     """The tensors to store for one weight, by name, as ``save_pretrained`` names them."""
-    state = quantized.state
+    state = known(quantized.state)
     meta: dict[str, Any] = {"quant_type": state.quant_type, "blocksize": state.block_size, "dtype": state.dtype, "shape": list(state.shape)}
     tensors = {weight: nf4.pack_nibbles(quantized.codes), weight + ".absmax": state.absmax, weight + ".quant_map": state.code}
     if state.nested:
         meta |= {"nested_blocksize": state.nested_block_size, "nested_dtype": "float32", "nested_offset": state.offset}
-        tensors |= {weight + ".nested_absmax": state.nested_absmax, weight + ".nested_quant_map": state.nested_code}
+        tensors |= {weight + ".nested_absmax": known(state.nested_absmax), weight + ".nested_quant_map": known(state.nested_code)}
     tensors[f"{weight}{STATE_KEY}{state.quant_type}"] = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
     return tensors
 
@@ -185,7 +185,7 @@ def config(layout: Layout) -> dict[str, Any]:
     """``quantization_config`` for ``config.json``: the base's own where it had one, as far as it is still true. Block sizes are in the tensors' states."""
     kinds = {(grid.kind, grid.double_quant) for grid in layout.grids.values()} or {("nf4", True)}
     quant_type, double_quant = min(kinds)  # a loader takes both from each tensor's own state; mixed nesting only where the base mixes it
-    settings = {
+    settings: dict[str, Any] = {
         "quant_method": "bitsandbytes",
         "_load_in_4bit": True,
         "_load_in_8bit": False,

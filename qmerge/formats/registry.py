@@ -17,7 +17,7 @@ from qmerge.formats import awq, compressed_tensors, gptq
 from qmerge.formats import nf4 as nf4_format
 from qmerge.formats.integers import Layout
 from qmerge.numerics import nf4
-from qmerge.types import Grid, QuantizedWeight
+from qmerge.types import Grid, QuantizedWeight, known
 
 Load = Callable[[str], torch.Tensor]
 
@@ -72,11 +72,13 @@ def _integers(name: str, module: ModuleType, marker: str, linears_only: bool, co
         return tuple(weight.removesuffix("weight") + suffix for suffix in module.SUFFIXES)
 
     def pack(weight: str, quantized: QuantizedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return module.pack(weight.removesuffix(".weight"), quantized, dtype)
+        stored: dict[str, torch.Tensor] = module.pack(weight.removesuffix(".weight"), quantized, dtype)
+        return stored
 
     def unpack(weight: str, load: Load, names: Iterable[str], settings: Mapping[str, Any]) -> QuantizedWeight:
         inner = weight.removesuffix(".weight")
-        return module.unpack(inner, load, module.grid_of(settings, inner))
+        held: QuantizedWeight = module.unpack(inner, load, module.grid_of(settings, inner))
+        return held
 
     return Format(name, marker, linears_only, module.check_shape, module.stored_bytes, pack, unpack, module.dequantize, components, module.config, config_file)
 
@@ -88,8 +90,8 @@ def _blocks(kind: str) -> Format:
         return nf4_format.unpack(weight, load, names, nf4_format.find_quantized(names)[weight])
 
     def pack(weight: str, quantized: QuantizedWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        if quantized.state.quant_type != kind:
-            raise ValueError(f"{weight}: solved on {quantized.state.quant_type}, to be written as {kind}")
+        if (solved_on := known(quantized.state).quant_type) != kind:
+            raise ValueError(f"{weight}: solved on {solved_on}, to be written as {kind}")
         return nf4_format.pack(weight, quantized)
 
     return Format(
@@ -98,7 +100,7 @@ def _blocks(kind: str) -> Format:
         stored_bytes=lambda shape, grid, scale_bytes: nf4_format.stored_bytes(shape, grid.group_size, grid.double_quant),
         pack=pack,
         unpack=unpack,
-        dequantize=lambda quantized: nf4.dequantize(quantized.codes, quantized.state),
+        dequantize=lambda quantized: nf4.dequantize(quantized.codes, known(quantized.state)),
         components=lambda weight: tuple({part: None for quant_type in ("nf4", "fp4") for part in nf4_format.components(weight, quant_type)}),
         config=nf4_format.config,
     )  # fmt: skip

@@ -58,7 +58,7 @@ def float_reader(folder: Path, spec: TensorSpec, turned: bool, through: torch.dt
         return (there.to(through) if through is not None and there.is_floating_point() else there).float()
 
     if turned:
-        return whole_reader(tuple(spec.shape)[::-1], lambda device: widen(read_tensor(folder, spec).T.contiguous(), device))
+        return whole_reader((spec.shape[1], spec.shape[0]), lambda device: widen(read_tensor(folder, spec).T.contiguous(), device))
     if not spec.shape:
         return Reader((), 1, lambda start, stop, device: widen(read_tensor(folder, spec), device))
     return Reader(tuple(spec.shape), 1, lambda start, stop, device: widen(read_rows(folder, spec, start, stop), device))

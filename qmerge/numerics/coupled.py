@@ -17,6 +17,7 @@ from qmerge.numerics.gptq import ElementGrid
 from qmerge.numerics.hessian import Factor
 from qmerge.numerics.polish import damped
 from qmerge.numerics.triangles import inverse_root
+from qmerge.types import known
 
 TILE = 32
 """rows that a compiled loop takes together; it changes speed, and the result only by rounding"""
@@ -125,7 +126,7 @@ def _round_tile(target: torch.Tensor, factor: Factor, grid: ElementGrid, feed: t
         arrays = [part.contiguous().numpy() for part in (work[span], aims[span], here.scale)]
         shared = [part.numpy() for part in (upper[span, span].contiguous(), inverse[span], feed, codes[span], errors, misses[span])]
         if ordered.levels is None:
-            kernels.round_tile_int(*arrays, here.zero.contiguous().numpy(), kernels.float32(ordered.top), *shared)
+            kernels.round_tile_int(*arrays, known(here.zero).contiguous().numpy(), kernels.float32(ordered.top), *shared)
         else:
             kernels.round_tile_book(*arrays, ordered.levels.numpy(), ordered.bounds.numpy(), *shared)
         if span.stop < len(order):

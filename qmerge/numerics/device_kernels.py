@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qmerge.types import known
+
 ROWS = 32
 """rows of the weight per program: with 64 columns in fp32 that is 8 KB of registers"""
 LEVELS = 16
@@ -102,4 +104,4 @@ def _grid(scale: torch.Tensor, zero: torch.Tensor | None, levels: torch.Tensor |
     """(zero, levels, bounds); what a grid does not have is stood in for by ``scale``, and never read."""
     if levels is not None:
         return scale, levels.contiguous(), ((levels[:-1] + levels[1:]) / 2).contiguous()
-    return zero.contiguous(), scale, scale
+    return known(zero).contiguous(), scale, scale

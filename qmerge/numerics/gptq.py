@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 
 from qmerge.numerics.hessian import Factor
-from qmerge.types import Grid
+from qmerge.types import Grid, known
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class ElementGrid:
     @property
     def bounds(self) -> torch.Tensor:
         """Midpoints between the levels of a code book; a value on one goes to the lower level, as in bitsandbytes."""
-        return (self.levels[:-1] + self.levels[1:]) / 2
+        levels = known(self.levels)
+        return (levels[:-1] + levels[1:]) / 2
 
     def take(self, order: torch.Tensor) -> ElementGrid:
         """The grid with its columns in another order."""
@@ -80,7 +81,7 @@ def joined(grids: list[ElementGrid]) -> ElementGrid:
     first = grids[0]
     if any(grid.group is None or first.group is None or not torch.equal(grid.group, first.group) for grid in grids):
         grids = [grid.whole() for grid in grids]
-    zeros = None if first.zeros is None else torch.cat([grid.zeros for grid in grids], dim=1)
+    zeros = None if first.zeros is None else torch.cat([known(grid.zeros) for grid in grids], dim=1)
     return replace(grids[0], scales=torch.cat([grid.scales for grid in grids], dim=1), zeros=zeros)
 
 
@@ -139,7 +140,7 @@ def _round_block_compiled(work: torch.Tensor, grid: ElementGrid, upper: torch.Te
 
     shared = [part.numpy() for part in (upper.contiguous(), inverse.contiguous(), codes, errors)]
     if grid.levels is None:
-        kernels.round_block_int(work.numpy(), grid.scale.numpy(), grid.zero.numpy(), kernels.float32(grid.top), *shared)
+        kernels.round_block_int(work.numpy(), grid.scale.numpy(), known(grid.zero).numpy(), kernels.float32(grid.top), *shared)
     else:
         kernels.round_block_book(work.numpy(), grid.scale.numpy(), grid.levels.numpy(), grid.bounds.numpy(), *shared)
 
@@ -160,7 +161,7 @@ def nearest(weight: torch.Tensor, grid: ElementGrid) -> tuple[torch.Tensor, torc
     if grid.levels is not None:
         code = torch.bucketize(weight / scale, grid.bounds)
         return code.to(torch.uint8), grid.levels[code].mul_(scale)
-    zero = grid.zero.reshape(weight.shape)
+    zero = known(grid.zero).reshape(weight.shape)
     code = (weight / scale).round_().add_(zero).clamp_(0, grid.top)
     return code.to(torch.uint8), (code - zero).mul_(scale)
 
@@ -170,8 +171,8 @@ def units(codes: torch.Tensor, grid: ElementGrid) -> torch.Tensor:
     if grid.levels is not None:
         return grid.levels[codes.long()]
     if not grid.size:
-        return codes.float() - grid.zero.T
-    return (codes.float().view(len(codes), -1, grid.size) - grid.zeros.T.unsqueeze(2)).view(codes.shape)
+        return codes.float() - known(grid.zero).T
+    return (codes.float().view(len(codes), -1, grid.size) - known(grid.zeros).T.unsqueeze(2)).view(codes.shape)
 
 
 def values(codes: torch.Tensor, grid: ElementGrid) -> torch.Tensor:

@@ -15,6 +15,7 @@ from qmerge.device import in_parallel
 from qmerge.errors import CheckFailed
 from qmerge.numerics.products import add_product
 from qmerge.numerics.triangles import invert_flipped_
+from qmerge.types import known
 
 STRIP = 512
 """rows of a sum that are formed together: a product of few rows spends its time on bringing the other factor into shape"""
@@ -73,17 +74,17 @@ class Statistics:
 
         def strip(job: tuple[int, slice, slice]) -> None:
             which, rows, columns = job
-            total, closed, slot = self._open[which], self._closed[which], self._slot
-            total = total[rows, columns] if total is not None else torch.zeros(rows.stop - rows.start, columns.stop, device=self.device)
+            under_way, closed, slot = self._open[which], self._closed[which], self._slot
+            total = under_way[rows, columns] if under_way is not None else torch.zeros(rows.stop - rows.start, columns.stop, device=self.device)
             for batch, its in zip(batches, slots, strict=True):
                 if its != slot:
-                    closed[rows, columns].add_(total)
+                    known(closed)[rows, columns].add_(total)
                     total.zero_()
                     slot = its
-                if batch[which] is not None:
-                    add_product(total, batch[which][:, rows].T, batch[0][:, columns], exact=which == 0)
+                if (left := batch[which]) is not None:
+                    add_product(total, left[:, rows].T, batch[0][:, columns], exact=which == 0)
             if complete:
-                closed[rows, columns].add_(total)
+                known(closed)[rows, columns].add_(total)
 
         in_parallel(strip, self._strips(), torch.device(self.device))
         self._slot = slots[-1]
@@ -94,8 +95,8 @@ class Statistics:
     def _factors(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(x, x̃ - x, r) as they are multiplied; None for zeros. Differences are taken before anything is rounded."""
         same = runtime is teacher or torch.equal(runtime, teacher)
-        rows = runtime, None if same else teacher.float() - runtime.float(), residual
-        return tuple(None if row is None else row.to(self.compute) for row in rows)
+        moved = None if same else (teacher.float() - runtime.float()).to(self.compute)
+        return runtime.to(self.compute), moved, None if residual is None else residual.to(self.compute)
 
     def _filled(self, sums: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Zeros where nothing is yet."""
@@ -114,7 +115,7 @@ class Statistics:
     def strips(self) -> list[torch.Tensor]:
         """Views of all that is summed, always in the same order: two sums are added by adding these."""
         self.close()
-        return [self._closed[which][rows, columns] for which, rows, columns in self._strips()]
+        return [known(self._closed[which])[rows, columns] for which, rows, columns in self._strips()]
 
     def close(self) -> None:
         """All batches are there: the last slot is added to those before it, which frees half of the memory. Means do this themselves."""
@@ -131,14 +132,14 @@ class Statistics:
             for total in self._closed:
                 if total is not None:
                     total.div_(count)
-            _mirror_(self._closed[0])
+            _mirror_(known(self._closed[0]))
             self._means = True
         return self._closed[which]
 
     @property
     def hessian(self) -> torch.Tensor:
         """Both halves, from the lower one."""
-        return self._mean(0)
+        return known(self._mean(0))
 
     @property
     def drift(self) -> torch.Tensor | None:

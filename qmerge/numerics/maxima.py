@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qmerge.types import QuantState
+from qmerge.types import QuantState, known
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Maxima:
         return torch.where(found > 0, found, torch.full_like(found, float("nan")))
 
     def _index(self, wanted: torch.Tensor) -> torch.Tensor:
-        bounds = (self.code[:-1] + self.code[1:]) / 2
-        return torch.bucketize((wanted.reshape(-1) - self.offset) / self.size.clamp(min=1e-38), bounds)
+        code, size = known(self.code), known(self.size)
+        return torch.bucketize((wanted.reshape(-1) - self.offset) / size.clamp(min=1e-38), (code[:-1] + code[1:]) / 2)
 
     def _value(self, index: torch.Tensor) -> torch.Tensor:
-        return self.code[index] * self.size + self.offset
+        return known(self.code)[index] * known(self.size) + self.offset
 
     def store(self, state: QuantState, maxima: torch.Tensor) -> QuantState:
         """``state`` with these block maxima, all of them values that `storable` gave."""
@@ -41,5 +41,5 @@ def maxima_of(state: QuantState, device: torch.device) -> Maxima:
     if not state.nested:
         return Maxima(None, None, 0.0)
     blocks = state.absmax.numel()
-    size = state.nested_absmax.float().repeat_interleave(state.nested_block_size)[:blocks].to(device)
-    return Maxima(size, state.nested_code.float().to(device), state.offset)
+    size = known(state.nested_absmax).float().repeat_interleave(state.nested_block_size)[:blocks].to(device)
+    return Maxima(size, known(state.nested_code).float().to(device), state.offset)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from qmerge.types import QuantState
+from qmerge.types import QuantState, known
 
 NF4_LEVELS = (
     -1.0,
@@ -87,8 +87,8 @@ def effective_absmax(state: QuantState) -> torch.Tensor:
         return state.absmax.float()
     blocks = torch.empty(state.absmax.numel(), dtype=torch.float32, device=state.absmax.device)
     for codes, out in zip(state.absmax.reshape(-1).split(_PIECE), blocks.split(_PIECE), strict=True):
-        torch.index_select(state.nested_code.float(), 0, codes.int(), out=out)
-    _scale(blocks, state.nested_absmax, state.nested_block_size)
+        torch.index_select(known(state.nested_code).float(), 0, codes.int(), out=out)
+    _scale(blocks, known(state.nested_absmax), state.nested_block_size)
     return blocks.add_(state.offset)
 
 
@@ -154,7 +154,7 @@ def with_absmax(state: QuantState, absmax: torch.Tensor) -> QuantState:
     """``state`` holding new fp32 block maxima, double-quantized when the original was. Read them back with `effective_absmax`."""
     if not state.nested:
         return replace(state, absmax=absmax.float())
-    codes, maxima, offset = double_quantize(absmax, state.nested_code, state.nested_block_size)
+    codes, maxima, offset = double_quantize(absmax, known(state.nested_code), state.nested_block_size)
     return replace(state, absmax=codes, nested_absmax=maxima, offset=offset)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from qmerge.numerics import nf4
 from qmerge.numerics.stored_scales import StoredScales
-from qmerge.types import QuantizedWeight
+from qmerge.types import QuantizedWeight, known
 
 BOUND = 1.0
 """offsets lie in -1 … 1: a code moves to a neighbour at most"""
@@ -61,7 +61,7 @@ class Offsets:
     def build(self) -> QuantizedWeight:
         """The stored weight."""
         held, places = self.held.quantized, self.moved()
-        codes = places if self.zeros is not None else nf4.sorted_levels(held.state.code)[1].long()[places]
+        codes = places if self.zeros is not None else nf4.sorted_levels(known(held.state).code)[1].long()[places]
         codes = torch.where(places == self.places, held.codes, codes.to(torch.uint8))  # FP4 has two codes for zero
         return replace(self.held.build(self.scales()), codes=codes)
 
@@ -70,7 +70,7 @@ def offsets(held: StoredScales) -> Offsets:
     """Of a solved linear, at the solver's codes and scales."""
     quantized = held.quantized
     if quantized.state is None:
-        places, zeros = quantized.codes.long(), quantized.zeros.float().repeat_interleave(held.size, dim=1)
+        places, zeros = quantized.codes.long(), known(quantized.zeros).float().repeat_interleave(held.size, dim=1)
         levels = torch.arange(2**quantized.grid.bits, dtype=torch.float32)
     else:
         levels, zeros = nf4.sorted_levels(quantized.state.code)[0], None

@@ -11,11 +11,12 @@ import torch
 
 from qmerge.numerics.coupled import Coupling
 from qmerge.numerics.hessian import Factor, Statistics
+from qmerge.types import known
 
 
 def shifts(moved: torch.Tensor | None, residual: torch.Tensor | None, factor: Factor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """``(W D (H+λI)⁻¹, R (H+λI)⁻¹)``, each fp32 ``[rows, in]``, or None where not given. ``moved`` W D and ``residual`` R are of the same rows."""
-    return tuple(None if part is None else factor.solve(part) for part in (moved, residual))
+    return None if moved is None else factor.solve(moved), None if residual is None else factor.solve(residual)
 
 
 def aim(weight: torch.Tensor, found: tuple[torch.Tensor | None, torch.Tensor | None], own: float, residual: float) -> torch.Tensor:
@@ -50,7 +51,7 @@ class Judge:
 
 def wanted(weight: torch.Tensor, held_out: Statistics) -> torch.Tensor:
     """``W D + R`` fp32 ``[out, in]``, for the `Judge`."""
-    found = weight @ held_out.drift
+    found = weight @ known(held_out.drift)
     return found if held_out.residual is None else found.add_(held_out.residual)
 
 

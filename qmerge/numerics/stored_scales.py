@@ -12,7 +12,7 @@ import torch
 
 from qmerge.numerics import grids, nf4
 from qmerge.numerics.maxima import Maxima, maxima_of
-from qmerge.types import QuantizedWeight
+from qmerge.types import QuantizedWeight, known
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class StoredScales:
         held = self.quantized
         if held.state is not None:
             return held.state.code.float()[held.codes.long()]
-        zeros = held.zeros.float().repeat_interleave(self.size, dim=1)
+        zeros = known(held.zeros).float().repeat_interleave(self.size, dim=1)
         return held.codes.float().sub_(zeros)
 
     def sums(self, product: torch.Tensor) -> torch.Tensor:
@@ -59,8 +59,8 @@ class StoredScales:
         if torch.equal(scales, self.start):
             return self.quantized
         if self.maxima is not None:
-            return replace(self.quantized, state=self.maxima.store(self.quantized.state, scales))
-        return replace(self.quantized, scales=scales.reshape(self.quantized.scales.shape).clone())
+            return replace(self.quantized, state=self.maxima.store(known(self.quantized.state), scales))
+        return replace(self.quantized, scales=scales.reshape(known(self.quantized.scales).shape).clone())
 
 
 def stored_scales(quantized: QuantizedWeight, model_dtype: torch.dtype) -> StoredScales:
@@ -68,5 +68,5 @@ def stored_scales(quantized: QuantizedWeight, model_dtype: torch.dtype) -> Store
     if quantized.state is not None:
         state = quantized.state
         return StoredScales(quantized, nf4.effective_absmax(state), state.block_size, model_dtype, maxima_of(state, quantized.codes.device))
-    rows, columns = quantized.codes.shape
-    return StoredScales(quantized, quantized.scales.float().reshape(-1).clone(), columns * rows // quantized.scales.numel(), model_dtype)
+    (rows, columns), scales = quantized.codes.shape, known(quantized.scales)
+    return StoredScales(quantized, scales.float().reshape(-1).clone(), columns * rows // scales.numel(), model_dtype)

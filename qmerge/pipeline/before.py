@@ -18,7 +18,7 @@ from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Steps
 from qmerge.ranks import ALONE, Ranks
-from qmerge.types import Grid
+from qmerge.types import Grid, known
 
 
 @dataclass
@@ -51,7 +51,7 @@ def before_the_blocks(
         work.curvatures, work.division = found
         return
     if recipe.bits_per_weight is not None:
-        work.division = choose_grids(plan, merged, calibration, outputs.model_dtype(plan), progress, work.curvatures)
+        work.division = choose_grids(plan, merged, known(calibration), outputs.model_dtype(plan), progress, work.curvatures)
     else:
-        work.curvatures = curvatures(plan, merged, calibration, recipe.curvature_tokens, progress, ranks)
+        work.curvatures = curvatures(plan, merged, known(calibration), recipe.curvature_tokens, progress, ranks)
     kept.keep_phase(work.curvatures, work.division, time.perf_counter() - began)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,12 +19,15 @@ from torch import nn
 from qmerge.device import products_in
 from qmerge.errors import Refused
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Call:
     """The arguments of one block call besides the hidden states, and in what its matrix products are taken."""
 
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     compute: torch.dtype = torch.float32
 
@@ -45,7 +48,7 @@ class _Stop(Exception):
 class _Recorder(nn.Module):
     """Stands in for a block: keeps what it is called with and passes the hidden states on."""
 
-    def __init__(self, block: nn.Module, log: list, as_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, log: list[Any], as_tuple: bool) -> None:
         super().__init__()
         self.block, self.log, self.as_tuple = block, log, as_tuple
 
@@ -60,13 +63,15 @@ class _Recorder(nn.Module):
         return (hidden_states,) if self.as_tuple else hidden_states
 
 
-def record_calls(model: nn.Module, blocks_name: str, batches: list[torch.Tensor], compute: torch.dtype = torch.float32) -> tuple[list[torch.Tensor], list[list[Call]]]:
+def record_calls(model: PreTrainedModel, blocks_name: str, batches: list[torch.Tensor], compute: torch.dtype = torch.float32) -> tuple[list[torch.Tensor], list[list[Call]]]:
     """First block's inputs per batch ``[windows, T, hidden]`` and, per batch, the `Call` of each block.
 
     ``batches`` are token ids int64 ``[windows, T]``, ``compute`` is for the calls. The weights before the head must be real, those inside the blocks may be on the meta device.
     """
     blocks = model.get_submodule(blocks_name)
-    hidden, calls = [], []
+    assert isinstance(blocks, nn.ModuleList)
+    hidden: list[torch.Tensor] = []
+    calls: list[list[Call]] = []
     for ids in batches:
         log = _record(model, blocks_name, blocks, ids, as_tuple=False)
         if any(entry[0].shape != log[0][0].shape for entry in log):
@@ -78,8 +83,8 @@ def record_calls(model: nn.Module, blocks_name: str, batches: list[torch.Tensor]
     return hidden, calls
 
 
-def _record(model: nn.Module, blocks_name: str, blocks: nn.ModuleList, ids: torch.Tensor, as_tuple: bool) -> list:
-    log: list = []
+def _record(model: PreTrainedModel, blocks_name: str, blocks: nn.ModuleList, ids: torch.Tensor, as_tuple: bool) -> list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]]:
+    log: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
     parent, _, leaf = blocks_name.rpartition(".")
     owner = model.get_submodule(parent) if parent else model
     setattr(owner, leaf, nn.ModuleList(_Recorder(block, log, as_tuple) for block in blocks))
@@ -117,7 +122,7 @@ def _share(call: Call, first: Call | None) -> Call:
 def first_row(call: Call, windows: int) -> Call:
     """The call for the first window of a batch only."""
 
-    def cut(value: object) -> object:
+    def cut(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == windows and windows > 1:
             return value[:1]
         return tuple(cut(item) for item in value) if isinstance(value, tuple) else value
@@ -129,7 +134,8 @@ def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tenso
     """The block's output hidden states ``[windows, T, hidden]``."""
     with torch.no_grad(), products_in(call.compute, hidden.device):
         out = block(hidden, *call.args, **call.kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return found
 
 
 def empty_copy(block: nn.Module) -> nn.Module:
@@ -150,14 +156,14 @@ def find_groups(block: nn.Module, linears: list[str], hidden: torch.Tensor, call
         if not name:
             continue
 
-        def before(_: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
             tensor = args[0] if args else next(iter(kwargs.values()), None)
             if isinstance(tensor, torch.Tensor):
                 seen.append((name, tensor))
                 if name in linears:
                     inputs.setdefault(name, tensor)
 
-        def after(_: nn.Module, args: tuple, out: Any, name: str = name) -> None:
+        def after(_: nn.Module, args: tuple[Any, ...], out: Any, name: str = name) -> None:
             if name in linears:
                 outputs.setdefault(name, out)
 
@@ -177,7 +183,7 @@ def find_groups(block: nn.Module, linears: list[str], hidden: torch.Tensor, call
     return [Group(tuple(names), writers.get(names[0]) if len(names) == 1 else None) for names in grouped.values()]
 
 
-def _find_writers(hidden: torch.Tensor, result: torch.Tensor, seen: list, outputs: dict[str, torch.Tensor]) -> dict[str, str]:
+def _find_writers(hidden: torch.Tensor, result: torch.Tensor, seen: list[tuple[str, torch.Tensor]], outputs: dict[str, torch.Tensor]) -> dict[str, str]:
     """Which linears' outputs are added straight to the residual stream: ``stream + output`` then turns up as a module's input or as the block's output."""
     streams = [("<in>", hidden)]
     writers: dict[str, str] = {}
@@ -201,7 +207,7 @@ def _capturing(block: nn.Module, names: list[str], store: dict[str, torch.Tensor
     me = threading.get_ident()
 
     def hook(name: str) -> Any:
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.get_ident() != me:
                 return
             store.setdefault(name, args[0] if args else next(iter(kwargs.values())))
@@ -248,7 +254,7 @@ def activation_bytes(block: nn.Module, hidden: torch.Tensor, call: Call) -> int:
     """About what one pass of ``hidden`` keeps alive: every module's output, in fp32."""
     sizes: list[int] = []
 
-    def after(_: nn.Module, args: tuple, out: Any) -> None:
+    def after(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         parts = out if isinstance(out, tuple) else (out,)
         sizes.extend(4 * part.numel() for part in parts if isinstance(part, torch.Tensor))
 

@@ -20,7 +20,7 @@ from qmerge.pipeline.calibrate import Calibration
 from qmerge.pipeline.gradients import Curvatures
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
-from qmerge.types import Grid
+from qmerge.types import Grid, known, two_axes
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def choose_grids(
     routed = {weight.name for weight in plan.routed}
     fixed = sum(_stored(plan, merged, (name,), plan.recipe.grid, model_dtype) for name in routed)
     values = sum(prod(plan.pieces.table[name].shape) for name in plan.requantized)
-    budget = int(plan.recipe.bits_per_weight * values / 8)
+    budget = int(known(plan.recipe.bits_per_weight) * values / 8)
     _check_enough(plan, merged, model_dtype, [name for name in plan.requantized if name not in routed], fixed, budget, values)
     losses = sensitivities(plan, merged, calibration, model_dtype, lambda names: candidates(plan, names), progress, curvatures if plan.recipe.curvature_tokens else None)
     sizes = {names: {grid: _stored(plan, merged, names, grid, model_dtype) for grid in options} for names, options in losses.items()}
@@ -80,13 +80,13 @@ def choose_grids(
 
 def candidates(plan: MergePlan, names: Sequence[str]) -> tuple[Grid | None, ...]:
     """Every symmetric grid of the format that holds all of ``names``, and float."""
-    fmt, found = registry.of_format(plan.recipe.format), []
+    fmt, found = known(registry.of_format(plan.recipe.format)), list[Grid]()
     for grid in (
         replace(plan.recipe.grid, bits=bits, group_size=size, symmetric=True) for bits in BITS[plan.recipe.format] for size in GROUP_SIZES
     ):
         try:
             for name in names:
-                fmt.check_shape(name.removesuffix(".weight"), plan.pieces.table[name].shape, grid, plan.recipe.pad)
+                fmt.check_shape(name.removesuffix(".weight"), two_axes(plan.pieces.table[name].shape), grid, plan.recipe.pad)
         except Refused:
             continue
         found.append(grid)
@@ -95,9 +95,9 @@ def candidates(plan: MergePlan, names: Sequence[str]) -> tuple[Grid | None, ...]
 
 def _stored(plan: MergePlan, merged: Merged, names: Sequence[str], grid: Grid | None, model_dtype: torch.dtype) -> int:
     """Bytes in the file."""
-    fmt, shapes = registry.of_format(plan.recipe.format), {name: plan.pieces.table[name].shape for name in names}
+    fmt, shapes = known(registry.of_format(plan.recipe.format)), {name: plan.pieces.table[name].shape for name in names}
     return sum(
-        prod(shape) * merged.out_dtype(name).itemsize if grid is None else fmt.stored_bytes(shape, grid, model_dtype.itemsize)
+        prod(shape) * merged.out_dtype(name).itemsize if grid is None else fmt.stored_bytes(two_axes(shape), grid, model_dtype.itemsize)
         for name, shape in shapes.items()
     )
 

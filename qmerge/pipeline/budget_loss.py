@@ -18,7 +18,7 @@ from qmerge.pipeline.calibrate import Calibration
 from qmerge.pipeline.gradients import Curvatures, Gradients, Names, Seen
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
-from qmerge.types import Grid
+from qmerge.types import Grid, known
 
 TOKENS = 16_384
 """calibration tokens that the loss is measured on, about; the held-out windows' share of them judges"""
@@ -40,7 +40,7 @@ def sensitivities(
 
     def visit(seen: Seen) -> None:
         found[seen.names] = _losses(seen.names, seen, merged, model_dtype, candidates(seen.names))
-        if curvatures is not None and seen.names != (plan.skeleton.output_embedding,):
+        if curvatures is not None and seen.names != (plan.tree.output_embedding,):
             curvatures.add(seen)
 
     Gradients(plan, merged, calibration, TOKENS).run(visit, progress, True, _unreached)
@@ -58,7 +58,7 @@ def _unreached(name: str) -> None:
 def _losses(
     names: Names, seen: Seen, merged: Merged, model_dtype: torch.dtype, candidates: Iterable[Grid | None]
 ) -> dict[Grid | None, float]:
-    hessian, judge = seen.train.hessian, seen.held_out.hessian
+    hessian, judge = known(seen.train).hessian, known(seen.held_out).hessian
     level, importance = factor(hessian, DAMP), torch.diagonal(hessian)
     weights = {name: merged.weight(name) for name in names}
 

@@ -67,8 +67,9 @@ def load_calibration(
     generic_wanted = round(samples * generic_share) if generic else 0
     documents = documents if documents is not None else read_documents(source, template=template, tokenizer=tokenizer)
     own, used, facts = _windows(documents, tokenizer, samples - generic_wanted, tokens, seed, source)
-    chosen, all_facts = list(own), {"in_domain": facts}
-    if generic_wanted:
+    chosen = list(own)
+    all_facts: dict[str, Any] = {"in_domain": facts}
+    if generic and generic_wanted:
         others = read_documents(generic, template=template if template and _fits(generic, template) else None, tokenizer=tokenizer)
         extra, used_too, all_facts["generic"] = _windows(others, tokenizer, generic_wanted, tokens, seed + 1, generic)
         used, chosen = used + used_too, chosen + extra

@@ -12,7 +12,7 @@ from qmerge.numerics.curvature import Curvature
 from qmerge.numerics.gptq import ElementGrid
 from qmerge.numerics.grids import Search
 from qmerge.numerics.maxima import maxima_of
-from qmerge.types import Grid, QuantizedWeight, QuantState
+from qmerge.types import Grid, QuantizedWeight, QuantState, known, two_axes
 
 BASES = "base's"
 FULL_RANGE = (1.0,)
@@ -81,12 +81,13 @@ def options(
     if grid.kind == "int":
         return [_int_option(linear.merged, grid, importance, model_dtype, search)]
     weight = linear.merged
-    like = replace(nf4_like if nf4_like is not None else linear.base.state, shape=tuple(weight.shape))
+    base = linear.base.state if linear.base is not None else None
+    like = replace(known(nf4_like if nf4_like is not None else base), shape=two_axes(weight.shape))
     levels = like.code.sort().values.to(weight.device)
     maxima = grids.search_absmax(weight, importance, levels, like.block_size, search.shrinks)
     found = [_book_option("searched", nf4.with_absmax(like, maxima.cpu()), grid, weight.device)]
-    if keep_base and linear.base is not None and same_layout(linear.base.state, like):
-        found.append(_book_option(BASES, linear.base.state, grid, weight.device))
+    if keep_base and base is not None and same_layout(base, like):
+        found.append(_book_option(BASES, base, grid, weight.device))
     return found
 
 
@@ -114,7 +115,7 @@ def _int_option(weight: torch.Tensor, grid: Grid, importance: torch.Tensor, mode
 def _book_option(label: str, state: QuantState, grid: Grid, device: torch.device) -> Option:
     """``grid`` as asked for; the state says the block size. Blocks that run across rows keep their maxima."""
     sort = state.code.sort(stable=True)
-    stored, shape = sort.indices.to(torch.uint8).to(device), tuple(state.shape)
+    stored, shape = sort.indices.to(torch.uint8).to(device), state.shape
     absmax = nf4.effective_absmax(state).to(device)
     element = gptq.book_grid(absmax, shape, state.block_size, sort.values.to(device))
     kind = replace(grid, group_size=state.block_size, double_quant=state.nested)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from qmerge.store.adapter import check_finite
 from qmerge.store.headers import TORCH_DTYPES, rows_of
 from qmerge.store.stream import MAX_SHARD_BYTES, OutTensor, ShardStream, cut, in_order, order_key
 from qmerge.store.tensors import read_tensor
+from qmerge.types import known
 
 MANY_WEIGHTS = 1 << 32
 
@@ -105,13 +107,14 @@ def write_dense(jobs: list[DenseJob], device: torch.device, progress: Callable[[
     there = {id(job): _there(job, streams[id(job)]) for job in jobs}
     before = [shard for job in jobs for number, shard in enumerate(streams[id(job)].shards) if job.kept and number in job.kept.digests]
     own = [stream.shards[number] for stream in streams.values() for number in stream.todo]
-    done, sums = sum(tensor.nbytes for shard in before for tensor in shard), {}
+    done = sum(tensor.nbytes for shard in before for tensor in shard)
+    sums: dict[tuple[int, str], tuple[Proof, Survival]] = {}
     total = max(1, done + sum(tensor.nbytes for shard in own for tensor in shard))
     try:
         for part in _in_order(_tasks(jobs, device, there), worker_threads(device)):
             streams[id(part.job)].write(part.data)
-            before, done = done, done + part.data.nbytes
-            if (percent := 100 * done // total) != 100 * before // total:
+            earlier, done = done, done + part.data.nbytes
+            if (percent := 100 * done // total) != 100 * earlier // total:
                 progress("merged and written", percent, 100)
             if part.proof is not None:
                 _note(part, sums)
@@ -170,7 +173,7 @@ def _note(part: _Part, sums: dict[tuple[int, str], tuple[Proof, Survival]]) -> N
     """Add up the stretches of a tensor, and judge the whole after the last one."""
     key = (id(part.job), part.name)
     proof, kept = sums.pop(key, (Proof(), Survival()))
-    proof = proof + part.proof
+    proof = proof + known(part.proof)
     if part.kept is not None:
         kept = Survival(kept.kept + part.kept.kept, kept.whole + part.kept.whole)
     if not part.last:
@@ -199,23 +202,23 @@ def _tensor_tasks(tensor: OutTensor, jobs: list[DenseJob], device: torch.device)
     copied = [job for job in jobs if _is_copy(job, tensor)]
     merged = {_source(job, tensor) for job in jobs if job not in copied}
     copied = [job for job in copied if _source(job, tensor) not in merged]  # else it is read for another output anyway, and casts back to its own bits
-    sources: dict[str | None, list[DenseJob]] = {}
+    sources: dict[str, list[DenseJob]] = {}
     for job in copied:
-        sources.setdefault(_source(job, tensor), []).append(job)
+        sources.setdefault(known(_source(job, tensor)), []).append(job)
     for source, takers in sources.items():
         spans = stretches(tensor.shape)
         for start, stop in spans:
-            yield lambda source=source, takers=takers, start=start, stop=stop, last=stop == spans[-1][1]: _copy(tensor, source, takers, start, stop, last)
-    opened: dict[tuple, list[tuple[DenseJob, OpenPiece]]] = {}
+            yield partial(_copy, tensor, source, takers, start, stop, stop == spans[-1][1])
+    opened: dict[tuple[str | None, tuple[tuple[int, int], ...], bool], list[tuple[DenseJob, OpenPiece]]] = {}
     for job in jobs:
         if job not in copied:
             piece = job.merged.open(tensor.name)
             turned = job.merged.is_conv(tensor.name)
-            spans = ((0, piece.piece.shape[0]),) if turned else tuple(piece.spans())
-            opened.setdefault((piece.piece.source, spans, turned), []).append((job, piece))
-    for (_, spans, turned), members in opened.items():
-        for start, stop in spans:
-            yield lambda members=members, start=start, stop=stop, turned=turned, last=stop == spans[-1][1]: _merge(tensor, members, start, stop, turned, last)
+            parts = ((0, piece.piece.shape[0]),) if turned else tuple(piece.spans())
+            opened.setdefault((piece.piece.source, parts, turned), []).append((job, piece))
+    for (_, parts, turned), members in opened.items():
+        for start, stop in parts:
+            yield partial(_merge, tensor, members, start, stop, turned, stop == parts[-1][1])
 
 
 def _source(job: DenseJob, tensor: OutTensor) -> str | None:
@@ -225,7 +228,7 @@ def _source(job: DenseJob, tensor: OutTensor) -> str | None:
 def _is_copy(job: DenseJob, tensor: OutTensor) -> bool:
     """Do the file's bytes go out as they are?"""
     merged, source = job.merged, _source(job, tensor)
-    return merged.untouched(tensor.name) and not merged.base.encoded(source) and TORCH_DTYPES[merged.base.checkpoint.specs[source].dtype] == tensor.dtype
+    return source is not None and merged.untouched(tensor.name) and not merged.base.encoded(source) and TORCH_DTYPES[merged.base.checkpoint.specs[source].dtype] == tensor.dtype
 
 
 def _copy(tensor: OutTensor, source: str, takers: list[DenseJob], start: int, stop: int, last: bool) -> list[_Part]:
@@ -242,7 +245,7 @@ def _merge(tensor: OutTensor, members: list[tuple[DenseJob, OpenPiece]], start: 
         found = piece.rows(start, stop, shared)
         shared = found.before if found.before is not None else shared
         out = cast(tensor.name, found.merged, tensor.dtype)
-        kept = Survival.of(out, found.before, found.added) if found.added is not None and found.merged.dim() > 1 else None
+        kept = Survival.of(out, known(found.before), found.added) if found.added is not None and found.merged.dim() > 1 else None
         data = (out.T.contiguous() if turned else out).cpu()
         parts.append(_Part(job, tensor.name, data, found.proof, kept, last))
     return parts
@@ -250,7 +253,7 @@ def _merge(tensor: OutTensor, members: list[tuple[DenseJob, OpenPiece]], start: 
 
 def _in_order(tasks: Iterator[Task], workers: int) -> Iterator[_Part]:
     """Run tasks on ``workers`` threads, a bounded number ahead, and give their parts in the order of the tasks."""
-    waiting: deque[Future] = deque()
+    waiting: deque[Future[list[_Part]]] = deque()
 
     def run(task: Task) -> list[_Part]:
         with torch.no_grad():  # grad mode belongs to a thread

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class _Training:
                 progress(f"distill: step {state.step + 1} is not finite; what was best before is kept")
                 stop.finishing = ""
                 break
-            in_parallel(lambda values, state=state: self.move(state, values), [gradient], torch.device("cpu"))
+            in_parallel(partial(self.move, state), [gradient], torch.device("cpu"))
             state.step += 1
             self.opened.set(state.theta)
             if state.step % settings.check_every == 0 or state.step == settings.steps:

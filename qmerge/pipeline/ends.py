@@ -13,12 +13,13 @@ import torch
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.skeleton import Skeleton, move_buffers, set_weight
+from qmerge.types import known
 
 
 @contextmanager
 def entrance(plan: MergePlan, merged: Merged) -> Iterator[None]:
     """All that text meets before the blocks, and what lies behind them but for the head. The embedding is let go at the end; the rest, which is small, stays."""
-    skeleton = plan.skeleton
+    skeleton = plan.tree
     for name, _ in list(skeleton.model.named_parameters(remove_duplicate=False)):
         if not name.startswith(skeleton.blocks_name + ".") and name in merged.pieces.table and name != skeleton.output_embedding:
             _load(skeleton, merged, name, name)  # no routed experts out here, so nothing is in pieces
@@ -32,9 +33,9 @@ def entrance(plan: MergePlan, merged: Merged) -> Iterator[None]:
 @contextmanager
 def head(plan: MergePlan, merged: Merged) -> Iterator[None]:
     """The head's weight, tied or its own."""
-    skeleton = plan.skeleton
-    name = skeleton.output_embedding
-    _load(skeleton, merged, name, name if name in merged.pieces.table else skeleton.input_embedding)
+    skeleton = plan.tree
+    name = known(skeleton.output_embedding)
+    _load(skeleton, merged, name, name if name in merged.pieces.table else known(skeleton.input_embedding))
     try:
         yield
     finally:
@@ -47,6 +48,7 @@ def _load(skeleton: Skeleton, merged: Merged, name: str, source: str) -> None:
 
 def _leave_one_row(skeleton: Skeleton) -> None:
     """Zeros in the embedding's shape and the memory of one of its rows: the model still runs from the last block on (`head.Tail`), where what is embedded goes nowhere."""
-    weight = None if skeleton.input_embedding is None else skeleton.model.get_parameter(skeleton.input_embedding)
-    if weight is not None and not weight.is_meta:
-        set_weight(skeleton.model, skeleton.input_embedding, torch.zeros_like(weight[:1]).expand(weight.shape))
+    name = skeleton.input_embedding
+    weight = None if name is None else skeleton.model.get_parameter(name)
+    if name is not None and weight is not None and not weight.is_meta:
+        set_weight(skeleton.model, name, torch.zeros_like(weight[:1]).expand(weight.shape))

@@ -18,7 +18,7 @@ from qmerge.pipeline.timing import Rates, seconds
 from qmerge.pipeline.workload import Workload, measure_plan
 from qmerge.store.pending import WAITING_BYTES
 from qmerge.store.sidefiles import side_files
-from qmerge.types import Grid
+from qmerge.types import Grid, known
 
 LIBRARIES = 40_000_000
 """what torch and numba take when they first compute: pools, compiled loops"""
@@ -152,7 +152,7 @@ def _stored_names(plan: MergePlan) -> Iterator[str]:
         if name not in packed:
             yield name
             continue
-        yield from (part for part in fmt.components(name) if _is_written(part, outputs.output_grid(plan.recipe, plan.base, plan.pieces.table[name].source)))
+        yield from (part for part in known(fmt).components(name) if _is_written(part, outputs.output_grid(plan.recipe, plan.base, plan.pieces.table[name].source)))
 
 
 def _is_written(part: str, grid: Grid) -> bool:

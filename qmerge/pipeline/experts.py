@@ -18,11 +18,13 @@ from torch.overrides import TorchFunctionMode
 from qmerge.device import in_parallel, worker_threads
 from qmerge.errors import Refused
 from qmerge.numerics.hessian import Statistics
+from qmerge.pipeline.candidates import Linear
 from qmerge.pipeline.experts_names import ExpertWeight
 from qmerge.pipeline.merge import Merged
-from qmerge.pipeline.requantize import Linear, Solved
+from qmerge.pipeline.requantize import Solved
 from qmerge.pipeline.spread import Spread, handed
 from qmerge.ranks import ALONE, Ranks
+from qmerge.types import known
 
 ARRIVALS = "arrivals"
 """a module that experts get, which does nothing but receive what they receive"""
@@ -88,7 +90,7 @@ def receive(block: nn.Module, names: Iterable[str]) -> None:
     """Let experts (names within ``block``) pass on what comes to them to a module ``ARRIVALS`` of theirs, where hooks can see it: one tensor, a token's row being its hidden state,
     the numbers of the k experts that it goes to, and k."""
 
-    def announce(experts: nn.Module, args: tuple, kwargs: dict) -> None:
+    def announce(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         chosen = next(value for value in others if not value.is_floating_point())
         hidden = hidden.reshape(-1, hidden.shape[-1]).float()  # numbers of experts go along with it
@@ -111,7 +113,8 @@ class _Meetings(TorchFunctionMode):
     def __init__(self, experts: nn.Module, last: str | None = None) -> None:
         super().__init__()
         self.places = {parameter.untyped_storage().data_ptr(): name for name, parameter in experts.named_parameters(recurse=False)}
-        self.last, self.inputs = last, {}
+        self.last = last
+        self.inputs: dict[str, torch.Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if len(args) > 1 and isinstance(args[0], torch.Tensor) and isinstance(args[1], torch.Tensor):
@@ -204,20 +207,20 @@ class ExpertSolver:
         batches = [batch for batch in self.arrived if batch.held_out is held_out]
         step, found = worker_threads(self.device), None
         for start in range(0, len(batches), step):  # a few batches' inputs at a time
-            parts = in_parallel(lambda batch: self._pair(batch, None if pooled else expert, expert, name), batches[start : start + step], self.device)
-            parts = [(runtime, teacher, None) for runtime, teacher in parts if runtime.shape[0]]
+            pairs = in_parallel(lambda batch: self._pair(batch, None if pooled else expert, expert, name), batches[start : start + step], self.device)
+            parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = [(runtime, teacher, None) for runtime, teacher in pairs if runtime.shape[0]]
             if parts:
                 found = found or Statistics(parts[0][0].shape[1], self.device)
                 found.add_all(parts)
         if pooled and first:
-            self._all[key] = found
-        return found
+            self._all[key] = known(found)
+        return known(found)
 
     def _pair(self, batch: Arrived, routed: int | None, expert: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = batch.tokens(routed)
         if not tokens[0].shape[0]:
             return tokens
-        return tuple(expert_inputs(module, expert, name, part)[name] for module, part in zip((self.runtime, self.teacher), tokens, strict=True))
+        return expert_inputs(self.runtime, expert, name, tokens[0])[name], expert_inputs(self.teacher, expert, name, tokens[1])[name]
 
     def _order(self) -> list[str]:
         """The parameters in the order in which an expert meets them. Refused where it meets none of its own slice, or not with inputs one token a row."""

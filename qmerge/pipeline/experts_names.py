@@ -7,8 +7,9 @@ the hub's files do. bitsandbytes quantizes no parameter of three axes, so in nf4
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,10 @@ from qmerge.errors import Refused
 from qmerge.pipeline.naming import Names, split_edit
 from qmerge.pipeline.pieces import Pieces, Spelling
 from qmerge.pipeline.skeleton import Skeleton
+from qmerge.types import known
+
+if TYPE_CHECKING:
+    from qmerge.adapters.names import NameMap
 
 BY_MODULE_TREE = ("gptq", "awq")
 """formats whose MoE files gptqmodel reads (transformers leaves their experts at random): it knows the module tree's names only"""
@@ -76,8 +81,8 @@ def routed_weights(skeleton: Skeleton, pieces: Pieces, fmt: str) -> tuple[Expert
     """The weights of routed experts that ``fmt`` quantizes, expert by expert. Empty where experts stay float."""
     found = []
     for parameter, parts in pieces.made_of.items() if fmt in formats.BITS else ():
-        experts = [expert_of(region) for _, region in parts]
-        if parameter.rpartition(".")[0] in skeleton.experts and None not in experts:
+        experts = _experts_of([region for _, region in parts])
+        if parameter.rpartition(".")[0] in skeleton.experts and experts is not None:
             found += [ExpertWeight(name, parameter, expert, region) for (name, region), expert in zip(parts, experts, strict=True)]
     return tuple(found)
 
@@ -86,7 +91,7 @@ def float_experts(skeleton: Skeleton | None, routed: tuple[ExpertWeight, ...]) -
     """Parameters of routed experts that stay float."""
     quantized = {weight.parameter for weight in routed}
     parameters = dict(skeleton.model.named_parameters()) if skeleton else {}
-    return tuple(name for name, parameter in parameters.items() if parameter.dim() == 3 and name.rpartition(".")[0] in skeleton.experts and name not in quantized)
+    return tuple(name for name, parameter in parameters.items() if parameter.dim() == 3 and name.rpartition(".")[0] in known(skeleton).experts and name not in quantized)
 
 
 def held_one_by_one(skeleton: Skeleton, held: set[str]) -> set[str]:
@@ -97,24 +102,24 @@ def held_one_by_one(skeleton: Skeleton, held: set[str]) -> set[str]:
     saved = relate(skeleton.model, saved_shapes(skeleton.model)) if fused else None
     found = set()
     for name in fused:
-        parts = saved.regions_of_parameter(name)
-        experts = [expert_of(region) for region in parts]
-        if None not in experts and any(held.issuperset(_labels(name, parts, experts, by_tree)) for by_tree in (False, True)):
+        parts = known(saved).regions_of_parameter(name)
+        experts = _experts_of(parts)
+        if experts is not None and any(held.issuperset(_labels(name, parts, experts, by_tree)) for by_tree in (False, True)):
             found.add(name)
     return found
 
 
 class _Speller:
     def __init__(self, names: Names, fmt: str) -> None:
-        self.names, self.skeleton = names, names.skeleton
+        self.names, self.skeleton = names, known(names.skeleton)
         self.apart, self.by_tree = fmt in formats.BITS, fmt in BY_MODULE_TREE
         self.experts = set(self.skeleton.experts)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.skeleton.model.named_parameters(remove_duplicate=False)}
         self.all_there = all(name in names.disk or name in self.skeleton.tied_names for name in self.shapes)
-        self._saved: object = None
+        self._saved: NameMap | None = None
 
     @property
-    def saved(self) -> object:
+    def saved(self) -> NameMap:
         """Between the hub's names and the module tree."""
         if self._saved is None:
             from qmerge.adapters.names import relate, saved_shapes
@@ -154,8 +159,8 @@ class _Speller:
     def _spell_experts(self, name: str, regions: tuple[Region, ...], sources: dict[str, str], cuts: dict[str, Region], made_of: dict[str, tuple[tuple[str, Region], ...]]) -> None:
         fused = len(regions) == 1 and regions[0].same
         parts = self.saved.regions_of_parameter(name) if fused and self.apart else regions
-        alone = [expert_of(region) for region in parts]
-        if self.apart and None not in alone:
+        alone = _experts_of(parts)
+        if self.apart and alone is not None:
             spelled = list(zip(_labels(name, parts, alone, self.by_tree), parts, strict=True))
             sources |= {label: regions[0].disk if fused else region.disk for label, region in spelled}
             cuts |= dict(spelled) if fused else {}
@@ -184,13 +189,19 @@ def _labels(name: str, parts: tuple[Region, ...], experts: list[int], by_tree: b
         return [region.disk for region in parts]
     module, _, leaf = name.rpartition(".")
     halves = ["gate_proj", "up_proj"] if leaf == "gate_up_proj" else [leaf]
-    found = {}
+    found: dict[int, str] = {}
     for number, mates in _by_expert(experts).items():
         if len(mates) != len(halves):
             raise Refused("nobody knows what the parts of this expert's weight are called", where=name, expected=f"{len(halves)} parts", found=f"{len(mates)}",
                           fix="use --format compressed-tensors or bf16")
         found |= {place: f"{module}.{number}.{half}.weight" for place, half in zip(sorted(mates, key=lambda place: _first(parts[place])), halves, strict=True)}
     return [found[place] for place in range(len(parts))]
+
+
+def _experts_of(regions: Sequence[Region]) -> list[int] | None:
+    """The expert of each, or None where one of them is not of one expert alone."""
+    found = [expert for region in regions if (expert := expert_of(region)) is not None]
+    return found if len(found) == len(regions) else None
 
 
 def _by_expert(experts: list[int]) -> dict[int, list[int]]:

@@ -124,7 +124,10 @@ def _single(found: Estimate, plans: Sequence[MergePlan], fits: Fits, disk: bool)
     if disk or not work.train:
         return
     for key, flag, least, most in (("samples", "--samples", 8, work.windows), ("tokens", "--tokens", 64, work.tokens)):
-        if (value := _most(lambda count, key=key: fits(with_settings(found, plans, **{key: count})), least, most)) is not None:
+        def holds(count: int, key: str = key) -> bool:
+            return fits(with_settings(found, plans, **{key: count}))
+
+        if (value := _most(holds, least, most)) is not None:
             yield f"{flag} {value}", with_settings(found, plans, **{key: value})
     if recipe.curvature_tokens:
         yield "--curvature-tokens 0", with_settings(found, plans, curvature_tokens=0)

@@ -29,6 +29,7 @@ from qmerge.pipeline.skeleton import set_weight
 from qmerge.pipeline.spread import Spread
 from qmerge.pipeline.streams import Batch, start
 from qmerge.ranks import ALONE, Ranks
+from qmerge.types import known
 
 TOKENS = 8192
 """calibration tokens that gradients are taken on, about"""
@@ -80,13 +81,13 @@ class Gradients:
         gradients = self._end(batches, visit, inputs)
         apart = {weight.name for weight in plan.routed}
         for index in reversed(range(len(entered))):
-            prefix = f"{plan.skeleton.blocks_name}.{index}"
+            prefix = f"{plan.tree.blocks_name}.{index}"
             wanted = [name.removeprefix(prefix + ".").removesuffix(".weight") for name in plan.requantized if name.startswith(prefix + ".") and name not in apart]
             block = _Block(plan, merged, index, wanted, batches, self.width, inputs, self.spread, self.tokens)
             seen, gradients = block.backwards(entered.pop(), gradients, missing)
             for group in seen:
                 visit(group)
-            progress(f"gradients: block {index + 1}/{len(plan.skeleton.blocks)}")
+            progress(f"gradients: block {index + 1}/{len(plan.tree.blocks)}")
 
     def _end(self, batches: list[Batch], visit: Callable[[Seen], None], inputs: bool) -> list[torch.Tensor]:
         """Per batch the gradient by the last block's output; and the head is visited, where it is to be requantized."""
@@ -94,14 +95,16 @@ class Gradients:
         seed = torch.Generator().manual_seed(plan.recipe.seed)
         seeds = [torch.randint(2**62, (size,), generator=seed).tolist() for size in self.sizes]  # also for those of other ranks
         compute = COMPUTE[plan.recipe.compute].sums
-        with ends.head(plan, self.merged), Tail(plan.skeleton) as tail:
+        with ends.head(plan, self.merged), Tail(plan.tree) as tail:
             parts = in_parallel(lambda number: _draw(tail, batches[number].teacher, seeds[batches[number].number], compute), range(len(batches)), self.merged.device)
         if inputs and wants_head(plan):
-            name = plan.skeleton.output_embedding
-            squares = sum(found for _, _, found in parts)
+            name = known(plan.tree.output_embedding)
+            squares = parts[0][2]
+            for _, _, found in parts[1:]:
+                squares = squares + found
             curvature = Curvature(len(squares), 1, list(squares.reshape(-1, 1, 1)))
-            sums = [_statistics([(batch.held_out, x) for batch, (_, x, _) in zip(batches, parts, strict=True)], held, self.merged.device, compute) for held in (False, True)]
-            visit(Seen((name,), *sums, {name: curvature}, sums[0].tokens + sums[1].tokens))
+            train, judge = (_statistics([(batch.held_out, x) for batch, (_, x, _) in zip(batches, parts, strict=True)], held, self.merged.device, compute) for held in (False, True))
+            visit(Seen((name,), train, judge, {name: curvature}, train.tokens + judge.tokens))
         return [gradient for gradient, _, _ in parts]
 
 
@@ -135,7 +138,7 @@ class Curvatures:
 
 def curvatures(plan: MergePlan, merged: Merged, calibration: Calibration, tokens: int, progress: Callable[[str], None], ranks: Ranks = ALONE) -> Curvatures:
     """One pass for them alone; on all ``ranks`` the same."""
-    found, lost = Curvatures(), []
+    found, lost = Curvatures(), list[str]()
     with torch.no_grad():
         passes = Gradients(plan, merged, calibration, tokens, ranks)
         passes.run(found.add, progress, False, lost.append)
@@ -149,8 +152,9 @@ def curvatures(plan: MergePlan, merged: Merged, calibration: Calibration, tokens
 def _few(plan: MergePlan, calibration: Calibration, tokens: int) -> Calibration:
     """The first windows of both parts, in their proportion: as many as ``tokens`` and ``HELD_BYTES`` allow, at least ``LEAST_WINDOWS``."""
     length = calibration.train.shape[1]
-    width = plan.pieces.table[plan.skeleton.input_embedding].shape[-1] if plan.skeleton.input_embedding in plan.pieces.table else 1
-    windows = max(LEAST_WINDOWS, min(tokens // length, HELD_BYTES // (4 * length * width * len(plan.skeleton.blocks))))
+    embedding = plan.pieces.table.get(plan.tree.input_embedding or "")
+    width = 1 if embedding is None else embedding.shape[-1]
+    windows = max(LEAST_WINDOWS, min(tokens // length, HELD_BYTES // (4 * length * width * len(plan.tree.blocks))))
     share = min(1.0, windows / (len(calibration.train) + len(calibration.held_out)))
     few = [part[: max(1, round(len(part) * share))] for part in (calibration.train, calibration.held_out)]
     return replace(calibration, train=few[0], held_out=few[1])
@@ -158,7 +162,7 @@ def _few(plan: MergePlan, calibration: Calibration, tokens: int) -> Calibration:
 
 def curvature_width(plan: MergePlan) -> int:
     """Rows of a block of a curvature: as many as let all linears' together fit into ``CURVATURE_BYTES``, a power of two."""
-    rows = [plan.pieces.table[name].shape[1 if plan.skeleton.linears.get(name) else 0] for name in plan.requantized]
+    rows = [plan.pieces.table[name].shape[1 if plan.tree.linears.get(name) else 0] for name in plan.requantized]
     width = 2**14
     while width > 64 and sum(2 * count * min(count, width) for count in rows) > CURVATURE_BYTES:
         width //= 2
@@ -168,7 +172,7 @@ def curvature_width(plan: MergePlan) -> int:
 def _forwards(plan: MergePlan, merged: Merged, batches: list[Batch], progress: Callable[[str], None]) -> list[list[torch.Tensor]]:
     """What enters each block, per batch, in main memory; the batches end behind the last one."""
     entered = []
-    for index in range(len(plan.skeleton.blocks)):
+    for index in range(len(plan.tree.blocks)):
         entered.append([batch.teacher.cpu() for batch in batches])
         block = _teacher(plan, merged, index)
         ahead = in_parallel(lambda part: run_block(*part), [(block, batch.teacher, batch.calls[index]) for batch in batches], merged.device)
@@ -180,12 +184,12 @@ def _forwards(plan: MergePlan, merged: Merged, batches: list[Batch], progress: C
 
 def _teacher(plan: MergePlan, merged: Merged, index: int) -> nn.Module:
     """A block of the merged model in fp32."""
-    empty = plan.skeleton.blocks[index]
+    empty = plan.tree.blocks[index]
     block = empty_copy(empty)
     for name, _ in list(empty.named_parameters()):
-        full = f"{plan.skeleton.blocks_name}.{index}.{name}"
+        full = f"{plan.tree.blocks_name}.{index}.{name}"
         weight = merged.parameter(full)
-        set_weight(block, name, weight.T.contiguous() if plan.skeleton.linears.get(full) else weight)
+        set_weight(block, name, weight.T.contiguous() if plan.tree.linears.get(full) else weight)
     return block
 
 
@@ -194,7 +198,8 @@ def _draw(tail: Tail, hidden: torch.Tensor, seeds: list[int], compute: torch.dty
 
     A few tokens of one window at a time: logits are large, and what follows the blocks takes each token by itself.
     """
-    gradients, inputs, squares, step = [], [], 0, max(1, LOGITS // tail.vocabulary)
+    gradients, inputs, step = [], [], max(1, LOGITS // tail.vocabulary)
+    squares: torch.Tensor | None = None
     for window, seed in zip(hidden, seeds, strict=True):
         dice, parts = torch.Generator().manual_seed(seed), []
         for tokens in window.split(step):
@@ -206,10 +211,11 @@ def _draw(tail: Tail, hidden: torch.Tensor, seeds: list[int], compute: torch.dty
                 drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=dice).to(logs.device)
                 by_logits, by_hidden = torch.autograd.grad(logs.gather(1, drawn).sum(), (logits, leaf))
             parts.append((by_hidden[0], x[0].detach()))
-            squares = squares + by_logits[0].float().square().sum(0)
+            found = by_logits[0].float().square().sum(0)
+            squares = found if squares is None else squares + found
         gradients.append(torch.cat([part for part, _ in parts]))
         inputs.append(torch.cat([part for _, part in parts]))
-    return torch.stack(gradients), torch.stack(inputs), squares
+    return torch.stack(gradients), torch.stack(inputs), known(squares)
 
 
 class _Block:
@@ -217,7 +223,7 @@ class _Block:
 
     def __init__(self, plan: MergePlan, merged: Merged, index: int, linears: list[str], batches: list[Batch], width: int, inputs: bool, spread: Spread, tokens: int) -> None:
         self.spread, self.tokens = spread, tokens
-        self.prefix, self.batches, self.device, self.width, self.inputs = f"{plan.skeleton.blocks_name}.{index}", batches, merged.device, width, inputs
+        self.prefix, self.batches, self.device, self.width, self.inputs = f"{plan.tree.blocks_name}.{index}", batches, merged.device, width, inputs
         self.compute = COMPUTE[plan.recipe.compute].sums
         self.calls: list[Call] = [batch.calls[index] for batch in batches]
         self.module = _teacher(plan, merged, index)
@@ -254,8 +260,8 @@ class _Block:
             if idle := [name for name in names if name not in summed.names]:
                 missing(idle[0])
                 continue
-            both = [_statistics([(held, kept[group]) for held, kept in inputs], held_out, self.device, self.compute) if self.inputs else None for held_out in (False, True)]
-            seen.append(Seen(names, *both, {name: summed.sums[name] for name in names if name in summed.sums}, self.tokens))
+            train, judge = (_statistics([(held, kept[group]) for held, kept in inputs], held_out, self.device, self.compute) if self.inputs else None for held_out in (False, True))
+            seen.append(Seen(names, train, judge, {name: summed.sums[name] for name in names if name in summed.sums}, self.tokens))
         return seen, back
 
     def _one(self, entered: torch.Tensor, number: int, gradient: torch.Tensor) -> tuple[dict[Group, torch.Tensor], dict[str, Curvature], torch.Tensor]:
@@ -266,14 +272,14 @@ class _Block:
             (found,) = torch.autograd.grad(out[0] if isinstance(out, tuple) else out, leaf, gradient)
         return self._here.inputs, self._here.sums, found
 
-    def _keep_input(self, group: Group) -> Callable:
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _keep_input(self, group: Group) -> Callable[..., None]:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._here.inputs.setdefault(group, (args[0] if args else next(iter(kwargs.values()))).detach())
 
         return before
 
-    def _keep_gradient(self, module: str) -> Callable:
-        def after(_: nn.Module, args: tuple, out: torch.Tensor) -> None:
+    def _keep_gradient(self, module: str) -> Callable[..., None]:
+        def after(_: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
             sums, name = self._here.sums, self.full(module)
 
             def keep(gradient: torch.Tensor) -> None:

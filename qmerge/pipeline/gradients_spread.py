@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from qmerge.numerics.curvature import Curvature
+from qmerge.numerics.curvature import Curvature, Distant
 from qmerge.pipeline.spread import Spread, share_out
 from qmerge.ranks import Ranks
+from qmerge.types import known
 
 
 class Summed:
@@ -23,7 +24,7 @@ class Summed:
     def add(self, found: dict[str, Curvature] | None) -> None:
         """A batch's, or None where this rank has none left. All ranks come here equally often."""
         if self.ranks.alone:
-            for name, curvature in found.items():
+            for name, curvature in known(found).items():
                 self.sums[name].join(curvature) if name in self.sums else self.sums.update({name: curvature})
             self.names = list(self.sums)
             return
@@ -66,7 +67,7 @@ def _elements(curvature: Curvature) -> int:
     return sum((span.stop - span.start) ** 2 for span in curvature.spans())
 
 
-def everywhere(by_name: dict[str, Curvature], order: list[str], ranks: Ranks) -> dict[str, Curvature]:
+def everywhere(by_name: dict[str, Curvature | Distant], order: list[str], ranks: Ranks) -> dict[str, Curvature | Distant]:
     """Every rank's packed curvatures, on all of them, in the order of the names."""
     if ranks.alone:
         return by_name
@@ -74,6 +75,6 @@ def everywhere(by_name: dict[str, Curvature], order: list[str], ranks: Ranks) ->
     found = {}
     for name in order:
         rank, outputs, width = owners[name]
-        _, tensors = ranks.hand(({}, dict(enumerate(by_name[name].blocks))) if rank == ranks.rank else None, rank)
-        found[name] = by_name[name] if rank == ranks.rank else Curvature(outputs, width, [tensors[place] for place in sorted(tensors)])
+        _, tensors = ranks.hand(({}, {str(place): block for place, block in enumerate(by_name[name].blocks)}) if rank == ranks.rank else None, rank)
+        found[name] = by_name[name] if rank == ranks.rank else Curvature(outputs, width, [tensors[place] for place in sorted(tensors, key=int)])
     return found

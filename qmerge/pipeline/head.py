@@ -15,12 +15,13 @@ from torch import nn
 from qmerge.device import COMPUTE, in_parallel
 from qmerge.errors import Refused
 from qmerge.numerics.hessian import Statistics
+from qmerge.pipeline.candidates import Linear
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
-from qmerge.pipeline.requantize import Linear, Solved, Steps, requantize_group
+from qmerge.pipeline.requantize import Solved, Steps, requantize_group
 from qmerge.pipeline.skeleton import Skeleton, set_weight
 from qmerge.pipeline.spread import Spread, handed
-from qmerge.types import Grid, QuantState
+from qmerge.types import Grid, QuantState, known
 
 
 class _Stop(Exception):
@@ -68,7 +69,7 @@ class Tail:
     @property
     def vocabulary(self) -> int:
         """Logits of a token."""
-        return self.skeleton.model.get_output_embeddings().weight.shape[0]
+        return int(self.skeleton.model.get_output_embeddings().get_parameter("weight").shape[0])
 
     def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head receives, ``[windows, T, in]``, for the last block's output ``[windows, T, hidden]``."""
@@ -78,7 +79,7 @@ class Tail:
         """(what the head receives, the model's logits ``[windows, T, vocabulary]``)."""
         return self._pass(hidden, stop=False)
 
-    def _arrive(self, _: nn.Module, args: tuple) -> None:
+    def _arrive(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._here.arrived = args[0]
         if self._here.stop:
             raise _Stop
@@ -106,7 +107,7 @@ class Tail:
 
 def wants_head(plan: MergePlan) -> bool:
     """Is the output head among the weights that are requantized?"""
-    return plan.skeleton.output_embedding in plan.requantized
+    return plan.tree.output_embedding in plan.requantized
 
 
 def solve_head(
@@ -124,24 +125,26 @@ def solve_head(
     ``ends``: per batch the teacher's and the run-time hidden states ``[windows, T, hidden]`` after the last block, whether the batch is held out to choose with, and its slot.
     The head is the largest matrix: the solver holds some eight copies of it in fp32. ``spread``: ``ends`` are of this rank's batches; the last rank solves.
     """
-    name, device = plan.skeleton.output_embedding, merged.device
-    with torch.no_grad(), Tail(plan.skeleton) as tail:
+    skeleton, device = plan.tree, merged.device
+    name = known(skeleton.output_embedding)
+    with torch.no_grad(), Tail(skeleton) as tail:
         aims = in_parallel(lambda end: tail.head_input(end[0]), ends, device)
-        _as_stored(plan.skeleton, model_dtype)
+        _as_stored(skeleton, model_dtype)
         inputs = in_parallel(lambda end: tail.head_input(end[1]), ends, device)
     weight, spread = merged.weight(name), spread or Spread()
-    owner, sums = spread.ranks.size - 1, []
+    owner, sums = spread.ranks.size - 1, list[Statistics | None]()
     for held_out in (False, True):
         here = [((x.flatten(0, -2), aim.flatten(0, -2), None), slot) for x, aim, (_, _, held, slot) in zip(inputs, aims, ends, strict=True) if held is held_out]
         if spread.ranks.alone:
-            sums.append(Statistics(weight.shape[1], device, compute=COMPUTE[plan.recipe.compute].sums))
-            sums[-1].add_all([part for part, _ in here], [slot for _, slot in here], complete=True)
+            own = Statistics(weight.shape[1], device, compute=COMPUTE[plan.recipe.compute].sums)
+            own.add_all([part for part, _ in here], [slot for _, slot in here], complete=True)
+            sums.append(own)
         else:
             sums.append(spread.sums(held_out, here, weight.shape[1], 0, device, [owner], COMPUTE[plan.recipe.compute].sums))
     found = {}
     if spread.ranks.rank == owner:
         linear = Linear(name, weight, merged.four_bit(name), merged.delta(name))
-        found = {name: requantize_group([linear], grid, *sums, model_dtype, nf4_like, len(plan.skeleton.blocks), steps, spent=True)[0]}
+        found = {name: requantize_group([linear], grid, known(sums[0]), known(sums[1]), model_dtype, nf4_like, len(skeleton.blocks), steps, spent=True)[0]}
     return {name: handed(spread.ranks, [owner], [name], found, model_dtype, device)[0]}
 
 

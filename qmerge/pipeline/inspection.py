@@ -19,6 +19,7 @@ from qmerge.store.adapter import CONFIG
 from qmerge.store.checkpoint import Checkpoint, open_checkpoint
 from qmerge.store.hub import resolve
 from qmerge.store.jsonfiles import read_object
+from qmerge.types import known
 from qmerge.units import format_bytes
 
 FEATURES = ("use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "target_parameters", "layer_replication",
@@ -72,7 +73,7 @@ def _adapter(path: str, folder: Path) -> dict[str, Any]:
 def _opened(path: str, config: dict[str, Any], problems: list[str]) -> tuple[Adapter | None, list[str]]:
     """The adapter, or None where it is refused; what stands in the way goes to ``problems``."""
     init = changed_base(config) if config.get("peft_type") == "LORA" else None
-    notes = []
+    notes: list[str] = []
     try:
         if init is None:
             return open_adapter(path), notes
@@ -158,7 +159,7 @@ def _recipe(base: Base) -> dict[str, Any]:
     settings = base.checkpoint.config.get("quantization_config") or {}
     first = next((name for name in base.quantized if base.is_4bit(name)), None)
     if first is not None:
-        state = base.four_bit(first).state
+        state = known(base.four_bit(first).state)
         return {"kind": state.quant_type, "block_size": state.block_size, "double_quantization": state.nested, "quantized_from": state.dtype}
     kind = next(iter(base.quantized.values()))
     return {"kind": kind} | {key: settings[key] for key in SETTINGS if kind != "int8" and key in settings}

@@ -27,7 +27,7 @@ from qmerge.pipeline.solved_record import from_record, laid_back, laid_flat, to_
 from qmerge.store.manifest import digest_file
 from qmerge.store.runs import clear
 from qmerge.store.writer import Shard, number_of, temporary
-from qmerge.types import Grid
+from qmerge.types import Grid, known
 
 SHARE = 0.04
 """of the run's time that keeping activations may take together with all else that is kept"""
@@ -55,9 +55,9 @@ class Kept:
     # what an earlier process has left
 
     def _look(self) -> None:
-        out, rows = self.run.folder.path, []
-        while (row := self.journal.get(f"shard-{len(rows)}")) is not None:
-            rows.append(Shard(row[0]["names"], row[0]["tensor_bytes"], row[0]["digest"]))
+        out, rows = known(self.run.folder).path, list[Shard]()
+        while (found := self.journal.get(f"shard-{len(rows)}")) is not None:
+            rows.append(Shard(found[0]["names"], found[0]["tensor_bytes"], found[0]["digest"]))
         _put_back(out, len(rows))
         good = [digest_file(temporary(out, number)) == shard.digest if temporary(out, number).exists() else False for number, shard in enumerate(rows)]
         while (row := self.journal.facts(f"unit-{self.count}")) is not None:
@@ -90,7 +90,7 @@ class Kept:
         for name in self.journal.names():
             if name != "run":
                 self.journal.drop(name)
-        clear(self.run.folder.path, set())
+        clear(known(self.run.folder).path, set())
         self._full, self.count, self.passed, self.shards = {}, 0, 0, []
 
     def expect(self, units: int) -> None:
@@ -100,7 +100,7 @@ class Kept:
 
     def facts(self, number: int) -> dict[str, Any]:
         """What is known of a solved unit besides its tensors: ``linears``, ``traffic``, ``tuned``, ``dropped``."""
-        return self.journal.facts(f"unit-{number}")
+        return known(self.journal.facts(f"unit-{number}"))
 
     def solved(self, number: int) -> dict[str, Solved]:
         """The linears of a solved unit, those whose tensors were dropped left out."""
@@ -171,7 +171,7 @@ class Kept:
         pressing = self.drops and bool(self.shards) and held > max(self.shard_bytes, 2 * nbytes)
         if not pressing and self.journal.seconds + self.journal.cost(nbytes) > SHARE * elapsed:
             return False
-        return shutil.disk_usage(self.run.folder.home).free >= 2 * nbytes
+        return shutil.disk_usage(known(self.run.folder).home).free >= 2 * nbytes
 
     def put_streams(self, passed: int, streams: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int) -> None:
         """Keep them, the teacher's and the run-time one of each of the ``batches``, if there is room."""

@@ -11,6 +11,7 @@ from qmerge.store.durable import sync
 from qmerge.store.manifest import digest_file
 from qmerge.store.runs import clear
 from qmerge.store.stream import ShardStream
+from qmerge.types import known
 
 
 class KeptShards:
@@ -32,7 +33,7 @@ class KeptShards:
         return {"digests": self.digests, "records": self.records}
 
     def _look(self) -> None:
-        out, files = self.run.folder.path, set()
+        out, files = known(self.run.folder).path, set[str]()
         for name in (name for name in self.run.journal.names() if name.startswith("shard-")):
             row = self.run.journal.get(name)
             if row is not None and (path := out / Path(row[0]["file"]).name).is_file() and digest_file(path) == row[0]["digest"]:
@@ -54,9 +55,9 @@ class KeptShards:
         for number in fresh:
             name = stream.name_of(number)
             modules = [tensor.name.removesuffix(".weight") for tensor in stream.shards[number]]
-            row = {"file": name, "digest": stream.digests[name], "records": {module: records[module] for module in modules if module in records}}
-            self.run.journal.put(f"shard-{number}", row)
-            self.digests[number] = row["digest"]
+            facts: dict[str, Any] = {"file": name, "digest": stream.digests[name], "records": {module: records[module] for module in modules if module in records}}
+            self.run.journal.put(f"shard-{number}", facts)
+            self.digests[number] = facts["digest"]
 
     def ends_here(self, stream: ShardStream) -> bool:
         """Is the run to end, and no shard half written?"""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qmerge.errors import Interrupted
-from qmerge.numerics.curvature import Curvature
+from qmerge.numerics.curvature import Curvature, Distant
 from qmerge.pipeline.budget import Division
 from qmerge.pipeline.experts import Traffic
 from qmerge.pipeline.gradients import Curvatures
@@ -24,7 +24,7 @@ from qmerge.pipeline.solved_record import from_record, laid_back, laid_flat, to_
 from qmerge.pipeline.stop import Stop
 from qmerge.ranks import Ranks
 from qmerge.store.writer import Shard
-from qmerge.types import Grid
+from qmerge.types import Grid, known
 
 
 class KeptTogether:
@@ -59,18 +59,18 @@ class KeptTogether:
 
     @property
     def tensors_of(self) -> dict[int, set[str]]:
-        return self.kept.tensors_of
+        return known(self.kept).tensors_of
 
     @property
     def shards(self) -> list[Shard]:
-        return self.kept.shards
+        return known(self.kept).shards
 
     @property
     def run(self) -> Run:
-        return self.kept.run
+        return known(self.kept).run
 
     def shard(self, number: int, shard: Shard) -> None:
-        self.kept.shard(number, shard)
+        known(self.kept).shard(number, shard)
 
     def solving(self, number: int) -> None:
         """From here to `rest` a signal waits."""
@@ -106,8 +106,8 @@ class KeptTogether:
         for _ in arriving:  # also where there was no room after all: the others send on
             pass
 
-    def _arriving(self, table: Mapping[int, tuple], own: Mapping[int, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Both streams of each batch, where the journal is."""
+    def _arriving(self, table: Mapping[int, tuple[Any, ...]], own: Mapping[int, Any]) -> Iterator[tuple[Any, Any]]:
+        """Both streams of each batch, where the journal is; None elsewhere."""
         for number in sorted(table):
             rank, shape, *orders = table[number]
             pair = []
@@ -115,7 +115,7 @@ class KeptTogether:
                 flat = laid_flat(getattr(own[number], name))[0] if number in own else None
                 found = self.ranks.move(flat, [shape[axis] for axis in order], torch.float32, rank, 0)
                 pair.append(None if found is None else laid_back(found, order))
-            yield tuple(pair)
+            yield pair[0], pair[1]
 
     def load_streams(self, batches: list[Any]) -> int:
         """Each rank's batches get what was kept of them; returns how many blocks they have gone through."""
@@ -125,14 +125,14 @@ class KeptTogether:
         self.passed = self.ranks.tell(self.kept.passed if self.kept is not None else None)
         own = {batch.number: batch for batch in batches}
         for number in sorted(owners) if self.passed else ():
-            pair = self.kept.get_streams(number) if self.kept is not None else (None, None)
-            flat = [laid_flat(stream) if stream is not None else None for stream in pair]
-            shape, orders = self.ranks.tell([list(pair[0].shape), [order for _, order in flat]] if self.kept is not None else None)
-            for name, one, order in zip(("teacher", "runtime"), flat, orders, strict=True):
-                found = self.ranks.move(None if one is None else one[0], [shape[axis] for axis in order], torch.float32, 0, owners[number])
+            pair = self.kept.get_streams(number) if self.kept is not None else ()
+            flat = [laid_flat(stream) for stream in pair]
+            shape, orders = self.ranks.tell([list(pair[0].shape), [order for _, order in flat]] if pair else None)
+            for place, (name, order) in enumerate(zip(("teacher", "runtime"), orders, strict=True)):
+                found = self.ranks.move(flat[place][0] if flat else None, [shape[axis] for axis in order], torch.float32, 0, owners[number])
                 if found is not None:
                     setattr(own[number], name, laid_back(found, order, self.device))
-        return self.passed
+        return int(self.passed)
 
     # what comes before the blocks
 
@@ -150,7 +150,7 @@ class KeptTogether:
         facts, tensors = self.ranks.hand(record or ({"shapes": None}, {}), 0)
         if facts["shapes"] is None or found is not None:
             return found
-        by_name = {name: Curvature(outputs, width, [tensors[f"{name}#{place}"] for place in range(count)]) for name, (outputs, width, count) in facts["shapes"].items()}
+        by_name: dict[str, Curvature | Distant] = {name: Curvature(outputs, width, [tensors[f"{name}#{place}"] for place in range(count)]) for name, (outputs, width, count) in facts["shapes"].items()}
         row = facts["division"]
         division = None if row is None else Division({name: None if grid is None else Grid(**grid) for name, grid in row[0].items()}, row[1], row[2])
         return Curvatures(by_name, *facts["counts"]), division

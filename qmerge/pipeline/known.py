@@ -9,6 +9,7 @@ import torch
 from qmerge.numerics.hessian import STRIP, Factor, Statistics, factor
 from qmerge.numerics.polish import damped
 from qmerge.numerics.shift import shifts
+from qmerge.types import known
 
 if TYPE_CHECKING:
     from qmerge.pipeline.requantize import _Job
@@ -28,7 +29,7 @@ class Known:
         """``spent``: nobody needs the sums afterwards."""
         self.train, self.held_out, self.by_activation = train, held_out, by_activation
         self.hessian, self.seen, self.residual = train.hessian, held_out.hessian, train.residual  # asked for here, before threads do: this turns sums into means
-        self.drifts = any(bool(rows.any()) for rows in train.drift.split(STRIP))
+        self.drifts = any(bool(rows.any()) for rows in known(train.drift).split(STRIP))
         """do the teacher's inputs differ from the run-time ones?"""
         self.usual = min(MOST_DAMP, max(LEAST_DAMP, len(self.hessian) / max(1, train.tokens)))
         self.damps = DAMPS if chosen_damp else (self.usual,)
@@ -58,7 +59,7 @@ class Known:
 
     def moved(self, weight: torch.Tensor) -> torch.Tensor | None:
         """``W D`` fp32 ``[out, in]``, where that is no larger than D itself: once all linears have theirs, D can go. Decided linear by linear, so it is the same for any number of ranks."""
-        return weight @ self.train.drift if self.drifts and weight.shape[0] <= weight.shape[1] else None
+        return weight @ known(self.train.drift) if self.drifts and weight.shape[0] <= weight.shape[1] else None
 
     def forget_drifts(self) -> None:
         self.train.forget_drift()
@@ -68,5 +69,5 @@ class Known:
         """`numerics.shift.shifts` of some rows of a linear."""
         moved = None
         if own and self.drifts:
-            moved = job.moved[rows] if job.moved is not None else job.linear.merged[rows] @ self.train.drift
+            moved = job.moved[rows] if job.moved is not None else job.linear.merged[rows] @ known(self.train.drift)
         return shifts(moved, self.residual[rows] if self.residual is not None and residual else None, level)

@@ -6,7 +6,7 @@ named, so that whoever changes what is held finds the figure. `tests/test_estima
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from qmerge.numerics.hessian import SLOTS, STRIP
@@ -83,7 +83,7 @@ def holes_bytes(work: Workload, phase: Phase) -> int:
     return min(MOST_HOLES_BYTES, round(HOLES * phase.ram(work.accelerator))) if work.train else 0
 
 
-def _phase(name: str, host: dict[str, float], anywhere: dict[str, float]) -> Phase:
+def _phase(name: str, host: Mapping[str, float], anywhere: Mapping[str, float]) -> Phase:
     return Phase(name, (*(Part(key, round(value), True) for key, value in host.items() if value), *(Part(key, round(value)) for key, value in anywhere.items() if value)))
 
 
@@ -251,7 +251,7 @@ def _solving(work: Workload, group: Linears) -> dict[str, int]:
     solving = aims + (FACTOR + (DAMPED if work.accelerator else 0)) * squares + group.elements * (grids + TURNS) + COUPLING * coupled
     rows = sum(FINISHING * out * group.inputs for out in side)
     rows = max(rows, RUNNING * _running(work, group, width), sum(COUPLING_FACTORING * min(out, width) ** 2 for out in side))
-    return _largest(({"statistics": known, "what outputs should be": aims}, {"statistics": left, "what outputs should be": aims, "factoring": FACTORING * squares}, {"statistics": left, "solving the largest group": solving + rows}))
+    return _largest(({"statistics": known, "what outputs should be": aims}, {"statistics": left, "what outputs should be": aims, "factoring": FACTORING * squares}, {"statistics": left, "solving the largest group": round(solving + rows)}))
 
 
 def _running(work: Workload, group: Linears, width: int) -> int:

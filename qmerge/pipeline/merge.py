@@ -23,7 +23,7 @@ from qmerge.formats.rows import Reader
 from qmerge.numerics.finite import all_finite
 from qmerge.pipeline.pieces import Piece, Pieces
 from qmerge.store.adapter import check_finite
-from qmerge.types import QuantizedWeight
+from qmerge.types import QuantizedWeight, known
 
 STRETCH = 1 << 20
 """elements of a tensor that are merged at a time: 4 MB in fp32, which stays near a core and is quickly allocated"""
@@ -57,8 +57,9 @@ class OpenPiece:
         self.base, self.reads = base, piece.source is not None and (piece.edit is None or piece.edit.needs_base)
         self.label = f"{base.checkpoint.name}: {piece.source}"
         whole = piece.cut is not None or (self.change is not None and not self.change.rowwise)
-        self.step = piece.shape[0] if whole else base.row_step(piece.source) if self.reads else 1
-        self._lock, self._reader = threading.Lock(), None
+        self.step = piece.shape[0] if whole else base.row_step(known(piece.source)) if self.reads else 1
+        self._lock = threading.Lock()
+        self._reader: Reader | None = None
 
     def spans(self) -> list[tuple[int, int]]:
         """The stretches, first to last."""
@@ -82,7 +83,7 @@ class OpenPiece:
         if not self.reads:  # the adapter's own values: only the count of rows matters
             return torch.empty(stop - start, *self.piece.shape[1:], device=self.device)
         with self._lock:  # opened when first asked for: where outputs share the base's rows, one of them reads
-            self._reader = self._reader or self.base.reader(self.piece.source, self.device)
+            self._reader = self._reader or self.base.reader(known(self.piece.source), self.device)
         if self.piece.cut is not None:
             return cut_out(self.piece.cut, self._reader, self.device)
         return self._reader.rows(start, stop, self.device)
@@ -121,10 +122,11 @@ class Merged:
 
     def stretches(self, name: str) -> Iterator[Rows]:
         """All of a tensor, one stretch after the other; the whole is proved at the end."""
-        opened, proof = self.open(name), None
+        opened = self.open(name)
+        proof: Proof | None = None
         for start, stop in opened.spans():
             found = opened.rows(start, stop)
-            proof = found.proof if proof is None else proof + found.proof
+            proof = found.proof if proof is None else proof + known(found.proof)
             yield found
         if proof is not None:
             self.settle(name, proof)
@@ -135,7 +137,7 @@ class Merged:
             raise CheckFailed("a merge could not be proved", where=name, expected=f"a relative error of at most {proof.limit:.1e}", found=f"{proof.relative:.1e}", written="nothing")
         with self._lock:
             self.proofs[name] = proof.relative
-            self.used |= set(self.pieces.table[name].edit.keys)
+            self.used |= set(known(self.pieces.table[name].edit).keys)
 
     def used_before(self, names: Iterable[str]) -> None:
         """These tensors were merged, proved and written by an earlier process."""
@@ -173,12 +175,12 @@ class Merged:
 
     def out_dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor that stays float: the base's."""
-        return self.base.dtype(self.pieces.table[name].source)
+        return self.base.dtype(known(self.pieces.table[name].source))
 
     def float_tensor(self, name: str) -> torch.Tensor:
         """A tensor that stays float, in the base's dtype and file order: stored bytes where untouched, one cast otherwise. Raises Refused where the cast overflows."""
         source = self.pieces.table[name].source
-        if self.untouched(name) and self.pieces.table[name].cut is None and not self.base.encoded(source):
+        if source is not None and self.untouched(name) and self.pieces.table[name].cut is None and not self.base.encoded(source):
             stored = self.base.stored(source)
             check_finite(f"{self.base.checkpoint.name}: {source}", stored)
             return stored

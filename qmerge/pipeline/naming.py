@@ -20,6 +20,7 @@ from qmerge.adapters.several import Chain, WeightedSum
 from qmerge.errors import Refused
 from qmerge.formats.base import Base
 from qmerge.pipeline.skeleton import Skeleton
+from qmerge.types import known
 
 
 def foreign_modules(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str]:
@@ -70,7 +71,7 @@ class Names:
             from qmerge.adapters.names import relate
 
             stored = {name: shape[::-1] if name in self.base.conv else shape for name, shape in self.disk.items()}
-            self._map = relate(self.skeleton.model, stored)
+            self._map = relate(known(self.skeleton).model, stored)
         return self._map
 
     def shapes(self, adapters: Sequence[Adapter]) -> dict[str, tuple[int, ...]]:

@@ -33,7 +33,7 @@ class Opened:
         self.scales: dict[str, StoredScales] = {
             name: stored_scales(result.quantized, model_dtype) for name, result in solved.items() if name in held or name in self.regions
         }
-        self.turned = {name for name in self.scales if plan.skeleton.linears.get(name)}
+        self.turned = {name for name in self.scales if plan.tree.linears.get(name)}
         self.floats: dict[str, tuple[torch.Tensor, float]] = {}
         """vectors that stay float: their start and their root mean square"""
         for name, parameter in held.items():

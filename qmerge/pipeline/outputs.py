@@ -20,7 +20,7 @@ from qmerge.pipeline.pieces import Pieces
 from qmerge.pipeline.recipe import Recipe
 from qmerge.pipeline.skeleton import Skeleton
 from qmerge.store.settings import known_settings
-from qmerge.types import Grid, QuantState
+from qmerge.types import Grid, QuantState, known, two_axes
 
 if TYPE_CHECKING:
     from qmerge.pipeline.plan import MergePlan
@@ -34,15 +34,16 @@ def split_weights(recipe: Recipe, base: Base, skeleton: Skeleton | None, pieces:
     """Which weights become quantized anew, and which stay as they are stored. The head, where the recipe wants it quantized, comes last."""
     if recipe.format not in formats.QUANTIZING:
         return (), ()
-    inside, table = set(skeleton.inside), pieces.table
-    rounded = [name for name in skeleton.linears if name in table and table[name].source is not None and base.encoded(table[name].source)]
+    skeleton, table = known(skeleton), pieces.table
+    inside = set(skeleton.inside)
+    rounded = [name for name in skeleton.linears if name in table and (packed_in := table[name].source) is not None and base.encoded(packed_in)]
     source = rounded or list(skeleton.inside)
     outside = [name for name in source if name not in inside]
     head = _head_to_quantize(recipe, skeleton, pieces)
     if recipe.format in formats.BITS:
         _check_linears(recipe, skeleton, [name for name in source if name in inside])
         return (*(name for name in source if name in inside), *head), ()
-    touched = [name for name in outside if table[name].edit is not None or not _fits_as_stored(recipe, base, table[name].source)]
+    touched = [name for name in outside if table[name].edit is not None or not _fits_as_stored(recipe, base, known(table[name].source))]
     if touched and not recipe.rtn:
         raise Refused("a linear outside the decoder blocks, which calibration does not reach, cannot stay as it is stored", where=touched[0], expected="linears inside " + skeleton.blocks_name, found=f"{len(touched)} outside, changed by the adapter or of another kind", fix="use --rtn, --format gptq (which keeps it in float) or --format bf16")
     return (*(name for name in source if name in inside or name in touched), *head), tuple(name for name in outside if name not in touched)
@@ -58,7 +59,7 @@ def _head_to_quantize(recipe: Recipe, skeleton: Skeleton, pieces: Pieces) -> tup
     if not recipe.quantize_head:
         return ()
     name = skeleton.output_embedding
-    if name not in pieces.table:
+    if name is None or name not in pieces.table:
         raise Refused("the output head shares its weight with the embeddings, so it cannot be quantized alone", where=name or "the model's output head", expected="a head of its own",
                       found="tied embeddings", fix="leave --quantize-head out")
     return (name,)
@@ -66,16 +67,18 @@ def _head_to_quantize(recipe: Recipe, skeleton: Skeleton, pieces: Pieces) -> tup
 
 def _check_linears(recipe: Recipe, skeleton: Skeleton, names: list[str]) -> None:
     turned = [name for name in names if skeleton.linears[name]]
-    if turned and registry.of_format(recipe.format).linears_only:
+    if turned and known(registry.of_format(recipe.format)).linears_only:
         raise Refused(f"no loader puts format {recipe.format} into a Conv1D", where=turned[0].removesuffix(".weight"), expected="nn.Linear", found=f"{len(turned)} Conv1D modules",
                       fix="use --format gptq or nf4")
 
 
 def check_shapes(recipe: Recipe, pieces: Pieces, requantized: tuple[str, ...]) -> list[str]:
     """Raise `Refused` where the format cannot hold one of the weights; a word on those that it holds padded, where that was asked for."""
-    fmt, padded = registry.of_format(recipe.format), []
-    for name in requantized if fmt else ():
-        module, shape = name.removesuffix(".weight"), pieces.table[name].shape
+    fmt, padded = registry.of_format(recipe.format), list[str]()
+    if fmt is None:
+        return []
+    for name in requantized:
+        module, shape = name.removesuffix(".weight"), two_axes(pieces.table[name].shape)
         fmt.check_shape(module, shape, recipe.grid, recipe.pad)
         if recipe.pad and not _fits_unpadded(fmt, module, shape, recipe.grid):
             padded.append(module)
@@ -120,15 +123,15 @@ def bytes_out(recipe: Recipe, base: Base, pieces: Pieces, name: str, quantized: 
     if name in quantized:
         if recipe.bits_per_weight is not None:
             return round(prod(piece.shape) * recipe.bits_per_weight / 8)
-        return fmt.stored_bytes(piece.shape, output_grid(recipe, base, piece.source), config_dtype(base.checkpoint.config).itemsize)
-    stored = base.dtype(piece.source)
+        return known(fmt).stored_bytes(two_axes(piece.shape), output_grid(recipe, base, piece.source), config_dtype(base.checkpoint.config).itemsize)
+    stored = base.dtype(known(piece.source))
     return prod(piece.shape) * (dense.DTYPES[recipe.format] if recipe.format in dense.DTYPES and stored.is_floating_point else stored).itemsize
 
 
-def packed(plan: MergePlan, name: str, solved: Solved, records: dict) -> Iterator[tuple[str, torch.Tensor]]:
+def packed(plan: MergePlan, name: str, solved: Solved, records: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of one requantized weight; its record goes into ``records``."""
     records[name.removesuffix(".weight")] = solved.to_json()
-    yield from registry.of_format(plan.recipe.format).pack(name, solved.quantized, model_dtype(plan)).items()
+    yield from known(registry.of_format(plan.recipe.format)).pack(name, solved.quantized, model_dtype(plan)).items()
 
 
 def model_dtype(plan: MergePlan) -> torch.dtype:
@@ -172,14 +175,14 @@ def output_config(plan: MergePlan, grids: Mapping[str, Grid] | None = None) -> d
 
 
 def _layout(plan: MergePlan, grids: Mapping[str, Grid] | None, dtype: str) -> Layout:
-    skeleton, table, base = plan.skeleton, plan.pieces.table, plan.base
+    skeleton, table, base = plan.tree, plan.pieces.table, plan.base
     if grids is None:
         grids = {name: output_grid(plan.recipe, base, table[name].source) for name in plan.requantized}
     grids = dict(grids) | {name: output_grid(plan.recipe, base, table[name].source) for name in plan.kept_4bit}
     head = skeleton.output_embedding
     linears = [*skeleton.linears, *([head] if head and head not in skeleton.linears else [])]
-    known = {*linears, skeleton.input_embedding}
-    others = [name for name in table if name.startswith(skeleton.blocks_name + ".") and name.endswith(".weight") and len(table[name].shape) == 2 and name not in known and name not in grids]
+    named = {*linears, skeleton.input_embedding}
+    others = [name for name in table if name.startswith(skeleton.blocks_name + ".") and name.endswith(".weight") and len(table[name].shape) == 2 and name not in named and name not in grids]
     old = plan.checkpoint.config.get("quantization_config") if base.quantized and set(base.quantized.values()) <= set(formats.BLOCK_SIZES) else None
     return Layout(
         {_module(name): grid for name, grid in grids.items()}, tuple(_module(name) for name in linears if name not in grids), skeleton.blocks_name,

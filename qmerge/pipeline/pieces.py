@@ -17,6 +17,7 @@ from qmerge.errors import Refused
 from qmerge.formats.base import Base
 from qmerge.pipeline.skeleton import Skeleton
 from qmerge.store.headers import TORCH_DTYPES
+from qmerge.types import known
 
 _LAYER = re.compile(r"((?:.*\.)?(?:layers|layer|h|blocks))\.(\d+)\.(.+)")
 
@@ -107,19 +108,19 @@ def _replicate(sources: Mapping[str, str], layers: tuple[int, ...]) -> dict[str,
 
 def _tied(sources: dict[str, str], edits: dict[str, Edit], configs: list[Mapping[str, Any]], skeleton: Skeleton | None) -> tuple[dict[str, str], dict[str, Edit], str | None]:
     """A head tied to the embedding: does it follow the embedding's edit, or does it become a tensor of its own?"""
-    if skeleton is None or not skeleton.tied or skeleton.input_embedding is None or skeleton.output_embedding in (None, skeleton.input_embedding):
+    entrance, head = (None, None) if skeleton is None or not skeleton.tied else (skeleton.input_embedding, skeleton.output_embedding)
+    if entrance is None or head is None or head == entrance:
         return sources, edits, None
-    entrance, head = skeleton.input_embedding, skeleton.output_embedding
     first, second = edits.get(entrance), edits.get(head)
     stored = head in sources
     if first is None and second is None:
         return sources, edits, None
     if head_follows(entrance, first, second, configs):
         if second is not None:  # one and the same, so one of them goes into the tensor, and both are consumed
-            edits[entrance] = first = Both(first, second.keys)
+            edits[entrance] = first = Both(known(first), second.keys)
         edits.pop(head, None)
         if stored:
-            edits[head] = first
+            edits[head] = known(first)
         return sources, edits, None
     if (own := head_edit(first, second)) is not None:
         edits[head] = own
@@ -130,7 +131,7 @@ def _vocabulary(shapes: Mapping[str, tuple[int, ...]], edits: Mapping[str, Edit]
     """The new number of tokens, where the adapter brings an embedding or head of another height."""
     if skeleton is None:
         return None
-    ends = [name for name in (skeleton.input_embedding, skeleton.output_embedding) if name in shapes]
+    ends = [name for name in (skeleton.input_embedding, skeleton.output_embedding) if name is not None and name in shapes]
     rows = {name: edits[name].shape[0] if name in edits else shapes[name][0] for name in ends}
     if all(rows[name] == shapes[name][0] for name in ends):
         return None

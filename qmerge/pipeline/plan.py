@@ -25,6 +25,7 @@ from qmerge.pipeline.skeleton import Skeleton, build_skeleton, may_hold_conv1d
 from qmerge.store.checkpoint import Checkpoint, open_checkpoint
 from qmerge.store.publish import check_output
 from qmerge.store.settings import known_settings
+from qmerge.types import known
 from qmerge.units import format_bytes
 
 NARROW, RATHER_NARROW = 32, 128
@@ -48,6 +49,11 @@ class MergePlan:
     bytes_out: int
     warnings: tuple[str, ...]
     routed: tuple[ExpertWeight, ...] = ()
+
+    @property
+    def tree(self) -> Skeleton:
+        """The skeleton, in a run that has one, as all have that requantize."""
+        return known(self.skeleton)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -191,7 +197,7 @@ def with_outputs(found: MergePlan) -> MergePlan:
     if routed and recipe.format in formats.SYMMETRIC_EXPERTS and not recipe.symmetric:
         raise Refused(f"no loader here reads asymmetric routed experts in format {recipe.format}", where=routed[0].name, expected="a symmetric grid", found="--asym",
                       fix="leave --asym out, or use --format awq, whose asymmetric experts gptqmodel reads")
-    head = [name for name in requantized if name == found.skeleton.output_embedding] if routed else []
+    head = [name for name in requantized if name == known(found.skeleton).output_embedding] if routed else []
     requantized = (*(name for name in requantized if name not in head), *(weight.name for weight in routed), *head)
     padded = outputs.check_shapes(recipe, pieces, requantized)
     bytes_out = sum(outputs.bytes_out(recipe, base, pieces, name, set(requantized) | set(kept)) for name in pieces.table)
@@ -212,7 +218,7 @@ def _on_experts(found: MergePlan, routed: tuple[ExpertWeight, ...]) -> list[str]
     kept = float_experts(found.skeleton, routed) if found.recipe.format in formats.QUANTIZING else ()
     if not kept:
         return []
-    parameters = dict(found.skeleton.model.named_parameters())
+    parameters = dict(known(found.skeleton).model.named_parameters())
     count = sum(parameters[name].shape[0] for name in kept)
     why = "transformers knows no names for them one by one" if found.recipe.format in formats.BITS else "bitsandbytes quantizes no fused parameter"
     return [f"{count} routed experts' weights stay float ({why}), e.g. {kept[0]}: {sum(parameters[name].numel() for name in kept)} values"]

@@ -212,7 +212,7 @@ def _compare(found: torch.Tensor, wanted: torch.Tensor, row: Mapping[str, Any]) 
     if found.shape != wanted.shape:
         return f"shape {list(found.shape)}, and the inputs give {list(wanted.shape)}", 0.0
     near = fit(found, wanted)
-    told = [row.get(key) if isinstance(row.get(key), (int, float)) else -1.0 for key in ("distance", "slope")]
+    told = [float(value) if isinstance(value := row.get(key), (int, float)) else -1.0 for key in ("distance", "slope")]
     if not all(a == b or abs(a - b) <= SAME for a, b in zip((near.distance, near.slope), told, strict=True)):
         return f"distance {near.distance:.{SHOWN}f} and slope {near.slope:.{SHOWN}f} to W + ΔW, the manifest says {told[0]:.{SHOWN}f} and {told[1]:.{SHOWN}f}", near.distance
     if "bands" not in row:

@@ -24,6 +24,7 @@ from qmerge.pipeline.candidates import BASES, FULL_RANGE, Linear, Option, option
 from qmerge.pipeline.known import Known
 from qmerge.pipeline.rows import Rows, solve_rows
 from qmerge.types import Grid, QuantizedWeight, QuantState
+from qmerge.types import known as given
 
 SHIFTS = (0.0, 0.5, 1.0)
 TRIAL_ROWS = 128
@@ -227,7 +228,7 @@ def _finish(job: _Job, parts: list[Rows], known: Known, blocks: int, steps: Step
     codes, value = torch.cat([rows.codes[best] for rows in parts]), values[best]
     refitted = best > 0 and parts[0].scales is not None
     if refitted:
-        option = option.with_scales(torch.cat([rows.scales for rows in parts]))
+        option = option.with_scales(torch.cat([given(rows.scales) for rows in parts]))
     if steps.keep_base and (kept := _base_codes(job)) is not None:
         positions_, grid = kept
         its = _together([(job.judge(known, rows)(gptq.values(positions_[rows], grid.element.some(rows))), 0.0, 0.0) for rows in job.stretches()], blocks)
@@ -241,7 +242,7 @@ def _finish(job: _Job, parts: list[Rows], known: Known, blocks: int, steps: Step
 
 
 def _together(parts: list[tuple[float, float, float]], blocks: int) -> float:
-    value, lost, total = (sum(column) for column in zip(*parts, strict=True))
+    value, lost, total = (float(sum(column)) for column in zip(*parts, strict=True))
     return value + blocks * (lost**2 / total if total > 0 else 0.0)
 
 
@@ -250,7 +251,8 @@ def _base_codes(job: _Job) -> tuple[torch.Tensor, Option] | None:
     kept = next((option for option in job.options if option.label == BASES), None)
     if kept is None or (job.linear.delta is not None and bool(job.linear.delta.any())):
         return None
-    return positions(job.linear.base.state, job.linear.base.codes).to(job.linear.merged.device), kept
+    base = given(job.linear.base)
+    return positions(given(base.state), base.codes).to(job.linear.merged.device), kept
 
 
 def _solved(quantized: QuantizedWeight, weight: torch.Tensor, choice: Choice, linear: Linear) -> Solved:

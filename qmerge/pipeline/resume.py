@@ -28,6 +28,7 @@ from qmerge.store.durable import FULL
 from qmerge.store.journal import Journal
 from qmerge.store.manifest import input_digests
 from qmerge.store.runs import Left, RunFolder, find_runs, folder_bytes, taken_over
+from qmerge.types import known
 from qmerge.units import format_bytes
 
 SOLVER = ("numerics", "adapters", "formats", "pipeline", "types.py", "device.py")
@@ -85,7 +86,7 @@ def identity(plan: MergePlan, calibration: Calibration | None, steps: Steps | No
     if calibration is not None:
         fixed |= {"calibration": text_facts(calibration.facts), "steps": asdict(steps or Steps())}
     places = {"base": plan.checkpoint.path} | {f"adapter {number + 1}": adapter.path for number, adapter in enumerate(plan.adapters)}
-    free = {f"the place of the {role}": hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:12] for role, path in places.items()}
+    free: dict[str, Any] = {f"the place of the {role}": hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:12] for role, path in places.items()}
     free |= {"device": plan.recipe.device, "threads": torch.get_num_threads(), "processor": processor()}
     return {"fixed": fixed, "free": free}
 
@@ -188,7 +189,8 @@ class _Facts:
     """A value that is found once, when first asked for."""
 
     def __init__(self, find: Callable[[], dict[str, Any]]) -> None:
-        self._find, self._found = find, None
+        self._find = find
+        self._found: dict[str, Any] | None = None
 
     def __call__(self) -> dict[str, Any]:
         if self._found is None:
@@ -218,7 +220,7 @@ def _choose(left: list[Left], out: Path, facts: _Facts, say: Callable[[str], Non
     reasons = []
     for one in there:
         before, now = one.journal.facts("run"), facts()
-        if not _is_record(before):
+        if before is None or not _is_record(before):
             reasons.append(["its record of what it is of is malformed"])
             continue
         cut = _other_shards(one, before["fixed"], now["fixed"])
@@ -248,7 +250,7 @@ def _other_shards(one: Left, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 def _renew(run: Run) -> None:
     """The run is now what this process was asked for."""
-    before, now = run.journal.facts("run"), run.facts()
+    before, now = known(run.journal.facts("run")), known(run.facts)()
     if before == now:
         return
     if before["fixed"]["recipe"] != now["fixed"]["recipe"]:
@@ -264,10 +266,11 @@ def _rounds(changed: list[str]) -> bool:
 
 def _ended(run: Run, problem: BaseException) -> BaseException:
     """What to raise for ``problem``; decides whether the folder is kept."""
-    if not run.folder.home.exists() and not run.folder.committed:
-        run.folder.keep = True
-        return taken_over(run.folder.home)
-    run.folder.keep = not (isinstance(problem, QmergeError) and not isinstance(problem, Interrupted)) and run.began
+    folder = known(run.folder)
+    if not folder.home.exists() and not folder.committed:
+        folder.keep = True
+        return taken_over(folder.home)
+    folder.keep = not (isinstance(problem, QmergeError) and not isinstance(problem, Interrupted)) and run.began
     if (why := _interruption(problem)) is None:
         return problem
     again = "run the same command again"
@@ -275,10 +278,10 @@ def _ended(run: Run, problem: BaseException) -> BaseException:
         again = "make room and " + again
     elif isinstance(problem, Interrupted) and "--shard-size" in (problem.fix or ""):
         again = "run the same command again with smaller files (--shard-size)"
-    if not run.folder.keep:
-        return Interrupted(why[0], where=run.folder.out.name, found=why[1], fix=again, written="nothing")
-    return Interrupted(why[0], where=f"{run.folder.out.name}, at {run.place}", found=why[1], fix=again + (" and" if "with" in again else " with") + " --resume: it goes on from there",
-                       written=f"nothing at the output; {format_bytes(folder_bytes(run.folder.home))} in {run.folder.home.name}")
+    if not folder.keep:
+        return Interrupted(why[0], where=folder.out.name, found=why[1], fix=again, written="nothing")
+    return Interrupted(why[0], where=f"{folder.out.name}, at {run.place}", found=why[1], fix=again + (" and" if "with" in again else " with") + " --resume: it goes on from there",
+                       written=f"nothing at the output; {format_bytes(folder_bytes(folder.home))} in {folder.home.name}")
 
 
 def interrupted(problem: BaseException) -> BaseException:
@@ -300,7 +303,7 @@ def _interruption(problem: BaseException) -> tuple[str, str | None] | None:
     """(what happened, a detail) where the run could go on after it, else None."""
     detail = str(problem).splitlines()[0][:160] if str(problem) else None
     if isinstance(problem, Interrupted):
-        return problem.what, problem.found
+        return problem.what, None if problem.found is None else str(problem.found)
     if isinstance(problem, KeyboardInterrupt):
         return "The run was interrupted.", "a signal"
     if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or (isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)):

@@ -13,6 +13,7 @@ from qmerge.numerics.polish import Lean, descend, refit
 from qmerge.numerics.shift import Judge, aim
 from qmerge.pipeline.candidates import Option
 from qmerge.pipeline.known import Known
+from qmerge.types import known as given
 
 if TYPE_CHECKING:
     from qmerge.pipeline.requantize import Steps, _Job
@@ -60,13 +61,13 @@ def solve_rows(job: _Job, rows: slice, known: Known, steps: Steps) -> Rows:
     for turn in range(1 + (LEAN_ROUNDS if delta is not None and (steps.descent or fitting) else 0)):
         if fitting and turn == 0:
             towards = goal if coupling is None else goal - coupling.pulled(gptq.values(codes, option.element) - goal)
-            option = option.with_scales(refit(option.scales, option.units(codes), towards, matrix, option.storable, option.size))
+            option = option.with_scales(refit(option.scales, option.units(codes), towards, matrix, given(option.storable), option.size))
             found.scales = option.scales
         if steps.descent:
             pull = (gptq.values(codes, option.element) - goal) @ matrix if pull is None else pull
             codes = way(codes, goal, known.hessian, level.damp, option.element, pull=pull, matrix=matrix)
         found.add(codes, option, judge, judged)
-        if there is not None:
+        if there is not None and delta is not None:
             share = there.share(gptq.values(codes, option.element) - target)
             goal = goal - share * delta
             if pull is not None:  # the error grows by what the goal loses

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qmerge.pipeline import outputs
 from qmerge.pipeline.along import SameBytes, check_shared
 from qmerge.pipeline.before import Work, before_the_blocks
 from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokenizer
+from qmerge.pipeline.candidates import Linear
 from qmerge.pipeline.dense import DenseJob, write_dense
 from qmerge.pipeline.distill import DistillSettings, distill
 from qmerge.pipeline.experts import few_tokens
@@ -29,7 +31,7 @@ from qmerge.pipeline.kept_shards import KeptShards
 from qmerge.pipeline.kept_together import KeptTogether
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
-from qmerge.pipeline.requantize import Linear, Solved, Steps, round_to_nearest
+from qmerge.pipeline.requantize import Solved, Steps, round_to_nearest
 from qmerge.pipeline.resume import Resume, already_there, interrupted, joined, versions, working
 from qmerge.pipeline.spread import solved_apart
 from qmerge.pipeline.stop import Stop
@@ -39,8 +41,9 @@ from qmerge.store.durable import write_json
 from qmerge.store.manifest import MANIFEST, build_manifest, read_manifest
 from qmerge.store.runs import RunFolder
 from qmerge.store.sidefiles import copy_side_files
+from qmerge.store.texts import Document
 from qmerge.store.writer import ShardWriter
-from qmerge.types import Grid, QuantState
+from qmerge.types import Grid, QuantState, known
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class RunReport:
     out: Path
     elapsed_s: float
     peak_rss_bytes: int
-    documents: tuple
+    documents: tuple[Document, ...]
     linears: dict[str, dict[str, Any]]
     notes: tuple[str, ...] = ()
     """what a user must be told at the end, such as experts that saw too few tokens"""
@@ -87,19 +90,21 @@ def run(
     with Digests([plan]) as inputs:
         report = _there(plan, lambda: inputs.result()[0], calibration, resume) if resume is not None else None
         if ranks.tell(report is not None):
-            return report
+            return known(report)
         with working(plan, calibration, steps, lambda: inputs.result()[0], resume, stop, say) as under_way:
-            kept = Kept(under_way, outputs.model_dtype(plan), device, "distill" not in recipe.polish, calibration is not None, recipe.shard_bytes)
+            folder = known(under_way.folder)
+            own = Kept(under_way, outputs.model_dtype(plan), device, "distill" not in recipe.polish, calibration is not None, recipe.shard_bytes)
+            kept: Kept | KeptTogether = own
             if not ranks.alone:
-                kept = KeptTogether(kept, ranks, stop, outputs.model_dtype(plan), device, calibration is not None, lambda: same.check(inputs.result))
+                kept = KeptTogether(own, ranks, stop, outputs.model_dtype(plan), device, calibration is not None, lambda: same.check(inputs.result))
             before_the_blocks(plan, merged, calibration, work, kept, progress, steps, ranks)
-            writer = ShardWriter(under_way.folder.path, recipe.shard_bytes, done=kept.shards, finished=kept.shard)
+            writer = ShardWriter(folder.path, recipe.shard_bytes, done=kept.shards, finished=kept.shard)
             with torch.no_grad():
                 for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps, ranks):
                     writer.add(name, tensor)
             writer.finish()
             merged.check_all_used()
-            _finish(plan, under_way.folder, under_way.steady, manifest(plan, calibration, work, inputs.result()[0]), writer.digests, progress, work.grids)
+            _finish(plan, folder, known(under_way.steady), manifest(plan, calibration, work, inputs.result()[0]), writer.digests, progress, work.grids)
     few = few_tokens(work.traffic.values())
     return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), work.records, (few,) if few else ())
 
@@ -128,7 +133,7 @@ def _follow_dense(plans: list[MergePlan], device: torch.device, same: SameBytes,
         plan, folder = plans[row["plan"]], Path(row["folder"])
         if not (folder / "out").is_dir():
             raise Refused("A rank cannot see the folder that OUT grows in.", where=f"rank {ranks.rank}", expected="a file system that all ranks share: each writes some of the files", fix="run all ranks on one host, or put OUT on shared storage")
-        kept = KeptShards(joined(folder, stop), lambda folder=folder: joined(folder, stop).began, row["there"])
+        kept = KeptShards(joined(folder, stop), partial(_has_begun, folder, stop), row["there"])
         jobs.append(DenseJob(Merged(plan.base, plan.pieces, plan.adapters, device), dense.DTYPES[plan.recipe.format], folder / "out", plan.recipe.shard_bytes, kept=kept, ranks=ranks))
     with contextlib.ExitStack() as stack:
         inputs = stack.enter_context(Digests(plans)) if same.hashes else None
@@ -157,24 +162,33 @@ def run_dense(
     if not ranks.first:
         return _follow_dense(plans, device, same, stop, ranks)
     with Digests(plans) as inputs:
-        found = [_there(plan, lambda number=number: inputs.result()[number], None, resume) if resume is not None else None for number, plan in enumerate(plans)]
+        found = [_there(plan, partial(_nth, inputs, number), None, resume) if resume is not None else None for number, plan in enumerate(plans)]
         todo = [number for number, report in enumerate(found) if report is None]
         jobs: list[DenseJob] = []
         with contextlib.ExitStack() as stack:
             for number in todo:
                 plan = plans[number]
-                under_way = stack.enter_context(working(plan, None, None, lambda number=number: inputs.result()[number], resume, stop, say))
-                jobs.append(DenseJob(Merged(plan.base, plan.pieces, plan.adapters, device), dense.DTYPES[plan.recipe.format], under_way.folder.path, plan.recipe.shard_bytes, kept=KeptShards(under_way, inputs.ready), ranks=ranks))
-            ranks.tell([{"plan": number, "folder": str(job.kept.run.folder.home), "there": job.kept.told()} for number, job in zip(todo, jobs, strict=True)])
+                under_way = stack.enter_context(working(plan, None, None, partial(_nth, inputs, number), resume, stop, say))
+                jobs.append(DenseJob(Merged(plan.base, plan.pieces, plan.adapters, device), dense.DTYPES[plan.recipe.format], known(under_way.folder).path, plan.recipe.shard_bytes, kept=KeptShards(under_way, inputs.ready), ranks=ranks))
+            ranks.tell([{"plan": number, "folder": str(known(kept.run.folder).home), "there": kept.told()} for number, kept in zip(todo, (known(job.kept) for job in jobs), strict=True)])
             if jobs:
                 write_dense(jobs, device, count or (lambda *_: None))
                 same.check(inputs.result)
             for number, job in zip(todo, jobs, strict=True):
                 job.merged.check_all_used()
-                _finish(plans[number], job.kept.run.folder, job.kept.run.steady, manifest(plans[number], None, Work(job.records), inputs.result()[number]), job.digests, progress)
+                its = known(job.kept).run
+                _finish(plans[number], known(its.folder), known(its.steady), manifest(plans[number], None, Work(job.records), inputs.result()[number]), job.digests, progress)
     for number, job in zip(todo, jobs, strict=True):
         found[number] = RunReport(Path(plans[number].recipe.out), time.perf_counter() - began, peak_rss_bytes(), (), job.records)
-    return found
+    return [known(report) for report in found]
+
+
+def _nth(inputs: Digests, number: int) -> Mapping[str, Any]:
+    return inputs.result()[number]
+
+
+def _has_begun(folder: Path, stop: Stop) -> bool:
+    return joined(folder, stop).began
 
 
 def _there(plan: MergePlan, inputs: Callable[[], Mapping[str, Any]], calibration: Calibration | None, resume: Resume) -> RunReport | None:
@@ -193,8 +207,8 @@ def _there(plan: MergePlan, inputs: Callable[[], Mapping[str, Any]], calibration
 def check_adapters(plan: MergePlan) -> None:
     """Read every adapter once and refuse NaN and Inf by name, before anything is written: adapters are small beside the base."""
     for adapter in plan.adapters:
-        for part in (adapter, adapter.initial):
-            for key in part.specs if part is not None else ():
+        for part in (adapter, *([adapter.initial] if adapter.initial is not None else [])):
+            for key in part.specs:
                 part.source.fp32(key)
 
 
@@ -211,7 +225,7 @@ def _finish(plan: MergePlan, folder: RunFolder, steady: Steady, facts: dict[str,
     folder.commit(build_manifest(folder.path, known=digests, **facts))
 
 
-def calibration_for(plan: MergePlan, documents: list | None = None) -> Calibration | None:
+def calibration_for(plan: MergePlan, documents: list[Document] | None = None) -> Calibration | None:
     """The calibration windows that the plan's recipe asks for (from ``documents`` where given), or None where the format needs none."""
     recipe = plan.recipe
     if recipe.format not in formats.QUANTIZING or recipe.rtn:
@@ -219,7 +233,7 @@ def calibration_for(plan: MergePlan, documents: list | None = None) -> Calibrati
     tokenizer = load_tokenizer([*(adapter.path for adapter in plan.adapters), plan.checkpoint.path])
     context = plan.context_length or recipe.tokens
     return load_calibration(
-        recipe.calibration, recipe.generic, tokenizer, template=recipe.template, generic_share=recipe.generic_share,
+        known(recipe.calibration), recipe.generic, tokenizer, template=recipe.template, generic_share=recipe.generic_share,
         samples=recipe.samples, tokens=min(recipe.tokens, context), seed=recipe.seed, documents=documents,
     )
 
@@ -235,15 +249,18 @@ def tensors(
     trained: dict[str, torch.Tensor] = {}
     if calibration is not None and "distill" in plan.recipe.polish:
         everything = {name: result for _, found in solved for name, result in found.items()}
-        found = distill(plan, merged, calibration, everything, outputs.model_dtype(plan), DistillSettings(seed=plan.recipe.seed), workdir=kept.run.folder.journal, progress=progress, stop=kept.run.stop)
-        work.distilled, trained = found.record | {"floats": sorted(found.floats)}, found.floats
-        solved = iter([(0, found.solved)])
+        better = distill(plan, merged, calibration, everything, outputs.model_dtype(plan), DistillSettings(seed=plan.recipe.seed), workdir=known(kept.run.folder).journal, progress=progress, stop=kept.run.stop)
+        work.distilled, trained = better.record | {"floats": sorted(better.floats)}, better.floats
+        solved = iter([(0, better.solved)])
     for name in merged.names:
         if name in plan.kept_4bit:
-            yield from nf4.pack(name, merged.four_bit(name)).items()
+            yield from nf4.pack(name, known(merged.four_bit(name))).items()
         elif name not in packed:
             own = merged.float_tensor(name)  # also where it was trained: the adapter's part in it must have been used
             yield name, trained.get(name, own)
+    found: dict[str, Solved] | None
+    result: Solved | None
+    tensor: torch.Tensor | None
     for number, found in solved:
         made: set[str] = set()
         for name, result in found.items():
@@ -262,6 +279,7 @@ def _solved(
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """The units of `Kept`, each with its linears. Those in finished shards are only noted."""
     before = kept.count
+    found: dict[str, Solved] | None
     for number, found in _units(plan, merged, calibration, work, kept, progress, steps, ranks):
         if number < before:
             rows = kept.facts(number)["linears"]
@@ -286,7 +304,7 @@ def _units(
 
 def _stretches(plan: MergePlan, merged: Merged, kept: Kept | KeptTogether, progress: Callable[[str], None], like: QuantState | None, ranks: Ranks) -> Iterator[tuple[int, dict[str, Solved]]]:
     """Round to nearest, without calibration: the linears of a block are a unit."""
-    model_dtype, blocks = outputs.model_dtype(plan), plan.skeleton.blocks_name + "."
+    model_dtype, blocks = outputs.model_dtype(plan), plan.tree.blocks_name + "."
     units = [list(names) for _, names in itertools.groupby(plan.requantized, key=lambda name: name[len(blocks):].partition(".")[0] if name.startswith(blocks) else "")]
     kept.expect(len(units))
     done = 0

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from qmerge.errors import Refused
 from qmerge.store.checkpoint import Checkpoint
 from qmerge.store.durable import room_needed
 from qmerge.store.settings import known_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MALFORMED = (ArithmeticError, AttributeError, ImportError, LookupError, MemoryError, OSError, RecursionError, RuntimeError, TypeError, ValueError)
 """what transformers and torch raise where a config says what no model has"""
@@ -31,7 +34,7 @@ LEAST_LAYERS = 1000
 class Skeleton:
     """``linears``: weight names that bitsandbytes would quantize, each with whether it is a Conv1D. ``inside``: those within decoder blocks."""
 
-    model: nn.Module
+    model: PreTrainedModel
     blocks_name: str
     linears: dict[str, bool]
     inside: tuple[str, ...]
@@ -40,7 +43,9 @@ class Skeleton:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.model.get_submodule(self.blocks_name)
+        found = self.model.get_submodule(self.blocks_name)
+        assert isinstance(found, nn.ModuleList)  # `describe` has looked
+        return found
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -54,8 +59,8 @@ class Skeleton:
     @property
     def tied_names(self) -> frozenset[str]:
         """The head's name where it shares the embedding's tensor: a file may leave it out."""
-        tied = self.tied and self.output_embedding not in (None, self.input_embedding)
-        return frozenset({self.output_embedding}) if tied else frozenset()
+        head = self.output_embedding
+        return frozenset({head}) if self.tied and head is not None and head != self.input_embedding else frozenset()
 
 
 def may_hold_conv1d(config: dict[str, Any]) -> bool:
@@ -116,7 +121,8 @@ def _config(source: dict[str, Any], loader: Any) -> Any:
         return loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def describe(model: nn.Module, where: str) -> Skeleton:
+def describe(model: PreTrainedModel, where: str) -> Skeleton:
+    """The parts of a model on the meta device. Raises `Refused` where its decoder is not one ``ModuleList``."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()

@@ -13,7 +13,7 @@ import torch
 
 from qmerge.numerics.stored_scales import stored_scales
 from qmerge.pipeline.requantize import Choice, Solved
-from qmerge.types import Grid, QuantizedWeight, QuantState
+from qmerge.types import Grid, QuantizedWeight, QuantState, known
 
 STATE_TENSORS = ("absmax", "code", "nested_absmax", "nested_code")
 STATE_FACTS = ("block_size", "shape", "dtype", "quant_type", "nested_block_size", "offset")
@@ -22,7 +22,8 @@ PARTS = ("scales", "zeros", "g_idx")
 
 def layout(tensor: torch.Tensor) -> list[int]:
     """The axes from the slowest to the fastest."""
-    return sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis))
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], axis))
 
 
 def laid_flat(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
@@ -42,7 +43,7 @@ def to_record(solved: Mapping[str, Solved], model_dtype: torch.dtype) -> tuple[l
     rows, tensors = [], {}
     for number, (name, result) in enumerate(solved.items()):
         held, state = result.quantized, result.quantized.state
-        row = {"name": name, "grid": asdict(held.grid), "choice": asdict(result.choice), "distance": result.distance, "slope": result.slope, "survival": result.survival, "bands": result.bands, "record": result.to_json()}
+        row: dict[str, Any] = {"name": name, "grid": asdict(held.grid), "choice": asdict(result.choice), "distance": result.distance, "slope": result.slope, "survival": result.survival, "bands": result.bands, "record": result.to_json()}
         parts = {part: getattr(held, part) for part in PARTS}
         if state is not None:
             row["state"] = {key: getattr(state, key) for key in STATE_FACTS}
@@ -68,7 +69,7 @@ def from_record(rows: list[dict[str, Any]], tensors: Mapping[str, torch.Tensor],
     """What `to_record` was given. ``device``: where tensors that were not on the CPU go."""
     found = {}
     for number, row in enumerate(rows):
-        parts = {}
+        parts: dict[str, Any] = {}
         for part, (order, kind) in row["places"].items():
             flat = tensors[f"{number}.{part}"]
             if part == "codes" and row["codes_shape"] is not None:
@@ -76,9 +77,9 @@ def from_record(rows: list[dict[str, Any]], tensors: Mapping[str, torch.Tensor],
             parts[part] = laid_back(flat, order, "cpu" if kind == "cpu" else device)
         state = None
         if "state" in row:
-            facts = row["state"] | {"shape": tuple(row["state"]["shape"])}
-            state = QuantState(**facts, **{part: parts.get(part) for part in STATE_TENSORS})
-        held = QuantizedWeight(parts["codes"], Grid(**row["grid"]), *(parts.get(part) for part in PARTS), state)
+            facts: dict[str, Any] = row["state"] | {"shape": tuple(row["state"]["shape"])}
+            state = QuantState(**(facts | {part: parts.get(part) for part in STATE_TENSORS}))
+        held = QuantizedWeight(parts["codes"], Grid(**row["grid"]), state=state, **{part: parts.get(part) for part in PARTS})
         order, kind = row["weight"]
         weight = parts["weight"] if "weight" in parts else laid_back(_computed(held, model_dtype).permute(order).contiguous(), order, "cpu" if kind == "cpu" else device)
         found[row["name"]] = Solved(held, weight, Choice(**row["choice"]), row["distance"], row["slope"], row["survival"], row["bands"])
@@ -92,19 +93,19 @@ def _computed(held: QuantizedWeight, model_dtype: torch.dtype) -> torch.Tensor:
 
 
 def _on_cpu(held: QuantizedWeight) -> QuantizedWeight:
-    def here(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def here(tensor: torch.Tensor | None) -> Any:
         return None if tensor is None else tensor.cpu()
 
     state = held.state
     if state is not None:
         state = QuantState(**{key: getattr(state, key) for key in STATE_FACTS}, **{part: here(getattr(state, part)) for part in STATE_TENSORS})
-    return QuantizedWeight(here(held.codes).contiguous(), held.grid, *(here(getattr(held, part)) for part in PARTS), state)
+    return QuantizedWeight(here(held.codes).contiguous(), held.grid, state=state, **{part: here(getattr(held, part)) for part in PARTS})
 
 
 def _follows(result: Solved, model_dtype: torch.dtype) -> bool:
     """Do codes and scales give the weight, bit by bit (a zero's sign too)?"""
     held = result.quantized
-    if held.state is None and held.codes.shape[1] % held.scales.shape[1]:  # the last group is short
+    if held.state is None and held.codes.shape[1] % known(held.scales).shape[1]:  # the last group is short
         return False
     there = _computed(held, model_dtype)
     return there.shape == result.weight.shape and torch.equal(there.view(torch.int32), result.weight.cpu().contiguous().view(torch.int32))

@@ -94,7 +94,7 @@ class _Reduced:
         tokens = sum(self.ranks.hear(self.tokens))
         here, size = self.ranks.rank in solvers, self.ranks.size
         found = Statistics(self.features, self.device, tokens, self.outputs) if here else None
-        pieces = _pieces(found.strips()) if here else [None] * len(self.shares)
+        pieces = _pieces(found.strips()) if found is not None else [None] * len(self.shares)
         for share, strips in zip(self.shares, pieces, strict=True):
             received = torch.empty(len(share) * size if here else 0, device=self.device)
             gives = [len(share) if rank in solvers else 0 for rank in range(size)]

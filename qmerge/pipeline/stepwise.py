@@ -78,7 +78,7 @@ class Walk:
                 raise result
 
     def _hook(self, name: str, number: int | None) -> Any:
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             batch = getattr(self._me, "batch", None)
             if batch is None:  # somebody else runs this block
                 return

@@ -32,19 +32,20 @@ from qmerge.pipeline.blocks import (
     watched,
 )
 from qmerge.pipeline.calibrate import Calibration
+from qmerge.pipeline.candidates import Linear
 from qmerge.pipeline.ends import entrance
 from qmerge.pipeline.experts import ARRIVALS, Arrived, ExpertSolver, Traffic, everywhere, receive
 from qmerge.pipeline.experts_names import ExpertWeight
 from qmerge.pipeline.head import solve_head, wants_head
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
-from qmerge.pipeline.requantize import Linear, Solved, Steps, requantize_group, round_to_nearest
+from qmerge.pipeline.requantize import Solved, Steps, requantize_group, round_to_nearest
 from qmerge.pipeline.skeleton import set_weight
 from qmerge.pipeline.spread import Part, Spread, handed, share_out
 from qmerge.pipeline.stepwise import Walk
 from qmerge.pipeline.tune_blocks import Passage, tune_block
 from qmerge.ranks import ALONE, Ranks
-from qmerge.types import Grid, QuantState
+from qmerge.types import Grid, QuantState, known
 
 if TYPE_CHECKING:
     from qmerge.pipeline.kept import Kept
@@ -78,8 +79,8 @@ def requantize_blocks(
     ``traffic`` fills with what routed experts saw. ``grids``: by weight name where it is not the recipe's, None for what stays float. ``tuned`` fills with what ``--polish blocks`` did.
     ``curvatures``: by weight name how rows count together; each is taken out as it is used. ``kept``: what an earlier process has solved is not solved again (without the linears whose
     tensors are in the output already), and what is solved here is kept. ``ranks``: each passes its own batches and solves its share; all of them yield the same."""
-    skeleton, grids, curvatures, traffic = plan.skeleton, grids or {}, curvatures if curvatures is not None else {}, traffic if traffic is not None else {}
-    head = grids.get(skeleton.output_embedding, plan.recipe.grid) if wants_head(plan) else None
+    skeleton, grids, curvatures, traffic = plan.tree, grids or {}, curvatures if curvatures is not None else {}, traffic if traffic is not None else {}
+    head = grids.get(known(skeleton.output_embedding), plan.recipe.grid) if wants_head(plan) else None
     units = len(skeleton.blocks) + (head is not None)
     if kept is not None:
         kept.expect(units)
@@ -90,6 +91,7 @@ def requantize_blocks(
     batches, spread = start(plan, merged, calibration, ranks)
     passed, tidied = kept.load_streams(batches) if kept is not None else 0, time.monotonic()
     for index, empty in enumerate(skeleton.blocks):
+        solved: dict[str, Solved] = {}
         if kept is not None and index < kept.count:
             solved = _recall(kept, index, traffic, tuned)
             if index >= passed:
@@ -104,14 +106,13 @@ def requantize_blocks(
         apart = {weight.name for weight in routed}
         wanted = [name.removeprefix(prefix + ".").removesuffix(".weight") for name in plan.requantized if name.startswith(prefix + ".") and name not in apart]
         experts = {f"{weight.module.removeprefix(prefix + '.')}.{ARRIVALS}": weight.module for weight in routed}
-        solved: dict[str, Solved] = {}
         record: dict[str, Any] | None = None
         alone: dict[str, Linear] = {}
         with _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype, routed), batches, index, [*wanted, *experts], spread, merged.device, COMPUTE[plan.recipe.compute].sums) as pair:
             for group in pair.groups:
                 if group.modules[0] in experts:
                     here = [weight for weight in routed if weight.module == experts[group.modules[0]]]
-                    solver = pair.experts(group, here, merged, plan, model_dtype, lambda linears, *sums: requantize_group(linears, plan.recipe.grid, *sums, model_dtype, nf4_like, len(skeleton.blocks), steps),
+                    solver = pair.experts(group, here, merged, plan, model_dtype, lambda linears, train, judge: requantize_group(linears, plan.recipe.grid, train, judge, model_dtype, nf4_like, len(skeleton.blocks), steps),
                                           lambda linear: round_to_nearest(linear, plan.recipe.grid, model_dtype, nf4_like))  # fmt: skip
                     solver.run()
                     solved |= solver.solved
@@ -122,13 +123,13 @@ def requantize_blocks(
                 grid = grids.get(names[0], plan.recipe.grid)
                 if grid is None:
                     for module in group.modules:
-                        set_weight(pair.runtime, f"{module}.weight", pair.teacher.get_submodule(module).weight.to(model_dtype).float())
+                        set_weight(pair.runtime, f"{module}.weight", pair.teacher.get_submodule(module).get_parameter("weight").to(model_dtype).float())
                     continue
-                owners = share_out([pair.teacher.get_submodule(module).weight.numel() for module in group.modules], ranks)
+                owners = share_out([pair.teacher.get_submodule(module).get_parameter("weight").numel() for module in group.modules], ranks)
                 rows = list(zip(names, group.modules, conv, [curvatures.pop(name, None) for name in names], owners, strict=True))
-                linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name), merged.delta(name), curvature and curvature.near()) for name, module, turned, curvature, owner in rows if owner == ranks.rank]
+                linears = [Linear(name, pair.weight(module, turned), merged.four_bit(name), merged.delta(name), curvature.near() if curvature is not None else None) for name, module, turned, curvature, owner in rows if owner == ranks.rank]
                 sums = pair.statistics(group, owners, conv[0])
-                own = requantize_group(linears, grid, *sums, model_dtype, nf4_like, len(skeleton.blocks), steps, spent=True) if linears else []
+                own = requantize_group(linears, grid, known(sums[0]), known(sums[1]), model_dtype, nf4_like, len(skeleton.blocks), steps, spent=True) if linears else []
                 del sums
                 found = handed(ranks, owners, names, {linear.name: result for linear, result in zip(linears, own, strict=True)}, model_dtype, merged.device)
                 for module, turned, result in zip(group.modules, conv, found, strict=True):
@@ -170,7 +171,7 @@ def _recall(kept: Kept | KeptTogether, index: int, traffic: dict[str, Traffic], 
 
 def _run_forwards(plan: MergePlan, merged: Merged, index: int, solved: Mapping[str, Solved], batches: list[Batch], model_dtype: torch.dtype) -> None:
     """Both streams through a block whose linears are solved, to the bits that they had when that was done."""
-    skeleton, prefix = plan.skeleton, f"{plan.skeleton.blocks_name}.{index}"
+    skeleton, prefix = plan.tree, f"{plan.tree.blocks_name}.{index}"
     routed = [weight for weight in plan.routed if weight.name.startswith(prefix + ".")]
     teacher, runtime = _load_block(skeleton.blocks[index], prefix, merged, skeleton.linears, model_dtype, routed)
     apart = {weight.name: weight for weight in routed}
@@ -223,7 +224,7 @@ class _BlockPair:
 
     def weight(self, module: str, turned: bool) -> torch.Tensor:
         """The merged weight ``[out, in]`` of a linear; ``turned`` where the module holds ``[in, out]``."""
-        weight = self.teacher.get_submodule(module).weight
+        weight = self.teacher.get_submodule(module).get_parameter("weight")
         return weight.T.contiguous() if turned else weight
 
     def statistics(self, group: Group, solvers: Sequence[int] = (0,), turned: bool = False) -> tuple[Statistics | None, Statistics | None]:
@@ -232,8 +233,8 @@ class _BlockPair:
         sums: dict[bool, Statistics] = {}
         reached = self.walk.reach(group) if self.walk is not None else None
         if not self.spread.ranks.alone:
-            shape = self.teacher.get_submodule(group.modules[0]).weight.shape
-            features, outputs = shape if turned else shape[::-1]
+            rows, columns = self.teacher.get_submodule(group.modules[0]).get_parameter("weight").shape
+            features, outputs = (rows, columns) if turned else (columns, rows)
             here = [self.spread.sums(held_out, self._parts(group, held_out, reached), features, outputs if group.residual else 0, self.device, solvers, self.compute) for held_out in (False, True)]
             return here[0], here[1]
         together = len(self.batches) if reached is not None else worker_threads(self.device)
@@ -244,7 +245,7 @@ class _BlockPair:
                 chosen = [(part, self.batches[number].slot) for number, part in zip(numbers, parts, strict=True) if self.batches[number].held_out is held_out]
                 if chosen:
                     complete = all((batch.held_out, batch.slot) != (held_out, chosen[-1][1]) for batch in self.batches[numbers.stop :])
-                    sums.setdefault(held_out, Statistics(chosen[0][0][0].shape[1], self.device, compute=self.compute)).add_all(*map(list, zip(*chosen, strict=True)), complete)
+                    sums.setdefault(held_out, Statistics(chosen[0][0][0].shape[1], self.device, compute=self.compute)).add_all([part for part, _ in chosen], [slot for _, slot in chosen], complete)
             if held_out in sums:  # the windows to solve on come first, and are through
                 sums[False].close()
         return sums[False], sums[True]
@@ -278,9 +279,9 @@ class _BlockPair:
         aim, aim_residual = split_inputs(group, aims, batch.teacher)
         found = reached[number] if reached is not None else group_inputs(self.runtime, group, batch.runtime, call)
         x, residual = split_inputs(group, found, batch.runtime)
-        return x, aim, None if residual is None else aim_residual - residual
+        return x, aim, None if residual is None else known(aim_residual) - residual
 
-    def experts(self, group: Group, weights: list[ExpertWeight], merged: Merged, plan: MergePlan, model_dtype: torch.dtype, solve: Callable, nearest: Callable) -> ExpertSolver:
+    def experts(self, group: Group, weights: list[ExpertWeight], merged: Merged, plan: MergePlan, model_dtype: torch.dtype, solve: Callable[..., Any], nearest: Callable[..., Any]) -> ExpertSolver:
         """For the routed experts that ``group`` receives the tokens of."""
         reached = self.walk.reach(group) if self.walk is not None else None
         numbers = range(len(self.batches))
@@ -319,7 +320,7 @@ class _BlockPair:
 
 def start(plan: MergePlan, merged: Merged, calibration: Calibration, ranks: Ranks = ALONE, batch: int | None = None) -> tuple[list[Batch], Spread]:
     """Embed this rank's windows with the model's own code, ``batch`` tokens (``TOKENS_PER_BATCH``) at a time; the blocks are stand-ins, so only the tensors around them are loaded (`ends.entrance`). And who has which batches."""
-    skeleton = plan.skeleton
+    skeleton = plan.tree
     batch = batch or TOKENS_PER_BATCH
     split = [ids.split(max(1, batch // ids.shape[1])) for ids in (calibration.train, calibration.held_out)]
     spread = Spread(ranks, *map(len, split))

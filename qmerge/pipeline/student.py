@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from qmerge.pipeline.blocks import Call, empty_copy, record_calls, run_block
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.skeleton import move_buffers, set_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Given(nn.Module):
@@ -43,7 +46,7 @@ class Teacher:
     """``logits(number)`` of the separate model for the windows of batch ``number``; `hidden` are its last block's outputs, one per batch."""
 
     def __init__(self, plan: MergePlan, merged: Merged, batches: list[torch.Tensor]) -> None:
-        skeleton = plan.skeleton
+        skeleton = plan.tree
         self.batches = batches
         self.model = copy.deepcopy(skeleton.model)
         for name, _ in list(self.model.named_parameters(remove_duplicate=False)):
@@ -59,6 +62,7 @@ class Teacher:
         self.hidden = hidden
         self._given = threading.local()
         blocks = self.model.get_submodule(skeleton.blocks_name)
+        assert isinstance(blocks, nn.ModuleList)
         parent, _, leaf = skeleton.blocks_name.rpartition(".")
         setattr(
             self.model.get_submodule(parent),
@@ -70,10 +74,10 @@ class Teacher:
     def _pass(
         plan: MergePlan, merged: Merged, index: int, empty: nn.Module, hidden: list[torch.Tensor], calls: list[Call]
     ) -> tuple[list[torch.Tensor], bool]:
-        block, prefix = empty_copy(empty), f"{plan.skeleton.blocks_name}.{index}"
+        block, prefix = empty_copy(empty), f"{plan.tree.blocks_name}.{index}"
         for name, _ in list(empty.named_parameters()):
             weight = merged.parameter(f"{prefix}.{name}")
-            set_weight(block, name, weight.T.contiguous() if plan.skeleton.linears.get(f"{prefix}.{name}") else weight)
+            set_weight(block, name, weight.T.contiguous() if plan.tree.linears.get(f"{prefix}.{name}") else weight)
         kinds: list[bool] = []
         handle = block.register_forward_hook(lambda _, args, out: kinds.append(isinstance(out, tuple)))
         ahead = in_parallel(lambda part: run_block(block, *part), list(zip(hidden, calls, strict=True)), merged.device)
@@ -83,12 +87,13 @@ class Teacher:
     def logits(self, number: int) -> torch.Tensor:
         """fp32 ``[windows, T, V]``; may be asked for in several threads."""
         self._given.hidden = self.hidden[number]
-        return self.model(input_ids=self.batches[number], use_cache=False).logits
+        logits: torch.Tensor = self.model(input_ids=self.batches[number], use_cache=False).logits
+        return logits
 
 
 def student_model(plan: MergePlan, merged: Merged, solved: Mapping[str, torch.Tensor], model_dtype: torch.dtype) -> nn.Module:
     """The requantized model in fp32: weights ``[out, in]`` of ``solved`` by name, all else as a loader will hold it."""
-    model, skeleton = copy.deepcopy(plan.skeleton.model), plan.skeleton
+    model, skeleton = copy.deepcopy(plan.tree.model), plan.tree
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         if name in solved:
             weight = solved[name].to(merged.device)
@@ -111,7 +116,7 @@ def _fill(model: nn.Module, name: str, plan: MergePlan, merged: Merged, model_dt
     weight = merged.parameter(name)
     if model_dtype is not None:
         weight = as_loaded(weight, merged.out_dtype(name if parts is None else parts[0][0]), model_dtype)
-    set_weight(model, name, weight.T.contiguous() if plan.skeleton.linears.get(name) else weight)
+    set_weight(model, name, weight.T.contiguous() if plan.tree.linears.get(name) else weight)
 
 
 def as_loaded(weight: torch.Tensor, out_dtype: torch.dtype, model_dtype: torch.dtype) -> torch.Tensor:
@@ -119,6 +124,6 @@ def as_loaded(weight: torch.Tensor, out_dtype: torch.dtype, model_dtype: torch.d
     return weight.to(out_dtype).to(model_dtype).float()
 
 
-def _tie(model: nn.Module, head: str | None, merged: Merged) -> None:
+def _tie(model: PreTrainedModel, head: str | None, merged: Merged) -> None:
     if head and head not in merged.pieces.table:
-        set_weight(model, head, model.get_input_embeddings().weight)
+        set_weight(model, head, model.get_input_embeddings().get_parameter("weight"))

@@ -11,6 +11,7 @@ import torch
 
 from qmerge.device import COMPUTE, Compute, in_parallel
 from qmerge.pipeline import memory
+from qmerge.pipeline.streams import TAPE_BYTES
 from qmerge.pipeline.workload import Linears, Workload
 
 USUAL_FLOPS, USUAL_HASHING = 20e9, 500e6
@@ -95,7 +96,7 @@ def operations(work: Workload) -> float:
 def text_operations(work: Workload) -> tuple[float, float]:
     """Those of them that grow with the text: both streams' passes; statistics and gradients."""
     tokens, blocks = work.calibration_tokens, work.blocks
-    passes = 1 if memory.inside_bytes(work) <= memory.TAPE_BYTES else 1 + len(work.groups) / 2
+    passes = 1 if memory.inside_bytes(work) <= TAPE_BYTES else 1 + len(work.groups) / 2
     forwards = 2 * passes * 2 * tokens * (work.block + 2 * work.tokens * work.hidden)
     gradients = memory.gradient_tokens(work) * (8 * work.block + 2 * memory.curvature_rows(work)) if work.curvature_tokens else 0
     sums = sum(_statistics(group, tokens) * group.copies for group in work.groups)

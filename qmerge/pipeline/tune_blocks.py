@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,8 @@ from qmerge.numerics.lora import delta_survival
 from qmerge.numerics.offsets import BOUND, Offsets, offsets
 from qmerge.numerics.stored_scales import stored_scales
 from qmerge.pipeline.blocks import Call, empty_copy
-from qmerge.pipeline.requantize import Linear, Solved
+from qmerge.pipeline.candidates import Linear
+from qmerge.pipeline.requantize import Solved
 from qmerge.pipeline.skeleton import set_weight
 
 PIECE_TOKENS = 512
@@ -107,7 +109,7 @@ def _cut(passages: Sequence[Passage]) -> list[Passage]:
 def rows_of(call: Call, span: slice, windows: int) -> Call:
     """The call for some windows of a batch of ``windows``: tensors with one row per window are cut."""
 
-    def cut(value: object) -> object:
+    def cut(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value[span] if value.dim() and value.shape[0] == windows and windows > 1 else value
         return tuple(cut(item) for item in value) if isinstance(value, tuple) else value
@@ -140,7 +142,7 @@ class _Tuning:
         weights = in_parallel(lambda name: self.opened[name].weight(), list(self.opened), self.cpu)
         for name, weight in zip(self.opened, weights, strict=True):
             set_weight(self.block, f"{name}.weight", (weight.T.contiguous() if self.turned[name] else weight).to(self.device))
-        self.parameters = [self.block.get_submodule(name).weight.requires_grad_(True) for name in self.opened]
+        self.parameters = [self.block.get_submodule(name).get_parameter("weight").requires_grad_(True) for name in self.opened]
 
     def drawn(self, step: int, settings: TuneSettings) -> list[Passage]:
         """The pieces of a step, each once per round."""
@@ -165,7 +167,8 @@ class _Tuning:
 
     def _out(self, piece: Passage) -> torch.Tensor:
         out = self.block(piece.runtime, *piece.call.args, **piece.call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return found
 
     def held_out(self) -> float:
         errors = in_parallel(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -102,17 +103,17 @@ def measure_plan(plan: MergePlan, device: torch.device, windows: tuple[int, int]
     )  # fmt: skip
 
 
-def _no_decoder() -> dict[str, object]:
+def _no_decoder() -> dict[str, Any]:
     return {"hidden": 0, "vocabulary": 0, "ends": 0, "end": 0, "blocks": 0, "block": 0, "groups": (), "head": None, "inner": 0, "heads": 0, "eager": False}
 
 
-def _decoder(plan: MergePlan, skeleton: Skeleton) -> dict[str, object]:
+def _decoder(plan: MergePlan, skeleton: Skeleton) -> dict[str, Any]:
     table, inside = plan.pieces.table, skeleton.blocks_name + "."
     outside = {name: prod(piece.shape) for name, piece in table.items() if not name.startswith(inside)}
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in skeleton.blocks]
     number = counts.index(max(counts))
     config = skeleton.model.config.get_text_config()
-    entrance = table.get(skeleton.input_embedding)
+    entrance = table.get(skeleton.input_embedding or "")
     hidden = int(getattr(config, "hidden_size", 0) or (entrance.shape[-1] if entrance else 0))
     head = [name for name in plan.requantized if name == skeleton.output_embedding]
     prefix = f"{inside}{number}."

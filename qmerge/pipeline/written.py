@@ -19,7 +19,7 @@ from qmerge.pipeline.skeleton import Skeleton
 from qmerge.store.checkpoint import Checkpoint
 from qmerge.store.headers import rows_of
 from qmerge.store.tensors import read_tensor
-from qmerge.types import QuantizedWeight
+from qmerge.types import QuantizedWeight, known
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """what unpacking raises where parts contradict each other or the config: formats check what a solver could get wrong, not what a stranger could write"""
@@ -45,12 +45,12 @@ class Written:
         return {part for name in self.linears for part in self.parts_of(name)}
 
     def parts_of(self, name: str) -> tuple[str, ...]:
-        return tuple(part for part in self.format.components(name) if part in self.checkpoint.specs)
+        return tuple(part for part in known(self.format).components(name) if part in self.checkpoint.specs)
 
     def quantized(self, name: str) -> QuantizedWeight:
         """Raises `Refused` where a part of the weight is missing, or the config does not say how it is quantized."""
         try:
-            return self.format.unpack(name, self.checkpoint.load, self.checkpoint.specs, self.settings)
+            return known(self.format).unpack(name, self.checkpoint.load, self.checkpoint.specs, self.settings)
         except QmergeError as problem:  # of a part, whose name need not tell the linear's
             raise Refused(problem.what, where=name, expected=problem.expected, found=problem.found or problem.where) from problem
         except MALFORMED as problem:
@@ -59,7 +59,7 @@ class Written:
     def linear(self, name: str) -> torch.Tensor:
         """Raises as `quantized`."""
         try:
-            return self.format.dequantize(self.quantized(name))
+            return known(self.format).dequantize(self.quantized(name))
         except MALFORMED as problem:
             raise Refused("a quantized weight's parts contradict each other", where=name, found=_first_line(problem)) from problem
 
@@ -77,7 +77,7 @@ class Written:
             return f"{name} is not finite"
         stored = {part: self.checkpoint.load(part) for part in self.parts_of(name)}
         try:
-            again = self.format.pack(name, held, config_dtype(self.checkpoint.config))
+            again = known(self.format).pack(name, held, config_dtype(self.checkpoint.config))
         except MALFORMED as problem:
             return f"{name} holds what no packer writes: {_first_line(problem)}"
         wrong = next((part for part in sorted(stored.keys() | again.keys()) if part not in stored or part not in again or not same_bits(stored[part], again[part])), None)

@@ -41,7 +41,8 @@ class Arm:
 
     name: str
     kind: str
-    model: nn.Module
+    model: Any
+    """transformers' or PEFT's"""
     nbytes: int | None
     path: str | None = None
     bytes_note: str | None = None
@@ -135,7 +136,7 @@ def check_method(path: str) -> str:
     return method
 
 
-def grow(model: nn.Module, rows: int) -> None:
+def grow(model: Any, rows: int) -> None:
     """Embeddings of ``rows`` tokens, the new ones at the mean of the old: what a model without the adapter knows of tokens that the adapter brought."""
     before = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(rows, mean_resizing=False)
@@ -178,7 +179,7 @@ def full_recipe(recipe: dict[str, Any] | None) -> dict[str, Any]:
     return NF4_DEFAULT | given
 
 
-def _quantizable(model: nn.Module, recipe: dict[str, Any]) -> set[str]:
+def _quantizable(model: Any, recipe: dict[str, Any]) -> set[str]:
     """What bitsandbytes rounds in a float model: every linear but the output head, or but those that ``skip`` names by transformers' rule."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 

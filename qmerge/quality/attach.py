@@ -68,7 +68,7 @@ def check_separate(adapter: str | AdapterSet) -> tuple[Adapter, ...]:
     return opened
 
 
-def attach(model: nn.Module, adapter: str | AdapterSet, device: str = "cpu") -> nn.Module:
+def attach(model: nn.Module, adapter: str | AdapterSet, device: str = "cpu") -> Any:
     """PEFT's model in eval mode. Grows (or cuts) the embeddings first where the adapter brings others than the base has.
 
     Raises Refused as `check_separate`, and where PEFT's loader leaves a part of the adapter at its random start.
@@ -77,7 +77,7 @@ def attach(model: nn.Module, adapter: str | AdapterSet, device: str = "cpu") -> 
     parts = _parts(check_separate(chosen), chosen)
     _resize(model, parts)
     names = [f"adapter_{index}" for index in range(len(parts))]
-    peft: PeftModel | None = None
+    peft: Any = None
     for name, part in zip(names, parts, strict=True):
         with _folder(part.adapter) as folder, warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -128,12 +128,12 @@ def _kind(adapter: Adapter) -> str:
     return "DoRA" if adapter.config.get("use_dora") else adapter.kind
 
 
-def _config(folder: Path, keep: bool) -> PeftConfig:
+def _config(folder: Path, keep: bool) -> Any:
     """PEFT's config, without an initialisation that PEFT would do again while loading (all values come from the file, and some initialisations change the base).
 
     ``keep`` one that leaves the base alone: a combination that drops values at random draws them after the numbers of the first adapter's initialisation.
     """
-    config = PeftConfig.from_pretrained(folder)
+    config: Any = PeftConfig.from_pretrained(str(folder))
     if hasattr(config, "init_lora_weights") and not (keep and changed_base(config.to_dict()) is None):
         config.init_lora_weights = True
     if hasattr(config, "megatron_config"):
@@ -145,7 +145,7 @@ def _config(folder: Path, keep: bool) -> PeftConfig:
 @contextlib.contextmanager
 def _folder(adapter: Adapter) -> Iterator[Path]:
     """The adapter's folder; one made of it where the file spells names as PEFT's loader does not (marks of wrappers, several adapters, pickles)."""
-    claims, keys = adapter.claims, {}
+    claims, keys = adapter.claims, dict[str, str]()
     for module, mine in claims.modules.items():
         keys |= {_spelled(module, slot, key): key for slot, key in mine.parts.items()} | {key: key for key in mine.idle}
     keys |= {f"{PREFIX}{parameter}": key for parameter, key in claims.saved.items()}
@@ -177,7 +177,7 @@ def _check_loaded(adapter: Adapter, missing: list[str]) -> None:
                       found=f"missing: {missing[0][:300]}", fix=_KEPT)
 
 
-def _combined(peft: PeftModel, names: list[str], chosen: AdapterSet) -> nn.Module:
+def _combined(peft: Any, names: list[str], chosen: AdapterSet) -> Any:
     combination = chosen.combination
     torch.manual_seed(combination.seed)
     options: dict[str, Any] = {"density": combination.density} if combination.density is not None else {}
@@ -192,11 +192,12 @@ def _weigh(model: PeftModel, name: str, weight: float) -> None:
     if weight == 1.0:
         return
     for module in model.modules():
-        if isinstance(getattr(module, "scaling", None), dict) and name in module.scaling:
-            module.scaling[name] *= weight
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict) and name in scaling:
+            scaling[name] *= weight
 
 
-def _resize(model: nn.Module, parts: list[_Part]) -> None:
+def _resize(model: Any, parts: list[_Part]) -> None:
     entrance = model.get_input_embeddings()
     ends = [name for name, module in model.named_modules() if module in (entrance, model.get_output_embeddings())]
     held = {part.adapter.specs[key].shape[0] for part in parts for key in part.adapter.specs for name in ends if _plain(key).replace(".token_adapter", "").replace(".base_layer", "") == f"{PREFIX}{name}"}

@@ -16,7 +16,7 @@ import numpy as np
 from qmerge.errors import Refused
 from qmerge.quality.compare import REFERENCE_ARMS, differing_keys
 from qmerge.quality.stats import cluster_mean, cluster_ratio
-from qmerge.types import Metric
+from qmerge.types import Metric, known
 
 if TYPE_CHECKING:
     from qmerge.quality.measure import TokenScores
@@ -85,7 +85,7 @@ def check_fingerprints(results: Mapping[str, Any], baseline: Mapping[str, Any], 
         )
 
 
-def _text_checks(name: str, text: str, rows: tuple[dict, dict], tokens: _Tokens | str, floor: float) -> Iterator[dict[str, Any]]:
+def _text_checks(name: str, text: str, rows: tuple[dict[str, Any], dict[str, Any]], tokens: _Tokens | str, floor: float) -> Iterator[dict[str, Any]]:
     for key in ("kl_mean", "nll_delta", "top1_agreement", "retention"):
         new, old = (row.get(key, {}) for row in rows)
         if key != "kl_mean" and _number(new.get("value")) is None and _number(old.get("value")) is None:
@@ -105,7 +105,7 @@ def _section_checks(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -
             yield _judge(name, text, "exact_match", row.get("exact_match", {}), old["generation"][text].get("exact_match", {}), NOT_KEPT, MARGINS["exact_match"])
     macro = [arm.get("tasks", {}).get("macro_accuracy_delta") for arm in (new, old)]
     if all(macro):
-        yield _judge(name, "tasks", "macro_accuracy_delta", *macro, NOT_KEPT, MARGINS["macro_accuracy_delta"])
+        yield _judge(name, "tasks", "macro_accuracy_delta", macro[0], macro[1], NOT_KEPT, MARGINS["macro_accuracy_delta"])
 
 
 def _judge(name: str, text: str, key: str, new: Mapping[str, Any], old: Mapping[str, Any], paired: Metric | str, margin: float) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def _judge(name: str, text: str, key: str, new: Mapping[str, Any], old: Mapping[
     if difference is None:
         return _open(name, text, f"{key} has no interval in both runs", key)
     sign = -1.0 if key in MORE_IS_BETTER else 1.0
-    worse = sorted(sign * end for end in (difference.ci_low, difference.ci_high))
-    state = "fail" if worse[0] > margin else "pass" if sign * difference.value <= margin else "inconclusive"
+    worse = sorted(sign * known(end) for end in (difference.ci_low, difference.ci_high))
+    state = "fail" if worse[0] > margin else "pass" if sign * known(difference.value) <= margin else "inconclusive"
     word = {"fail": "worse", "pass": "not worse", "inconclusive": "perhaps worse, more text would tell"}[state]
     how = "token by token" if found else f"from the two intervals, as {why}"
     shown = [_shown(x) for x in (new.get("value"), old.get("value"), difference.value, difference.ci_low, difference.ci_high)]
@@ -141,9 +141,10 @@ def unpaired_difference(new: Mapping[str, Any], old: Mapping[str, Any]) -> Metri
     1.5
     """
     numbers = [[_number(row.get(key)) for key in ("value", "ci_low", "ci_high")] for row in (new, old)]
-    if any(x is None for row in numbers for x in row):
+    found = [x for row in numbers for x in row if x is not None]
+    if len(found) < 6:
         return None
-    (value, low, high), (before, old_low, old_high) = numbers
+    value, low, high, before, old_low, old_high = found
     half = math.hypot((high - low) / 2, (old_high - old_low) / 2)
     return Metric(value - before, value - before - half, value - before + half, min(int(row.get("n") or 0) for row in (new, old)), str(new.get("unit") or ""))
 
@@ -161,7 +162,8 @@ class _Tokens:
         clusters = new.clusters[keep]
 
         def minus(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            return a[keep].astype(np.float64) - b[keep].astype(np.float64)
+            found: np.ndarray = a[keep].astype(np.float64) - b[keep].astype(np.float64)
+            return found
 
         if key == "kl_mean":
             return cluster_mean(minus(new.kl, old.kl), clusters, "nats/token")
@@ -172,10 +174,10 @@ class _Tokens:
         same_gain = self.base is not None and self.old_base is not None and np.allclose(self.base.nll_cand[keep], self.old_base.nll_cand[keep], atol=1e-4)
         if not same_gain or not np.allclose(new.nll_ref[keep], old.nll_ref[keep], atol=1e-4):
             return "the adapter's gain that it divides by is another one"
-        return cluster_ratio(minus(old.nll_cand, new.nll_cand), minus(self.base.nll_cand, new.nll_ref), clusters, "share")
+        return cluster_ratio(minus(old.nll_cand, new.nll_cand), minus(known(self.base).nll_cand, new.nll_ref), clusters, "share")
 
 
-def _same_tokens(scores: Scores, old_scores: Scores, text: str, names: tuple[str, str], rows: tuple[dict, dict]) -> _Tokens | str:
+def _same_tokens(scores: Scores, old_scores: Scores, text: str, names: tuple[str, str], rows: tuple[dict[str, Any], dict[str, Any]]) -> _Tokens | str:
     """Both candidates' arrays, if they are of the same tokens and really belong to the results beside them; else what is wrong with them."""
     found = [have.get(text, {}).get(name) for have, name in zip((scores, old_scores), names, strict=True)]
     for one, metrics, name, whose in zip(found, rows, names, SIDES, strict=True):
@@ -185,7 +187,7 @@ def _same_tokens(scores: Scores, old_scores: Scores, text: str, names: tuple[str
         mean = float(one.kl[one.finite].astype(np.float64).mean()) if one.finite.any() else math.nan
         if stated is None or not math.isclose(mean, stated, rel_tol=1e-3, abs_tol=1e-12):
             return f"the .npz beside {whose} belongs to another run: its mean KL is {_shown(mean)}, the results say {_shown(stated)}"
-    new, old = found
+    new, old = (known(one) for one in found)
     if not (np.array_equal(new.window, old.window) and np.array_equal(new.doc, old.doc)):
         return "the two .npz are of other tokens"
     return _Tokens(new, old, scores[text].get("base"), old_scores[text].get("base"))

@@ -152,7 +152,7 @@ def _check(arm: str, text: str, key: str, metric: dict[str, Any], limit: dict[st
     side, bound = next(iter(limit.items()))
     value, low, high = (metric.get(k) for k in ("value", "ci_low", "ci_high"))
     here = f"{arm} on {text}: {key}"
-    if any(number is None or not math.isfinite(number) for number in (value, low, high)):
+    if value is None or low is None or high is None or not all(map(math.isfinite, (value, low, high))):
         why = metric.get("note") or "not measured"
         number = "" if value is None else f" {_number(value)}"
         return _row(arm, text, key, metric, limit, "inconclusive", f"{here}{number} has no interval to hold against {bound:g}: {why}")

@@ -28,6 +28,7 @@ from qmerge.quality.attach import as_set, check_separate
 from qmerge.quality.compare import REFERENCE_ARMS, compare, load_budget
 from qmerge.quality.fingerprint import protocol, text_protocol
 from qmerge.quality.generation import Generations, check_room, choose_prompts, end_tokens
+from qmerge.quality.loaders import quantization_method
 from qmerge.quality.measure import TokenScores, measure
 from qmerge.quality.merging import edited_weights, linear_rows
 from qmerge.quality.metrics import json_metric, reference_scores, text_metrics
@@ -114,7 +115,7 @@ def evaluate_in_full(
     tokenizer = load_tokenizer(base, *(str(one.path) for one in opened))
     windows, prints, token_docs = _read_texts(texts, tokenizer, tokens, template, doc_separator, keep_tail)
     notes = check_tokenizers(candidates, tokenizer, texts, template=template, doc_separator=doc_separator)
-    how = {"on": on, "nf4_recipe": nf4_recipe}
+    how: dict[str, Any] = {"on": on, "nf4_recipe": nf4_recipe}
     reference = loading.load_separate(base, adapter, **how)
     _check_length(reference.model, tokens)
     context = context_length(reference.model.config, tokenizer)
@@ -125,7 +126,7 @@ def evaluate_in_full(
     edits = reference.edits or {}
     foundation = edited_weights(reference.model if original is None or on != "original" else loading.load_base(original, on="original").model, edits)
     place(reference.model, device)
-    elsewhere = on == "original" and loading.quantization_method(base) != "none"
+    elsewhere = on == "original" and quantization_method(base) != "none"
     options = {"merged_into": "another base" if elsewhere else "the reference's base", "window_tokens": tokens, "keep_tail": keep_tail, "template": template, "doc_separator": doc_separator, "seed": seed, **how}
     fingerprint = protocol(reference.model, tokenizer, device, options) | {"texts": prints, "suite": tasks.suite.content if tasks else None}
     fingerprint |= {extra.name: extra.fingerprint for extra in extras}
@@ -135,7 +136,7 @@ def evaluate_in_full(
     for load, linears in _loaders(base, adapter, candidates, also, original, how):
         run.add(load, (foundation, edits) if linears else None)
     floor = run.noise_floor(base, adapter, how)
-    results = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(), "noise_floor": floor}
+    results: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(), "noise_floor": floor}
     for name, note in notes.items():
         results["arms"][name]["tokenizer_note"] = note
     results["tasks"] = task_rows(run.samples, results["arms"], seed=seed) if tasks else {}
@@ -149,7 +150,7 @@ def evaluate_in_full(
 
 def recipe_of(base: str, adapters: Iterable[Adapter], on: str, given: dict[str, Any] | None) -> dict[str, Any] | None:
     """How a float base was quantized while the adapter was trained: as ``given``, else as the adapters' folders say. Refused where nothing says it, as in a merge."""
-    if given is not None or on == "original" or loading.quantization_method(base) != "none":
+    if given is not None or on == "original" or quantization_method(base) != "none":
         return given
     told = {found for one in adapters if (found := recipe_from_adapter(one.config, one.path)) is not None}
     if len(told) != 1:
@@ -265,7 +266,7 @@ class _Run:
             extra.add(arm, answers, self.device, lambda what: self._counter(f"{arm}, {what}"))
 
     def _counter(self, label: str) -> Callable[[int, int], None] | None:
-        return None if self.progress is None else lambda done, total: self.progress(label, done, total)
+        return None if self.progress is None else partial(self.progress, label)
 
     def _measure(self, arm: str, model: torch.nn.Module | Answers, text: str) -> TokenScores:
         return measure(self.answers, model, self.windows[text], device=self.device, progress=self._counter(f"{arm} on {text}"))
@@ -289,7 +290,7 @@ def public_path(path: str | None, results_dir: str | Path | None) -> str | None:
 def _loaders(base: str, adapter: str | AdapterSet, candidates: dict[str, str], also: Sequence[str], original: str | None, how: dict[str, Any]) -> list[tuple[Callable[[], loading.Arm], bool]]:
     """Every arm but the reference, as a function that loads it, and whether its linears are set against ΔW."""
     extra = {"rtn": partial(loading.load_rtn, base, adapter, original=original, **how), "original": partial(loading.load_original, str(original), adapter)}
-    fixed = [(partial(loading.load_base, base, **how), False), (partial(loading.load_merged, base, adapter, original=original, **how), False)]
+    fixed: list[tuple[Callable[[], loading.Arm], bool]] = [(partial(loading.load_base, base, **how), False), (partial(loading.load_merged, base, adapter, original=original, **how), False)]
     return fixed + [(extra[name], True) for name in also] + [(partial(loading.load_candidate, name, path), True) for name, path in candidates.items()]
 
 

@@ -33,7 +33,7 @@ def compare_answers(models: tuple[Answers, Answers], states: tuple[torch.Tensor,
     ``states``: what both models' ``states`` gave, ``[B, T, …]``; ``at`` int64 ``[n]`` positions in B·T, ``targets`` int64 ``[n]``, both on the CPU.
     ``chunk_bytes``: fp32 logits of one model that may be held.
     """
-    flat = tuple(each.flatten(0, 1) for each in states)
+    flat = states[0].flatten(0, 1), states[1].flatten(0, 1)
     if flat[0].device.type == "cpu":
         found = _fused(models, flat, at, targets, chunk_bytes)
         finite, finite_ref = found.pop("finite"), found.pop("finite_ref")
@@ -63,7 +63,11 @@ def answer_losses(answers: Answers, states: torch.Tensor, targets: torch.Tensor,
     with _threads() as share:
         for here, first, [logits] in _tiles((answers,), (states,), torch.arange(len(targets)), chunk_bytes):
             offset = here.start
-            share(here, lambda part, a=logits, v=first, o=offset: fused.loss_tile(a[part.start - o : part.stop - o], v, wanted[part], state[part]))
+
+            def add(part: slice, a: np.ndarray = logits, v: int = first, o: int = offset) -> None:
+                fused.loss_tile(a[part.start - o : part.stop - o], v, wanted[part], state[part])
+
+            share(here, add)
     found, finite = fused.losses(state)
     rest = torch.from_numpy(np.flatnonzero(~finite))
     found[~finite] = _losses_in_torch(answers, states[rest], targets[rest], chunk_bytes)
@@ -83,7 +87,11 @@ def _fused(models: tuple[Answers, Answers], flat: tuple[torch.Tensor, torch.Tens
     with _threads() as share:
         for here, first, (ref, cand) in _tiles(models, flat, at, chunk_bytes):
             offset = here.start
-            share(here, lambda part, a=ref, b=cand, v=first, o=offset: fused.compare_tile(a[part.start - o : part.stop - o], b[part.start - o : part.stop - o], v, wanted[part], state[part]))
+
+            def add(part: slice, a: np.ndarray = ref, b: np.ndarray = cand, v: int = first, o: int = offset) -> None:
+                fused.compare_tile(a[part.start - o : part.stop - o], b[part.start - o : part.stop - o], v, wanted[part], state[part])
+
+            share(here, add)
     return fused.comparison(state)
 
 

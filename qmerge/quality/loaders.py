@@ -47,8 +47,8 @@ def load_public(path: str, method: str) -> tuple[nn.Module, str | None]:
         return _from_gptqmodel(path, method, problem), f"GPTQModel.load; transformers stops with: {problem}"
     if left := unread(path, model):
         # fused experts: transformers keeps them as they were initialized, and only reports it
-        problem = f"it leaves {left[0]} at random"
-        return _from_gptqmodel(path, method, problem), f"GPTQModel.load; transformers: {problem}"
+        why = f"it leaves {left[0]} at random"
+        return _from_gptqmodel(path, method, why), f"GPTQModel.load; transformers: {why}"
     return model, None
 
 
@@ -85,7 +85,8 @@ def _from_compressed(path: str) -> nn.Module:
         raise Refused("transformers cannot load this checkpoint, so it cannot be measured", where=label(path), found=(str(problem).splitlines() or [type(problem).__name__])[0][:300]) from problem
     if found["missing_keys"]:
         raise Refused("transformers finds no weights for a part of this checkpoint", where=label(path), expected="every parameter in the file", found=sorted(found["missing_keys"])[0])
-    return model
+    loaded: nn.Module = model
+    return loaded
 
 
 def _class_named(architectures: Any) -> Any:
@@ -129,7 +130,8 @@ def _from_gptqmodel(path: str, method: str, problem: object) -> nn.Module:
         from gptqmodel import GPTQModel
 
         try:
-            return GPTQModel.load(path, device="cpu", backend=GPTQMODEL_KERNEL[method], trust_remote_code=False).model.eval()
+            model: nn.Module = GPTQModel.load(path, device="cpu", backend=GPTQMODEL_KERNEL[method], trust_remote_code=False).model.eval()
+            return model
         except (ValueError, RuntimeError, NotImplementedError) as second:
             raise Refused(f"no public loader reads this {method} checkpoint", where=label(path),
                           found=f"transformers: {problem}; gptqmodel: {str(second).splitlines()[0]}",
@@ -159,7 +161,8 @@ def _plain_kernel(path: str, method: str) -> dict[str, Any]:
         return {"quantization_config": GPTQConfig(bits=int(stored["bits"]), backend=PREFERRED_KERNEL["gptq"])}
     from transformers import AwqConfig
 
-    return {"quantization_config": AwqConfig(bits=int(stored.get("bits", 4)), backend=PREFERRED_KERNEL["awq"])}
+    backend: Any = PREFERRED_KERNEL["awq"]  # the config takes the kernel's name too
+    return {"quantization_config": AwqConfig(bits=int(stored.get("bits", 4)), backend=backend)}
 
 
 def label(path: str) -> str:

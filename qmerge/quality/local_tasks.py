@@ -219,7 +219,7 @@ def _row_fault(task: dict[str, Any], row: dict[str, Any]) -> str | None:
         return "the prompt is a bare number, which lm-eval takes for an index"
     if task["kind"] == "generate":
         return None
-    options = row[task["contexts"]] if task["kind"] == "fill" else row[choices] if isinstance(choices, str) else [choice.format_map(row) if choice in templates else choice for choice in choices]
+    options = row[task["contexts"]] if task["kind"] == "fill" else row[choices] if isinstance(choices, str) else [choice.format_map(row) if choice in templates else choice for choice in choices or ()]
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
         return f"{task.get('contexts') or choices} must be a list of at least two texts"
     return _gold_fault(row[task["gold"]], options, task["kind"], task["gold"])

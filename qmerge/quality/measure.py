@@ -49,7 +49,8 @@ class TokenScores:
 
     @property
     def finite(self) -> np.ndarray:
-        return np.isfinite(self.nll_ref) & np.isfinite(self.nll_cand) & np.isfinite(self.kl)
+        found: np.ndarray = np.isfinite(self.nll_ref) & np.isfinite(self.nll_cand) & np.isfinite(self.kl)
+        return found
 
     @property
     def clusters(self) -> np.ndarray:
@@ -103,7 +104,7 @@ def batch_tokens(device: str | torch.device) -> int:
     return BATCH_TOKENS if torch.device(device).type == "cpu" else DEVICE_BATCH_TOKENS
 
 
-def _append(rows: dict[str, list[np.ndarray]], models: tuple[Answers, Answers], states: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor, scored: list, doc: list, first: int) -> None:
+def _append(rows: dict[str, list[np.ndarray]], models: tuple[Answers, Answers], states: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor, scored: list[torch.Tensor], doc: list[torch.Tensor], first: int) -> None:
     """Add one batch's tokens: states ``[B, T, …]`` of reference and candidate, ids ``[B, T]`` on the CPU, masks and document indices B times ``[T]``."""
     mask = torch.stack(scored)[:, 1:]
     window = torch.arange(first, first + len(ids)).unsqueeze(1).expand_as(mask)[mask]

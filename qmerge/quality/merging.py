@@ -110,7 +110,7 @@ def _replicate(model: nn.Module, spans: list[Any]) -> None:
                 module[index] = copy.deepcopy(layer)
 
 
-def _settle_ties(model: nn.Module, edits: dict[str, Edit], configs: list[dict[str, Any]]) -> dict[str, Edit]:
+def _settle_ties(model: Any, edits: dict[str, Edit], configs: list[dict[str, Any]]) -> dict[str, Edit]:
     """Where embedding and head share a tensor: one edit for both, or two tensors from now on."""
     entrance, head = model.get_input_embeddings(), model.get_output_embeddings()
     if entrance is None or head is None or entrance.weight is not head.weight:

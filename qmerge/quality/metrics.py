@@ -75,7 +75,7 @@ def json_metric(metric: Metric) -> dict[str, Any]:
     """``Metric.to_json`` for numbers that JSON has: an infinite value becomes None, with a note."""
     ends = [None if x is None or not math.isfinite(x) else float(x) for x in (metric.value, metric.ci_low, metric.ci_high)]
     lost = metric.value is not None and ends[0] is None
-    return Metric(*ends, metric.n, metric.unit, f"not finite: {metric.value}" if lost else metric.note).to_json()
+    return Metric(ends[0], ends[1], ends[2], metric.n, metric.unit, f"not finite: {metric.value}" if lost else metric.note).to_json()
 
 
 def _js_mean(scores: TokenScores) -> Metric:

@@ -29,7 +29,8 @@ def task_rows(answers: dict[str, Answers], arms: dict[str, Any], *, seed: int = 
             clusters = cluster_labels(items)
             rows[task], delta = paired_row(scores(items), scores(theirs), clusters, same=arm == REFERENCE)
             rows[task] |= {"metric": items[0].metric} | margin_rows(items, theirs, clusters)
-            deltas.append(delta), groups.append(clusters)
+            deltas.append(delta)
+            groups.append(clusters)
         for row, p in zip(rows.values(), holm([row["mcnemar_p"] for row in rows.values()]), strict=True):
             row["holm_p"] = p
         macro = _nothing(sum(map(len, deltas))) if arm == REFERENCE else macro_share(deltas, groups)
@@ -78,9 +79,11 @@ def margin(item: Item, *, normalised: bool = False) -> float | None:
     One choice alone: its log-likelihood. None where a number is not finite, no gold is known, or the lengths are missing.
     """
     lls = item.loglikelihoods
-    if not lls or not item.gold or any(value is None for value in lls) or (normalised and len(item.lengths) != len(lls)):
+    values = [value for value in lls if value is not None]
+    if not values or not item.gold or len(values) != len(lls) or (normalised and len(item.lengths) != len(lls)):
         return None
-    values = [value / max(1, length) for value, length in zip(lls, item.lengths, strict=True)] if normalised else list(lls)  # type: ignore[operator]
+    if normalised:
+        values = [value / max(1, length) for value, length in zip(values, item.lengths, strict=True)]
     wrong = [value for index, value in enumerate(values) if index not in item.gold]
     return max(values[index] for index in item.gold) - (max(wrong) if wrong else 0.0)
 

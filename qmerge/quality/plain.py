@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,14 +97,14 @@ def _is_foreign(module: nn.Module) -> bool:
     )
 
 
-def _bitsandbytes_weight(module: nn.Module) -> torch.Tensor:
+def _bitsandbytes_weight(module: Any) -> torch.Tensor:
     state = module.weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise Refused("a bitsandbytes linear was already repacked by a forward pass; its weights can no longer be read exactly", fix="load it again")
     return _dequantize(module.weight.data, state)
 
 
-def _dequantize(codes: torch.Tensor, state: object) -> torch.Tensor:
+def _dequantize(codes: torch.Tensor, state: Any) -> torch.Tensor:
     from bitsandbytes import functional
 
     exact = copy.copy(state)
@@ -112,7 +113,7 @@ def _dequantize(codes: torch.Tensor, state: object) -> torch.Tensor:
     return functional.dequantize_4bit(codes, quant_state=exact).reshape(tuple(state.shape)).float()
 
 
-def _int8_weight(module: nn.Module) -> torch.Tensor:
+def _int8_weight(module: Any) -> torch.Tensor:
     """LLM.int8: a module that ran already has moved its scales from the weight to its state."""
     from bitsandbytes import functional
 
@@ -120,33 +121,36 @@ def _int8_weight(module: nn.Module) -> torch.Tensor:
     if module.weight.dtype != torch.int8 or scales is None:
         raise Refused("an LLM.int8 linear is not quantized", expected="int8 weights with SCB", found=str(module.weight.dtype),
                       fix="load it again, without llm_int8_has_fp16_weight")
-    return functional.int8_vectorwise_dequant(module.weight.data, scales.float())
+    found: torch.Tensor = functional.int8_vectorwise_dequant(module.weight.data, scales.float())
+    return found
 
 
-def _awq_weight(module: nn.Module) -> torch.Tensor:
+def _awq_weight(module: Any) -> torch.Tensor:
     """gptqmodel's own AWQ dequantization, scales widened first: ``[in, out]``."""
     from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
     size = module.in_features // module.scales.shape[0]
-    return dequantize_gemm(module.qweight, module.qzeros, module.scales.float(), module.bits, size).T.contiguous()
+    found: torch.Tensor = dequantize_gemm(module.qweight, module.qzeros, module.scales.float(), module.bits, size).T.contiguous()
+    return found
 
 
-def _gptqmodel_weight(module: nn.Module) -> torch.Tensor:
+def _gptqmodel_weight(module: Any) -> torch.Tensor:
     """gptqmodel's dequantization gives ``[in, out]`` in the dtype of its scales, act-order undone through ``g_idx``."""
     module.scales.data = module.scales.data.float()
     # Taken from the class: the instance's own attribute is a torch.compile wrapper.
-    weight = type(module).dequantize_weight(module)
+    weight: torch.Tensor = type(module).dequantize_weight(module)
     return weight.T[: module.out_features].float().contiguous()
 
 
-def _compressed_weight(module: nn.Module) -> torch.Tensor:
+def _compressed_weight(module: Any) -> torch.Tensor:
     """compressed-tensors' own decompression by the module's scheme, scales widened first: it computes in their dtype."""
     from compressed_tensors.compressors import BaseCompressor
 
     parts = {name: value.data for name, value in module.named_parameters(recurse=False) if name.startswith("weight_")}
     scheme = module.quantization_scheme
     compressor = BaseCompressor.get_value_from_registry(scheme.format or "pack-quantized")
-    return compressor.decompress(parts | {"weight_scale": parts["weight_scale"].float()}, scheme)["weight"].float()
+    found: torch.Tensor = compressor.decompress(parts | {"weight_scale": parts["weight_scale"].float()}, scheme)["weight"].float()
+    return found
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

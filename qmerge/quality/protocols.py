@@ -153,12 +153,12 @@ def _parse(text: str) -> Request:
     return Request(protocol, settings, source)
 
 
-def _settled(request: Request, context: int) -> dict[str, int | None]:
+def _settled(request: Request, context: int) -> dict[str, Any]:
     """The settings with their defaults, inside the model's context."""
     given, usual = request.settings, DEFAULTS[request.protocol]
     if given.get("tokens", 0) > context:
         raise UsageProblem("the windows are longer than the model's context", where=request.label, expected=f"tokens={context} at most", found=given["tokens"])
-    settled = usual | {"tokens": min(usual["tokens"] or context, context)} | given
+    settled: dict[str, Any] = usual | {"tokens": min(usual["tokens"] or context, context)} | given
     if "stride" in usual:
         settled["stride"] = settled["stride"] or max(1, settled["tokens"] // 2)
         if settled["stride"] > settled["tokens"]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,10 +26,10 @@ class Answers:
 
     With ``cache_bytes`` the states are kept under the ``key`` given with them; equal keys must mean equal ids."""
 
-    def __init__(self, model: nn.Module, cache_bytes: int = 0) -> None:
+    def __init__(self, model: Any, cache_bytes: int = 0) -> None:
         self.model, self.room = model, cache_bytes
         self.kept: dict[object, torch.Tensor] = {}
-        self.head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self.head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self.width = 0
         """logits per position; known after the first ``states``"""
         self.after: Step | None = None
@@ -56,7 +57,8 @@ class Answers:
             return self.kept[key]
         self.prepare(ids)
         if self.after is None:
-            return self.model(input_ids=ids, use_cache=False).logits
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return logits
         with self._seen_by_head(narrow=True) as seen:
             self.model(input_ids=ids, use_cache=False)
         if key is not None and seen[0].nbytes <= self.room:

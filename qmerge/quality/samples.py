@@ -83,7 +83,7 @@ def _read(file: Path, about: dict[str, Any]) -> list[Item]:
 def _item(line: str, where: str) -> Item:
     try:
         row = json.loads(line)
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items() if key in FIELDS}
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items() if key in FIELDS}
         item = Item(**values)
         if fault := _fault(item):
             raise ValueError(fault)

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qmerge.adapters.several_adapters import AdapterSet
-from qmerge.quality.arms import four_bit_config, full_recipe, load_separate, quantization_method
+from qmerge.quality.arms import four_bit_config, full_recipe, load_separate
 from qmerge.quality.attach import attach
+from qmerge.quality.loaders import quantization_method
 from qmerge.quality.plain import move
 from qmerge.quality.words import public
 from qmerge.store.foreign import check_model_folder
@@ -37,7 +38,7 @@ def as_served(
         if recipe["dtype"]:
             options["dtype"] = getattr(torch, recipe["dtype"])
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, device_map={"": str(device)}, trust_remote_code=False, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(base, device_map={"": str(device)}, trust_remote_code=False, **options)
         model = attach(model, adapter, str(device))
         probe = model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device=device), use_cache=False).logits
         if not bool(torch.isfinite(probe).all()):

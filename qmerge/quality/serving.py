@@ -27,10 +27,11 @@ from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.device import device_name
 from qmerge.errors import QmergeError, Refused, UsageProblem
 from qmerge.extras import need_loader
-from qmerge.quality.arms import full_recipe, load_merged, quantization_method, weight_bytes
+from qmerge.quality.arms import full_recipe, load_merged, weight_bytes
 from qmerge.quality.attach import as_set, check_separate
 from qmerge.quality.evaluate import recipe_of
 from qmerge.quality.fingerprint import versions
+from qmerge.quality.loaders import quantization_method
 from qmerge.quality.metrics import json_metric
 from qmerge.quality.stats import cluster_mean
 from qmerge.quality.words import public
@@ -78,7 +79,8 @@ def check_load(load: Load, folders: Mapping[str, str]) -> None:
         if weight_bytes(folder) or (Path(folder) / INDEX).exists():  # without any weights no library opens it, and it gets a note
             check_model_folder(folder)
         config = read_object(Path(folder) / "config.json", what="the model's config")
-        text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+        inner = config.get("text_config")
+        text = inner if isinstance(inner, dict) else config
         longest = next((text[key] for key in ("max_position_embeddings", "n_positions") if isinstance(text.get(key), int)), None)
         if longest is not None and load.prompt_tokens + load.new_tokens > longest:
             raise UsageProblem("prompt and new tokens do not fit the model's context", where=name, expected=f"--prompt-tokens plus --new-tokens up to {longest}", found=load.prompt_tokens + load.new_tokens)
@@ -148,7 +150,8 @@ def _merged(base: str, adapter: AdapterSet, given: str | None, wanted: bool, how
 
 def _rounds(arms: list[_Arm], load: Load, device: str, progress: Progress) -> dict[str, list[dict[str, Any]]]:
     """Answers per arm, in order of time. An arm that never answered is not asked again."""
-    dice, answers = random.Random(load.seed), {arm.name: [] for arm in arms}
+    dice = random.Random(load.seed)
+    answers: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
     for number in range(load.rounds):
         for arm in dice.sample(arms, len(arms)):
             if number and all("error" in answer for answer in answers[arm.name]):
@@ -176,7 +179,7 @@ def ask(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
             child.kill()
             child.communicate()
     try:
-        answer = json.loads(out)
+        answer: dict[str, Any] = json.loads(out)
     except ValueError:
         answer = {"error": _ending(child.returncode, talk)}
     return answer | ({"error": public(answer["error"])} if "error" in answer else {})

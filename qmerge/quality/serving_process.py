@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qmerge.device import PeakMemory, wait_for
+from qmerge.types import known
 
 LOADER_PACKAGES = {"bitsandbytes": ("bitsandbytes",), "gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",), "compressed-tensors": ("compressed_tensors",)}
 """quantization method -> what transformers reads it with, beside accelerate"""
@@ -120,7 +121,8 @@ def _separate(job: dict[str, Any]) -> tuple[nn.Module, str | None, float]:
     from qmerge.quality.arms import four_bit_config
     from qmerge.quality.attach import attach
 
-    began, told, options = time.perf_counter(), job["adapter"], {"use_safetensors": True}
+    began, told = time.perf_counter(), job["adapter"]
+    options: dict[str, Any] = {"use_safetensors": True}
     adapter = AdapterSet(tuple(Choice(**choice) for choice in told["choices"]), Combination(**told["combination"]), told["residual_base"], told["allow_pickle"])
     if (recipe := job["nf4_recipe"]) is not None:
         if recipe["block_size"] != 64:
@@ -144,7 +146,10 @@ class _Laps:
     """Called at the borders of the phases. What it does itself (waiting, reading the peak) lies between ``stops`` and ``starts``, in no phase."""
 
     def __init__(self, device: torch.device, memory: PeakMemory) -> None:
-        self.device, self.memory, self.stops, self.starts, self.peaks = device, memory, [], [], []
+        self.device, self.memory = device, memory
+        self.stops: list[float] = []
+        self.starts: list[float] = []
+        self.peaks: list[int] = []
 
     def __call__(self) -> None:
         wait_for(self.device)
@@ -157,7 +162,7 @@ class _Laps:
         return [stop - start for start, stop in zip(self.starts, self.stops[1:], strict=False)]
 
 
-def _batch(model: nn.Module, size: int, job: dict[str, Any], memory: PeakMemory) -> dict[str, Any]:
+def _batch(model: Any, size: int, job: dict[str, Any], memory: PeakMemory) -> dict[str, Any]:
     """Peaks are over all turns, the warm-up's too: kernels repack weights then, and a server needs that memory as well."""
     device = torch.device(job["device"])
     vocabulary = model.config.get_text_config().vocab_size
@@ -188,7 +193,7 @@ def greedy(model: nn.Module, ids: torch.Tensor, new: int, mark: Callable[[], Non
     return torch.cat(tokens, 1)
 
 
-def _last_only(model: nn.Module) -> dict[str, int]:
+def _last_only(model: Any) -> dict[str, int]:
     """As ``generate`` does: no head over the whole prompt, where the class can leave it out."""
     import inspect
 
@@ -200,7 +205,7 @@ class _Seen(TorchDispatchMode):
     """Names of the operators that run, those inside a fused one left out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's, without types
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -209,7 +214,7 @@ class _Seen(TorchDispatchMode):
 
 
 @torch.inference_mode()
-def kernel(model: nn.Module, prompt: int) -> str:
+def kernel(model: Any, prompt: int) -> str:
     """The class of most linears but the head, as loaded, with its package, and the operators that it was seen to run for one token (and for a prompt, where other)."""
     linears = list(_linears(model))
     if not linears:
@@ -227,9 +232,10 @@ def kernel(model: nn.Module, prompt: int) -> str:
     return f"{name}: {one}" if one == many else f"{name}: {one}; for a prompt {many}"
 
 
-def _linears(model: nn.Module) -> Iterator[nn.Module]:
+def _linears(model: Any) -> Iterator[nn.Module]:
     """Linears as the model calls them: a LoRA layer stands for what it wraps."""
-    head, inside = model.get_output_embeddings(), ()
+    head = model.get_output_embeddings()
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside) or module is head:
             continue
@@ -244,13 +250,13 @@ def _width(module: nn.Module) -> int | None:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, Conv1D):
-        return module.nx
+        return int(module.nx)
     return getattr(module, "in_features", None) if isinstance(module, nn.Linear) or hasattr(module, "qweight") or hasattr(module, "base_layer") else None
 
 
 def _operators(module: nn.Module, tokens: int, dtype: torch.dtype) -> str:
-    held = next((tensor for tensor in (*module.parameters(), *module.buffers())), None)
-    x = torch.randn(1, tokens, _width(module), dtype=dtype, device=held.device)
+    held = next(iter((*module.parameters(), *module.buffers())))
+    x = torch.randn(1, tokens, known(_width(module)), dtype=dtype, device=held.device)
     with _Seen() as seen:
         module(x)
     names = list(dict.fromkeys(name.split(".")[0] for name in seen.names))

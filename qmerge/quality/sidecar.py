@@ -36,7 +36,7 @@ def write_results(results: dict[str, Any], scores: Scores, path: str | Path, ans
     """Write ``results.json`` at ``path``, the per-token arrays beside it as ``.npz`` and the items of benchmarks (arm -> answers) in
     ``.samples/``; each file appears whole or not at all, results.json last."""
     path = Path(path)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for text, arms in scores.items():
         for arm, row in arms.items():
             arrays |= {f"{text}/{arm}/{key}": getattr(row, key) for key in OWN}

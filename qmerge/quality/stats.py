@@ -78,7 +78,7 @@ def _ratio_of_totals(top: np.ndarray, bottom: np.ndarray, size: np.ndarray) -> t
 def transform(metric: Metric, function: Callable[[float], float], unit: str) -> Metric:
     """An increasing function of a metric: value and interval ends go through it (exp: NLL to perplexity; sqrt: mean square to RMS)."""
     ends = [None if x is None else function(x) for x in (metric.value, metric.ci_low, metric.ci_high)]
-    return Metric(*ends, metric.n, unit, metric.note)
+    return Metric(ends[0], ends[1], ends[2], metric.n, unit, metric.note)
 
 
 def root(x: float) -> float:

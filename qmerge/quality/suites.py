@@ -40,7 +40,8 @@ def load_suite(path: str | Path | None, names: Sequence[str] = (), allow_code: b
     content = {"tasks": []} if path is None else _read(Path(path))
     folder = Path.cwd() if path is None else Path(path).resolve().parent
     faults = _top_faults(content, folder)
-    rows = [*(content.get("tasks") if isinstance(content.get("tasks"), list) else []), *names]
+    listed = content.get("tasks")
+    rows = [*(listed if isinstance(listed, list) else []), *names]
     tasks: dict[str, dict[str, Any]] = {}
     for index, row in enumerate(rows):
         task = {"name": row} if isinstance(row, str) else row

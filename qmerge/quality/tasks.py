@@ -109,10 +109,11 @@ def _evaluate(opened: OpenSuite, lm: Any) -> dict[str, Any]:
 
     options = opened.suite.options
     try:
-        return lm_eval.simple_evaluate(
+        found: dict[str, Any] = lm_eval.simple_evaluate(
             model=lm, tasks=[task for parts in opened.tasks.values() for task in parts], task_manager=opened.manager, limit=options.get("limit"), apply_chat_template=options.get("chat_template", False),
             log_samples=True, bootstrap_iters=0,
         )  # fmt: skip
+        return found
     except AssertionError as error:  # HFLM's own check, which says nothing
         raise Refused("lm-eval cannot run the suite", expected="answers that fit the model's context", found=str(error) or "an answer longer than the model's context", fix="leave such items out, or lower max_tokens") from error
     except FAILURES as error:
@@ -190,9 +191,9 @@ def _truncated(lm: Any, task: Any) -> set[int]:
 def _metric(task: str, rows: list[dict[str, Any]], asked: str | None) -> tuple[str, list[dict[str, Any]]]:
     """``(metric, rows of its filter)``; the metric is written as lm-eval does, ``exact_match,strict-match``, where there is more than one filter."""
     filters = list(dict.fromkeys(row.get("filter") for row in rows))
-    name, _, wished = (asked or "").partition(",")
+    name, _, told = (asked or "").partition(",")
     name = name or next((key for key in CORRECTNESS if rows and key in rows[0]["metrics"]), "")
-    wished = wished or (filters[0] if filters else None)
+    wished = told or (filters[0] if filters else None)
     chosen = [row for row in rows if row.get("filter") == wished]
     if not chosen or not isinstance(chosen[0].get(name), (int, float)):
         offered = sorted({f"{key},{row.get('filter')}" if len(filters) > 1 else key for row in rows[:1] + rows[-1:] for key in row["metrics"]})

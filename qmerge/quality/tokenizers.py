@@ -87,10 +87,10 @@ def _check_text(name: str, own: Any, text: str, path: str, wanted: tuple[list[Do
         docs = read_documents(path, tokenizer=own, **reading)
     except Refused as problem:
         raise Refused("the candidate's chat template is lost or cannot write this text, which the reference's can", where=f"{name} on {text}", found=problem.what, fix=fix) from problem
-    for index, (mine, theirs) in enumerate(zip_longest((doc.text for doc in docs), (doc.text for doc in wanted[0]), fillvalue="")):
-        if mine != theirs:
+    for index, (written, wished) in enumerate(zip_longest((doc.text for doc in docs), (doc.text for doc in wanted[0]), fillvalue="")):
+        if written != wished:
             raise Refused("the candidate's chat template writes other text than the one that the reference uses", where=f"{name} on {text}, document {index + 1}",
-                          expected=repr(_around(theirs, mine)), found=repr(_around(mine, theirs)), fix=fix)
+                          expected=repr(_around(wished, written)), found=repr(_around(written, wished)), fix=fix)
     for index, (mine, theirs) in enumerate(zip(tokenize_documents(docs, own), wanted[1], strict=True)):
         if not torch.equal(mine.ids, theirs.ids):
             raise Refused("the candidate's tokenizer makes other tokens of the text than the one that the reference uses", where=f"{name} on {text}, document {index + 1}",

@@ -125,8 +125,8 @@ def candidate_state(results: Results, candidate: str) -> str | None:
     if not states and others != [candidate]:
         return None
     states += [str(row.get("state")) for row in checks(results) if str(row.get("arm")) not in others]
-    if others == [candidate] and verdict_state(results):
-        states.append(verdict_state(results))
+    if others == [candidate] and (whole := verdict_state(results)):
+        states.append(whole)
     if not states:
         return None
     if "fail" in states:

@@ -41,7 +41,7 @@ def load_results(path: str | Path, whole: bool = False) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Refused("This file is not JSON.", where=found.name, expected="a results.json that qmerge run or qmerge eval wrote", found=str(error), fix=AGAIN) from error
     version = results.get("schema_version") if isinstance(results, dict) else None
-    if version != SCHEMA_VERSION:
+    if not isinstance(results, dict) or version != SCHEMA_VERSION:
         fix = "Use the qmerge that wrote it, or evaluate again."
         raise Refused("These results have another layout.", where=found.name, expected=f"schema_version {SCHEMA_VERSION}", found="none" if version is None else version, fix=fix)
     if whole:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from qmerge.report import fields, svg
 from qmerge.report.fields import Results
@@ -172,7 +173,7 @@ def _strip_frame(x: Axis | SignedLog, y: Axis) -> str:
     return "".join(parts) + svg.text((x.start + x.end) / 2, y.start + 36, f"ΔNLL to separate (nats/token{scale}), worse to the right", "middle")
 
 
-def _strip(metric: dict | None, look: Look, found: list[float], x: Axis | SignedLog, top: float) -> str:
+def _strip(metric: dict[str, Any] | None, look: Look, found: list[float], x: Axis | SignedLog, top: float) -> str:
     stride = -(-len(found) // (MAX_DOTS // 4))
     # the golden ratio spreads neighbours in height without chance, so that the same results give the same bytes
     dots = [(x(value), top + 17 + 17 * (index * 0.618034 % 1)) for index, value in enumerate(found[::stride])]

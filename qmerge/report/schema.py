@@ -19,7 +19,8 @@ TYPES: dict[str, tuple[type, ...]] = {"object": (Mapping,), "array": (list, tupl
 @cache
 def results_schema() -> dict[str, Any]:
     """The committed schema, draft 2020-12."""
-    return json.loads(files("qmerge.report").joinpath("results.schema.json").read_text("utf-8"))
+    found: dict[str, Any] = json.loads(files("qmerge.report").joinpath("results.schema.json").read_text("utf-8"))
+    return found
 
 
 def faults(results: Any, most: int = 20) -> list[str]:

@@ -55,7 +55,8 @@ def _capped(title: str, how: str, heads: tuple[str, ...], rows: list[tuple[Cell,
 def baseline(results: Results) -> Section | None:
     """New against old, from the checks that a comparison with a baseline made; what got worse first."""
     order = {"fail": 0, "inconclusive": 1}
-    rows, unpaired = [], []
+    rows: list[tuple[Cell, ...]] = []
+    unpaired: list[str] = []
     for check in sorted(fields.checks(results), key=lambda row: order.get(str(row.get("state")), 2)):
         name = str(check.get("metric"))
         if not name.endswith(BASELINE):

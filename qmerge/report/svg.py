@@ -48,8 +48,7 @@ class Axis:
     def ticks(self, count: int = 5) -> list[float]:
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-            step = max(1, math.ceil((last - first) / count))
-            return [10.0**power for power in range(first, last + 1, step)]
+            return [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / count)))]
         span = self.high - self.low
         if not (math.isfinite(span) and span > 1e-12 * max(abs(self.low), abs(self.high)) and span > 1e-300):  # numbers that nothing measures
             return [self.low]

@@ -25,7 +25,7 @@ class DirectWriter:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
-        self._waiting: deque[Future] = deque()
+        self._waiting: deque[Future[None]] = deque()
         self._free = [mmap.mmap(-1, BUFFER_BYTES) for _ in range(2)]
         self._buffer, self._filled, self._handle, self._count = self._free.pop(), 0, -1, 0
 
@@ -46,7 +46,7 @@ class DirectWriter:
             if self._filled == BUFFER_BYTES:
                 self._send()
 
-    def close(self) -> Future:
+    def close(self) -> Future[None]:
         """No more bytes for this file. The future is done when it is on the disk."""
         self._send()
         handle, self._handle = self._handle, -1

@@ -68,9 +68,9 @@ def _local(folder: Path, text: str, revision: str | None) -> tuple[Path, str, st
 
 def _download(repo: str, revision: str | None, also: Sequence[str]) -> str:
     wanted = f"{repo}, revision {revision}" if revision else repo
-    patterns = {"allow_patterns": [*ALLOW_PATTERNS, *also], "ignore_patterns": IGNORE_PATTERNS}
+    wished = [*ALLOW_PATTERNS, *also]
     try:
-        return snapshot_download(repo, revision=revision, **patterns)
+        return snapshot_download(repo, revision=revision, allow_patterns=wished, ignore_patterns=IGNORE_PATTERNS)
     except hub_errors.GatedRepoError:
         raise Refused("Access to this model has to be granted first.", where=wanted, fix="accept its terms on the hub, then: hf auth login") from None
     except _FINAL as error:
@@ -80,7 +80,7 @@ def _download(repo: str, revision: str | None, also: Sequence[str]) -> str:
     except Exception as error:  # noqa: BLE001  the network has many ways to fail; the cache is the answer to all of them
         reason = type(error).__name__
     try:
-        return snapshot_download(repo, revision=revision, local_files_only=True, **patterns)
+        return snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=wished, ignore_patterns=IGNORE_PATTERNS)
     except Exception:  # noqa: BLE001
         raise Refused("There is no such folder, and the hub cannot be reached.", where=wanted, expected="a folder, or a network",
                       found=f"{reason}, and nothing of this model in the local cache",

@@ -13,9 +13,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from io import BufferedReader
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ class Journal:
 
     def later(self, name: str, check: bool = True) -> tuple[dict[str, Any], dict[str, Callable[[], torch.Tensor]]] | None:
         """As `get`, with functions that read one tensor each when they are called: memory for one at a time. Not ``check``: this process put the record, so its digest is not looked at."""
-        path, found = self.folder / name, {}
+        path, found = self.folder / name, dict[str, Callable[[], torch.Tensor]]()
         try:
             with path.open("rb") as file:
                 digest = hashlib.sha256()
@@ -102,7 +103,8 @@ class Journal:
         """The facts of a record alone; the tensors are not read, nor the digest checked."""
         try:
             with (self.folder / name).open("rb") as file:
-                return _head(file, hashlib.sha256())["facts"]
+                facts: dict[str, Any] = _head(file, hashlib.sha256())["facts"]
+                return facts
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
@@ -125,7 +127,8 @@ def _chunks(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> It
     table = [[name, dtype_name(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()]
     head = json.dumps({"facts": facts, "tensors": table}).encode()
     digest = hashlib.sha256()
-    for chunk in (MAGIC, len(head).to_bytes(8, "little"), head, *(_raw(tensor) for tensor in tensors.values() if tensor.numel())):
+    chunks: list[bytes | memoryview] = [MAGIC, len(head).to_bytes(8, "little"), head, *(_raw(tensor) for tensor in tensors.values() if tensor.numel())]
+    for chunk in chunks:
         digest.update(chunk)
         yield chunk
     yield digest.digest()
@@ -137,7 +140,7 @@ def _read_at(path: Path, place: int, dtype: torch.dtype, shape: tuple[int, ...])
     try:
         with path.open("rb") as file:
             file.seek(place)
-            count = file.readinto(memoryview(raw.numpy())) if len(raw) else 0
+            count = file.readinto(raw.numpy().data) if len(raw) else 0
     except OSError:
         count = -1
     if count != len(raw):
@@ -146,10 +149,10 @@ def _read_at(path: Path, place: int, dtype: torch.dtype, shape: tuple[int, ...])
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _head(file: BinaryIO, digest: Any) -> dict[str, Any]:
+def _head(file: BufferedReader, digest: Any) -> dict[str, Any]:
     start = file.read(len(MAGIC) + 8)
     if start[: len(MAGIC)] != MAGIC:
         raise ValueError("no record")
@@ -160,10 +163,11 @@ def _head(file: BinaryIO, digest: Any) -> dict[str, Any]:
     raw = file.read(length)
     digest.update(start)
     digest.update(raw)
-    return json.loads(raw)
+    found: dict[str, Any] = json.loads(raw)
+    return found
 
 
-def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(file: BufferedReader) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     digest = hashlib.sha256()
     head, tensors = _head(file, digest), {}
     left = os.fstat(file.fileno()).st_size - file.tell()
@@ -173,7 +177,7 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             raise ValueError("shorter than its own head says")
         raw = torch.empty(nbytes, dtype=torch.uint8)
         if nbytes:
-            view = memoryview(raw.numpy())
+            view = raw.numpy().data
             if file.readinto(view) != nbytes:
                 raise ValueError("shorter than its own head says")
             digest.update(view)

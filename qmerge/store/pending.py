@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -37,7 +37,7 @@ class Pending:
         self.folder, self.held_bytes = folder, held_bytes
         self.specs: dict[str, Waiting] = {}
         self.nbytes = self._held = self._end = 0
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take ``tensor`` as it is now. Raises Interrupted where the disk is full."""
@@ -81,5 +81,5 @@ class Pending:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 

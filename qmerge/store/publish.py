@@ -100,7 +100,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
 def _digest_of(folder: Path) -> str | None:
     """Of its manifest; None where it has none."""
     try:
-        return digest_file(folder / MANIFEST)["sha256"]
+        return str(digest_file(folder / MANIFEST)["sha256"])
     except OSError:
         return None
 

@@ -127,8 +127,8 @@ def _compare(sent: Parcel, there: Any, revision: str) -> None:
 def _same(sibling: Any, sent: Parcel, name: str) -> bool:
     digest = sent.digests[name]
     if sibling.lfs is not None:
-        return sibling.lfs.sha256 == digest["sha256"] and sibling.lfs.size == digest["bytes"]
-    return sibling.size == digest["bytes"] and sibling.blob_id == git_blob(sent.paths[name])
+        return bool(sibling.lfs.sha256 == digest["sha256"] and sibling.lfs.size == digest["bytes"])
+    return bool(sibling.size == digest["bytes"]) and sibling.blob_id == git_blob(sent.paths[name])
 
 
 def git_blob(path: Path) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import stat
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from qmerge.errors import Refused
 
@@ -18,14 +18,14 @@ class NotPlain(OSError):
     """A pipe, a device, a socket or a folder where a file was expected; ``strerror`` says which."""
 
 
-def open_plain(path: Path | str) -> BinaryIO:
+def open_plain(path: Path | str) -> FileIO:
     """The regular file at ``path``, to read; unbuffered. Raises NotPlain for anything else, OSError as ``open`` does. Does not wait for a pipe's other end."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
     try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             raise NotPlain(None, f"it is {_kind(mode)}, not a file")
-        return os.fdopen(handle, "rb", buffering=0)
+        return FileIO(handle, "rb")
     except BaseException:
         os.close(handle)
         raise

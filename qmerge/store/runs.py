@@ -14,10 +14,11 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from qmerge.errors import Interrupted, Refused
 from qmerge.store.durable import room_needed, sync
@@ -117,7 +118,8 @@ class RunFolder(OutputFolder):
     def __init__(self, out: Path, inputs: Iterable[Path], overwrite: bool = False, goes_on: Left | None = None) -> None:
         """Checks only. ``goes_on``: the run to take over in the ``with`` statement; raises Refused there if another process was faster."""
         super().__init__(out, list(inputs), overwrite)
-        self.home, self.keep, self._goes_on, self._lock = self._sibling("run"), False, goes_on, -1
+        self.home, self.keep, self._goes_on = self._sibling("run"), False, goes_on
+        self._lock: int | None = -1
 
     @property
     def journal(self) -> Path:
@@ -148,9 +150,9 @@ class RunFolder(OutputFolder):
             raise Refused("Another process has just taken this run over.", where=old.name, fix="wait for it to end") from None
         sync(self.home.parent)
 
-    def commit(self, manifest: dict) -> None:
+    def commit(self, manifest: Mapping[str, Any], instead_of: str | None = None) -> None:
         """As `OutputFolder.commit`; what is left of the run goes afterwards."""
-        super().commit(manifest)
+        super().commit(manifest, instead_of)
         self._discard()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -110,10 +110,10 @@ class ShardStream:
         """the shards that this stream writes, in order"""
         self._place, self._left, self._writer = -1, 0, DirectWriter()
         self.digests |= {self.name_of(number): dict(digest) for number, digest in done.items()}
-        self._begun, self._closed = len(done), []
+        self._begun, self._closed = len(done), list[Future[None]]()
         self._hasher = ThreadPoolExecutor(1)
         self._hash, self._count = hashlib.sha256(), 0
-        self._hashing: deque[Future] = deque()
+        self._hashing: deque[Future[None]] = deque()
 
     def __enter__(self) -> ShardStream:
         return self
@@ -129,7 +129,7 @@ class ShardStream:
         """The next rows of the current tensor: contiguous, on the CPU, in the file's order. Raises Interrupted when the disk is full."""
         if not rows.numel():
             return
-        view = memoryview(rows.reshape(-1).view(torch.uint8).numpy())
+        view = rows.reshape(-1).view(torch.uint8).numpy().data
         while not self._left:
             self._open_next()
             if not self._left:  # a shard of empty tensors

@@ -55,7 +55,8 @@ class ChatWriter:
         self._line.send((messages, options))
         if not self._line.poll(LIMIT_S):
             return False, f"nothing within {LIMIT_S:g} s: a loop without end, perhaps"
-        return self._line.recv()
+        good, text = self._line.recv()
+        return good, text
 
     def _start(self) -> None:
         forking = multiprocessing.get_context("fork")

@@ -47,7 +47,7 @@ def read_bytes(folder: Path, spec: TensorSpec, start: int, stop: int) -> torch.T
     raw = torch.empty(wanted, dtype=torch.uint8)
     if not wanted:
         return raw
-    view = memoryview(raw.numpy())
+    view = raw.numpy().data
     try:
         with open_plain(folder / spec.file) as file:
             handle, done = file.fileno(), 0

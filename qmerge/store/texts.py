@@ -129,7 +129,7 @@ def pack_windows(token_docs: Sequence[TokenDoc], tokens: int, keep_tail: bool = 
     kept = [c for c in cuts if c[1] - c[0] == tokens or (c[1] - c[0] >= 2 and (keep_tail or len(cuts) == 1))]
     flat = [torch.cat(part) for part in (ids, scored, doc)]
     rows = [tuple(part[start:stop].clone() for start, stop in kept) for part in flat]
-    return Windows(*rows, tokens=tokens, dropped_tokens=total - sum(stop - start for start, stop in kept))
+    return Windows(rows[0], rows[1], rows[2], tokens=tokens, dropped_tokens=total - sum(stop - start for start, stop in kept))
 
 
 def ngram_overlap(a_docs: Sequence[str], b_docs: Sequence[str], n: int = 13) -> list[Overlap]:

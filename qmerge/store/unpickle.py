@@ -24,7 +24,7 @@ CHILD = Path(__file__).with_name("unpickle_child.py")
 _KEPT = ("PATH", "LD_LIBRARY_PATH")
 
 
-def as_safetensors(pickle: Path) -> tuple[Path, tempfile.TemporaryDirectory]:
+def as_safetensors(pickle: Path) -> tuple[Path, tempfile.TemporaryDirectory[str]]:
     """``(file, folder)``: the same tensors as safetensors, in a temporary folder that vanishes with the second value. Refused where torch will not load it, and where this
     system lets no process be cut off the network."""
     check_contained(pickle.parent, pickle.name)

@@ -70,7 +70,7 @@ def forbid_calls() -> bool:
     held = ctypes.create_string_buffer(rules, len(rules))
     head = struct.pack("HxxxxxxP", len(rules) // 8, ctypes.addressof(held))
     seccomp = {"x86_64": 317, "aarch64": 277}[machine]
-    return libc.syscall(seccomp, 1, 1, ctypes.create_string_buffer(head, len(head))) == 0  # SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC
+    return bool(libc.syscall(seccomp, 1, 1, ctypes.create_string_buffer(head, len(head))) == 0)  # SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC
 
 
 def limit(pickle_bytes: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qmerge.adapters.combine import COMBINATIONS, SEPARATE, check_combination, combine_all, combine_pairs
+from qmerge.adapters.combine import COMBINATIONS, SEPARATE, check_combination, combine_all
 from qmerge.errors import Refused, UsageProblem
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
@@ -77,7 +77,7 @@ def test_a_chosen_rank_is_kept():
     both = pairs["model.layers.0.self_attn.q_proj"]
     exact = sum(weight * scaling * (b @ a) for weight, (a, b, scaling) in zip(WEIGHTS, both, strict=True))
     for rank, close in ((None, False), (10, True)):
-        a, b = combine_pairs("svd", both, WEIGHTS, rank=rank)
+        a, b = combine_all("svd", ["layer"], {"layer": both}, WEIGHTS, rank=rank)["layer"]
         assert a.shape[0] == b.shape[1] == (rank or 6)
         assert torch.allclose(b @ a, exact, atol=1e-5) is close
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qmerge.adapters.combine import COMBINATIONS, SEPARATE, check_combination, combine_all, combine_pairs
+from qmerge.adapters.combine import COMBINATIONS, SEPARATE, check_combination, combine_all
 from qmerge.errors import Refused, UsageProblem
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
@@ -27,8 +27,8 @@ def two_adapters(ranks: tuple[int, int], alphas: tuple[int, int] = (8, 4)) -> An
     wish = [
         LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM") for rank, alpha, names in zip(ranks, alphas, TARGETS, strict=True)
     ]
-    model = get_peft_model(AutoModelForCausalLM.from_config(config), wish[0], "a")
-    model.add_adapter("b", wish[1])
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), wish[0], "x")
+    model.add_adapter("y", wish[1])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -37,7 +37,7 @@ def two_adapters(ranks: tuple[int, int], alphas: tuple[int, int] = (8, 4)) -> An
 
 
 def taken(model: Any) -> tuple[list[str], dict[str, list], set[str]]:
-    """``(modules in PEFT's order, pairs of a and b, embeddings)``."""
+    """``(modules in PEFT's order, pairs of both, embeddings)``."""
     modules, pairs, embeddings = [], {}, set()
     for name, layer in model.base_model.model.named_modules():
         if hasattr(layer, "lora_A") and hasattr(layer, "scaling"):
@@ -45,10 +45,10 @@ def taken(model: Any) -> tuple[list[str], dict[str, list], set[str]]:
             if len(layer.lora_embedding_A):
                 embeddings.add(name)
                 pairs[name] = [
-                    (layer.lora_embedding_A[a].data, layer.lora_embedding_B[a].data, layer.scaling[a]) if a in layer.lora_embedding_A else None for a in "ab"
+                    (layer.lora_embedding_A[a].data, layer.lora_embedding_B[a].data, layer.scaling[a]) if a in layer.lora_embedding_A else None for a in "xy"
                 ]
             else:
-                pairs[name] = [(layer.lora_A[a].weight.data, layer.lora_B[a].weight.data, layer.scaling[a]) if a in layer.lora_A else None for a in "ab"]
+                pairs[name] = [(layer.lora_A[a].weight.data, layer.lora_B[a].weight.data, layer.scaling[a]) if a in layer.lora_A else None for a in "xy"]
     return modules, pairs, embeddings
 
 
@@ -61,7 +61,7 @@ def test_a_combination_is_that_of_peft(how, sign):
     density = None if how == "svd" else 0.6
     found = combine_all(how, modules, pairs, WEIGHTS, density=density, majority_sign=sign, seed=11, embeddings=embeddings)
     torch.manual_seed(11)
-    model.add_weighted_adapter(["a", "b"], WEIGHTS, "c", how, density=density, majority_sign_method=sign)
+    model.add_weighted_adapter(["x", "y"], WEIGHTS, "c", how, density=density, majority_sign_method=sign)
     assert len(modules) == 7 and len(embeddings) == 1
     for name, layer in model.base_model.model.named_modules():
         if name in found:
@@ -77,7 +77,7 @@ def test_a_chosen_rank_is_kept():
     both = pairs["model.layers.0.self_attn.q_proj"]
     exact = sum(weight * scaling * (b @ a) for weight, (a, b, scaling) in zip(WEIGHTS, both, strict=True))
     for rank, close in ((None, False), (10, True)):
-        a, b = combine_pairs("svd", both, WEIGHTS, rank=rank)
+        a, b = combine_all("svd", ["layer"], {"layer": both}, WEIGHTS, rank=rank)["layer"]
         assert a.shape[0] == b.shape[1] == (rank or 6)
         assert torch.allclose(b @ a, exact, atol=1e-5) is close
 
@@ -103,11 +103,11 @@ def test_cat_and_linear_are_not_offered(how):
 def test_peft_is_off_with_rslora():
     """Why rsLoRA is refused as the first adapter: should a later PEFT put it right, this test says so."""
     model = two_adapters((4, 4))
-    for name in "ab":
+    for name in "xy":
         model.peft_config[name].use_rslora = True
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", "svd", svd_rank=8)
-    exact = layer.get_delta_weight("a") + layer.get_delta_weight("b")
+    model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "c", "svd", svd_rank=8)
+    exact = layer.get_delta_weight("x") + layer.get_delta_weight("y")
     assert torch.allclose(layer.get_delta_weight("c"), exact * 8**0.5, atol=1e-4)
     with pytest.raises(Refused, match="rsLoRA"):
         check_combination("svd", [PLAIN | {"use_rslora": True}, PLAIN])

@@ -8,12 +8,12 @@ from oracles import gptq_slow
 
 from qmerge.errors import CheckFailed
 from qmerge.numerics import grids, nf4
-from qmerge.numerics.distances import weight_fit
+from qmerge.numerics.distances import fit
 from qmerge.numerics.gptq import book_grid, int_grid, solve, values
 from qmerge.numerics.hessian import Statistics, factor
 from qmerge.numerics.lora import delta_survival
 from qmerge.numerics.polish import descend
-from qmerge.numerics.shift import aim, objective, shifts
+from qmerge.numerics.shift import Judge, aim, shifts
 from qmerge.types import Grid
 
 OUT, IN = 24, 96
@@ -42,7 +42,7 @@ def problem(kind: str, seed: int = 0):
     flat = torch.ones(IN)
     if kind == "nf4":  # 64 does not divide 96: blocks run across rows
         absmax = nf4.block_maxima(weight, 64)
-        return weight, book_grid(absmax, (OUT, IN), 64, nf4.nf4_code()), gptq_slow.book_columns(absmax, (OUT, IN), 64, nf4.nf4_code())
+        return weight, book_grid(absmax, (OUT, IN), 64, nf4.code_book("nf4")), gptq_slow.book_columns(absmax, (OUT, IN), 64, nf4.code_book("nf4"))
     scales, zeros = grids.search_int(weight, flat, Grid("int", 4, 32, kind == "sym"), torch.bfloat16)
     return weight, int_grid(scales, zeros, IN, Grid("int", 4, 32, kind == "sym")), gptq_slow.int_columns(scales, zeros, IN, 15)
 
@@ -122,7 +122,7 @@ def test_stacked_weights_are_solved_alone():
 def test_empty_blocks_stay_zero():
     """Division by an absmax of 0."""
     weight = torch.zeros(4, 64)
-    element = book_grid(nf4.block_maxima(weight, 64), (4, 64), 64, nf4.nf4_code())
+    element = book_grid(nf4.block_maxima(weight, 64), (4, 64), 64, nf4.code_book("nf4"))
     codes = solve(weight, factor(torch.eye(64), 0.01), element)
     assert codes.unique().tolist() == [7] and float(values(codes, element).abs().max()) == 0
 
@@ -206,7 +206,7 @@ def test_objective_is_the_mean_squared_error():
     candidates = [weight + 0.01 * torch.randn(OUT, IN, generator=draws(20 + i)) for i in range(4)]
     wanted = teacher.double() @ weight.double().T + residual.double()
     brute = torch.tensor([float((wanted - x.double() @ q.double().T).square().sum() / 600) for q in candidates])
-    ours = torch.tensor([objective(q, weight, found) for q in candidates])
+    ours = torch.tensor([Judge(weight, found)(q) for q in candidates])
     torch.testing.assert_close(ours - ours[0], brute - brute[0], rtol=1e-3, atol=1e-3 * float((brute - brute[0]).abs().max()))
 
 
@@ -254,10 +254,10 @@ def test_important_channels_decide_the_scale():
             scales, zeros = grids.search_int(weight, importance, Grid("int", 4, 64, False), torch.bfloat16)
             rounded = grids.round_int(weight, scales, zeros, 15)
         else:
-            absmax = grids.search_absmax(weight, importance, nf4.nf4_code(), 64)
-            rounded = nf4.nf4_code()[nf4.nearest(weight, absmax, nf4.nf4_code(), 64).long()] * absmax[:, None]
+            absmax = grids.search_absmax(weight, importance, nf4.code_book("nf4"), 64)
+            rounded = nf4.code_book("nf4")[nf4.nearest(weight, absmax, nf4.code_book("nf4"), 64).long()] * absmax[:, None]
         others = [c for c in range(64) if c != 3]
-        plain = nf4.nf4_code()[nf4.nearest(weight, nf4.block_maxima(weight, 64), nf4.nf4_code(), 64).long()] * nf4.block_maxima(weight, 64)[:, None]
+        plain = nf4.code_book("nf4")[nf4.nearest(weight, nf4.block_maxima(weight, 64), nf4.code_book("nf4"), 64).long()] * nf4.block_maxima(weight, 64)[:, None]
         assert float((rounded - weight)[:, others].norm()) < 0.8 * float((plain - weight)[:, others].norm()), search
 
 
@@ -295,8 +295,9 @@ def test_descent_block_size_is_only_speed():
     assert float((descend(start, weight, hessian, 0.01, element, block=5) != whole).float().mean()) < 1 / 200
 
 
-def test_weight_fit_by_hand():
+def test_fit_by_hand():
     """A scale that is 2 % off hidden in the distance of honest rounding; zero against zero called wrong."""
     weight = torch.randn(8, 64, generator=draws())
-    assert weight_fit(weight, weight) == (0.0, pytest.approx(1.0)) and weight_fit(0 * weight, 0 * weight) == (0.0, 1.0)
-    assert weight_fit(1.02 * weight, weight) == (pytest.approx(0.02, rel=1e-3), pytest.approx(1.02)) and weight_fit(weight, 0 * weight)[0] == float("inf")
+    same, zeros, scaled = fit(weight, weight), fit(0 * weight, 0 * weight), fit(1.02 * weight, weight)
+    assert (same.distance, same.slope) == (0.0, pytest.approx(1.0)) and (zeros.distance, zeros.slope) == (0.0, 1.0)
+    assert (scaled.distance, scaled.slope) == (pytest.approx(0.02, rel=1e-3), pytest.approx(1.02)) and fit(weight, 0 * weight).distance == float("inf")

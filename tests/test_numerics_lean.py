@@ -16,7 +16,7 @@ def _linear(seed: int = 0, outputs: int = 48, inputs: int = 128):
     torch.manual_seed(seed)
     weight = torch.randn(outputs, inputs) * 0.02
     absmax = nf4.block_maxima(weight, 64)
-    state = QuantState(absmax, nf4.nf4_code(), 64, (outputs, inputs), "float32")
+    state = QuantState(absmax, nf4.code_book("nf4"), 64, (outputs, inputs), "float32")
     codes = nf4.nearest(weight, absmax, state.code, 64)
     base = nf4.dequantize(codes, state)
     delta = torch.randn(outputs, 4) @ torch.randn(4, inputs)

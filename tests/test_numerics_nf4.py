@@ -109,7 +109,7 @@ def test_nearest_is_quantize_4bit(shape, block_size, dtype):
     wide = weight.float()
     maxima = nf4.block_maxima(wide, block_size)
     assert torch.equal(maxima, state.absmax)
-    codes = nf4.nearest(wide, maxima, nf4.nf4_code(), block_size)
+    codes = nf4.nearest(wide, maxima, nf4.code_book("nf4"), block_size)
     assert torch.equal(codes.reshape(-1), nf4.unpack_nibbles(packed, wide.numel()))
 
 
@@ -117,12 +117,12 @@ def test_nearest_on_a_bound():
     """Dividing where bitsandbytes multiplies by the reciprocal puts one weight in a million on the other side of a bound."""
     for seed in range(12):
         weight, packed, state = quantized((512, 512), 64, nested=False, seed=seed)
-        assert torch.equal(nf4.nearest(weight, state.absmax, nf4.nf4_code(), 64).reshape(-1), nf4.unpack_nibbles(packed, weight.numel()))
+        assert torch.equal(nf4.nearest(weight, state.absmax, nf4.code_book("nf4"), 64).reshape(-1), nf4.unpack_nibbles(packed, weight.numel()))
 
 
 def test_nearest_of_an_empty_block():
     """0 / 0 in a block of zeros."""
-    codes = nf4.nearest(torch.zeros(2, 64), torch.zeros(2), nf4.nf4_code(), 64)
+    codes = nf4.nearest(torch.zeros(2, 64), torch.zeros(2), nf4.code_book("nf4"), 64)
     assert codes.unique().tolist() == [7]
 
 
@@ -137,4 +137,4 @@ def test_nibbles_round_trip(count):
 
 def test_code_book_is_bitsandbytes():
     """A level mistyped by one unit in the last place."""
-    assert torch.equal(nf4.nf4_code(), functional.get_4bit_type("nf4", device="cpu").float())
+    assert torch.equal(nf4.code_book("nf4"), functional.get_4bit_type("nf4", device="cpu").float())

@@ -125,11 +125,12 @@ def test_a_harmful_training_gives_back_the_start(case):
 
 def test_manifest_figures_follow_the_new_weights(case, trained):
     """`verify` derives distance and slope from the file: those of the solver's weights would not fit any more."""
-    from qmerge.numerics.distances import weight_fit
+    from qmerge.numerics.distances import fit
 
     held = case("llama", "gptq")
     for name, result in trained("llama", "gptq").solved.items():
-        assert (result.distance, result.slope) == weight_fit(result.weight, held.merged.weight(name)), name
+        whole = fit(result.weight, held.merged.weight(name))
+        assert (result.distance, result.slope) == (whole.distance, whole.slope), name
 
 
 @pytest.mark.parametrize("fmt", ["gptq", "nf4"])

@@ -11,7 +11,7 @@ from test_quality_arms import build
 from qmerge.errors import Refused, UsageProblem
 from qmerge.quality import arms
 from qmerge.quality.compare import compare, load_budget
-from qmerge.quality.evaluate import candidate_names, check_overlap, evaluate, evaluate_with_scores, public_path
+from qmerge.quality.evaluate import candidate_names, check_overlap, evaluate, evaluate_in_full, public_path
 from qmerge.quality.sidecar import read_scores, recompute, write_results
 from qmerge.report.schema import faults
 from qmerge.store.texts import Document
@@ -34,10 +34,11 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcome(tiny):
-    return evaluate_with_scores(
+    done = evaluate_in_full(
         tiny.nf4, tiny.adapter, {"good": tiny.good, "bare-base": tiny.nf4}, {"held_out": tiny.text, "other": tiny.other}, 32,
         also=("rtn",), results_dir=tiny.root / "out",
     )  # fmt: skip
+    return done.results, done.scores
 
 
 def test_results_hold_every_arm_text_and_metric(outcome):

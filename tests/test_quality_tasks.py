@@ -333,12 +333,6 @@ def test_names_beside_a_suite(suite_file):
         load_suite(None, [])
 
 
-def test_suite_without_lm_eval_names_the_extra(tmp_path, monkeypatch):
-    """The message must end in the command to type."""
-    monkeypatch.setattr(suites.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageProblem, match=r"qmerge\[eval\]"):
-        load_suite(tmp_path / "suite.yaml")
-
 
 def test_group_is_one_task_of_all_its_items(tmp_path, suite_file, arm):
     """MMLU's 57 parts as 57 tasks would outvote all others in the mean."""

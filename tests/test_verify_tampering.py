@@ -9,12 +9,18 @@ import pytest
 import torch
 from support.tamper import CHANGES, tampered
 
-from qmerge.numerics.distances import band_rows, fit, pack_bands, unpack_bands, weight_fit
+from qmerge.numerics.distances import band_rows, fit, pack_bands, unpack_bands
 from qmerge.pipeline.rederive import SAME, SAME_BAND
 from qmerge.store.manifest import portable
 
 FORMATS = {"gptq": ("gptq",), "gptq, asymmetric": ("gptq", "--asym"), "nf4": ("nf4",), "nf4, single": ("nf4", "--single-quant"), "compressed-tensors": ("compressed-tensors",), "compressed-tensors, asymmetric": ("compressed-tensors", "--asym"), "awq": ("awq",)}
 LINEAR = "model.layers.1.mlp.gate_proj"
+
+
+def whole(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
+    """(distance, slope) of two matrices, whatever their bands."""
+    both = fit(found, wanted)
+    return both.distance, both.slope
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -34,7 +40,7 @@ def test_every_band_has_its_own_figures():
     found = wanted + torch.randn_like(wanted) * 0.002
     changed = found.clone()
     changed[1234, 64:128] *= 1.02
-    assert max(abs(a - b) for a, b in zip(weight_fit(found, wanted), weight_fit(changed, wanted), strict=True)) < SAME
+    assert max(abs(a - b) for a, b in zip(whole(found, wanted), whole(changed, wanted), strict=True)) < SAME
     before, after = unpack_bands(fit(found, wanted).bands), unpack_bands(fit(changed, wanted).bands)
     moved = ((before - after).abs() > SAME_BAND).any(1).nonzero().reshape(-1).tolist()
     assert band_rows((4096, 1024)) == 64 and len(before) == 64 and moved == [1234 // 64]
@@ -46,7 +52,7 @@ def test_bands_are_the_fits_of_their_rows(shape):
     torch.manual_seed(1)
     wanted, height = torch.randn(shape), band_rows(shape)
     found = wanted + 0.1 * torch.randn(shape)
-    wanted_bands = [weight_fit(found[start : start + height], wanted[start : start + height]) for start in range(0, shape[0], height)]
+    wanted_bands = [whole(found[start : start + height], wanted[start : start + height]) for start in range(0, shape[0], height)]
     got = unpack_bands(fit(found, wanted).bands)
     assert len(got) == len(wanted_bands) <= 1024
     for row, (distance, slope) in zip(got.tolist(), wanted_bands, strict=True):
@@ -107,5 +113,5 @@ def _whole(bad: Path, linear: str, recorded: dict, base: Path, adapter: Path) ->
 
     again = plan_again(read_manifest(bad), str(base), [str(adapter)], False)
     merged = Merged(again.base, again.pieces, again.adapters, torch.device("cpu"))
-    found = weight_fit(Written(open_checkpoint(bad)).linear(f"{linear}.weight"), merged.weight(f"{linear}.weight"))
+    found = whole(Written(open_checkpoint(bad)).linear(f"{linear}.weight"), merged.weight(f"{linear}.weight"))
     return max(abs(found[0] - recorded["distance"]), abs(found[1] - recorded["slope"]))

@@ -6,7 +6,7 @@ arithmetic (`lora.py`); other PEFT types go through PEFT (`delegated.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,6 @@ from qmerge.adapters.initial import find_initial
 from qmerge.errors import Refused
 from qmerge.store.adapter import AdapterFiles, open_files
 from qmerge.types import TensorSpec
-
-ShapeOf = Callable[[str], tuple[int, ...] | None]
-"""the base's shape of a parameter (``[out, in]`` for linears), or None where the base lacks it"""
 
 
 @dataclass(frozen=True)

@@ -114,29 +114,12 @@ def _check_plain(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def combine_pairs(
-    how: str,
-    pairs: Sequence[Pair],
-    weights: Sequence[float],
-    *,
-    density: float | None = None,
-    rank: int | None = None,
-    majority_sign: str = "total",
-    seed: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(A' [rank, in], B' [out, rank])`` in fp32 with the delta ``B' @ A'``, for one module; ``rank`` None is the largest of the pairs'.
-
-    For a whole adapter under one seed use `combine_all`: the dare kinds draw random numbers in the order of the modules.
-    """
-    return combine_all(how, ["layer"], {"layer": pairs}, weights, density=density, rank=rank, majority_sign=majority_sign, seed=seed)["layer"]
-
-
 def combine_all(
     how: str, modules: Sequence[str], pairs: Mapping[str, Sequence[Pair | None]], weights: Sequence[float],
     *, density: float | None = None, rank: int | None = None, majority_sign: str = "total", seed: int = 0, embeddings: Collection[str] = (),
     turned: Collection[str] = (), init_lora_weights: bool | str = True,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
-    """Module -> ``(A', B')`` as `combine_pairs`: what ``add_weighted_adapter`` gives after ``torch.manual_seed(seed)``; the caller's random numbers stay.
+    """Module -> ``(A' [rank, in], B' [out, rank])`` in fp32 with the delta ``B' @ A'``: what ``add_weighted_adapter`` gives after ``torch.manual_seed(seed)``; the caller's random numbers stay.
 
     ``modules``: all adapted modules in the order of the model's tree. ``pairs``: module -> one per adapter, None where an adapter has none there. ``rank``
     None is the largest of any pair. ``turned``: Conv1D modules, whose products PEFT combines lying ``[in, out]``: what is dropped at random falls elsewhere. ``init_lora_weights``: the first adapter's, which decides how many numbers PEFT draws before the combination.

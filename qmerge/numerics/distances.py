@@ -13,24 +13,17 @@ BAND, MOST_BANDS = 1 << 16, 1024
 
 @dataclass(frozen=True)
 class Fit:
-    """``distance`` and ``slope`` as `weight_fit` gives them; ``bands`` the same of each band of rows, as text (`pack_bands`)."""
+    """``distance``: ``‖found - wanted‖ / ‖wanted‖``; ``slope`` of the regression of ``found`` on ``wanted`` through zero. (0, 1) is equality; ``bands`` holds the same of each
+    band of rows, as text (`pack_bands`). The slope sees a wrong scale that the distance drowns: codes right and scales 2 % off move it by 0.02.
+    """
 
     distance: float
     slope: float
     bands: str
 
 
-def weight_fit(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
-    """(``‖found - wanted‖ / ‖wanted‖``, slope of the regression of ``found`` on ``wanted`` through zero), in fp64; (0, 1) is equality.
-
-    The slope sees a wrong scale that the distance drowns: codes right and scales 2 % off move it by 0.02.
-    """
-    distance, lean = _ratios(_sums(found, wanted).sum(0, keepdim=True))[0].tolist()
-    return distance, 1.0 + lean
-
-
 def fit(found: torch.Tensor, wanted: torch.Tensor) -> Fit:
-    """`weight_fit` of two matrices ``[out, in]`` and of their bands."""
+    """The `Fit` of two matrices ``[out, in]``, in fp64."""
     sums = _sums(found, wanted)
     distance, lean = _ratios(sums.sum(0, keepdim=True))[0].tolist()
     return Fit(distance, 1.0 + lean, pack_bands(_ratios(sums)))

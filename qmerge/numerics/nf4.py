@@ -44,11 +44,6 @@ def code_book(quant_type: str, device: torch.device | str = "cpu") -> torch.Tens
     return torch.tensor({"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}[quant_type], dtype=torch.float32, device=device)
 
 
-def nf4_code(device: torch.device | str = "cpu") -> torch.Tensor:
-    """The code book as fp32 ``[16]``."""
-    return code_book("nf4", device)
-
-
 def sorted_levels(code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The distinct levels of a code book in ascending order, fp32 ``[n]``, and the code that stores each, uint8 ``[n]``.
 

@@ -53,8 +53,3 @@ def wanted(weight: torch.Tensor, held_out: Statistics) -> torch.Tensor:
     """``W D + R`` fp32 ``[out, in]``, for the `Judge`."""
     found = weight @ known(held_out.drift)
     return found if held_out.residual is None else found.add_(held_out.residual)
-
-
-def objective(candidate: torch.Tensor, weight: torch.Tensor, held_out: Statistics) -> float:
-    """`Judge` for a single candidate."""
-    return Judge(weight, held_out)(candidate)

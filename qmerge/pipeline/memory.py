@@ -21,7 +21,7 @@ from qmerge.store.direct import BUFFER_BYTES
 from qmerge.store.pending import WAITING_BYTES
 from qmerge.store.stream import MOST_WAITING
 
-FP32, FP64 = 4, 8
+FP32 = 4
 STATISTICS = 16
 """of inputs squared: H and D of the windows to solve on and of those to choose with, fp32 (numerics.hessian.Statistics); sums become means where they lie"""
 FACTORING, FACTOR = 12, 4

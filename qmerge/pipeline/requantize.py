@@ -83,7 +83,7 @@ class Solved:
     choice: Choice
     distance: float
     slope: float
-    """`weight_fit` of ``weight`` to W + ΔW, for the manifest: `verify` derives both again"""
+    """`fit` of ``weight`` to W + ΔW, for the manifest: `verify` derives both again"""
     survival: float | None = None
     """``<W_out - W, ΔW> / <ΔW, ΔW>``, where the adapter changes the linear"""
     bands: str = ""

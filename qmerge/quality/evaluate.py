@@ -53,14 +53,8 @@ Progress = Callable[[str, int, int], None]
 
 
 def evaluate(base: str, adapter: str | AdapterSet, candidates: dict[str, str], texts: dict[str, str], tokens: int, **options: Any) -> dict[str, Any]:
-    """results.json's content; ``evaluate_with_scores`` takes the same arguments and also gives the per-token arrays."""
+    """results.json's content; `evaluate_in_full` takes the same arguments, and also gives the per-token arrays and the answers."""
     return evaluate_in_full(base, adapter, candidates, texts, tokens, **options).results
-
-
-def evaluate_with_scores(base: str, adapter: str | AdapterSet, candidates: dict[str, str], texts: dict[str, str], tokens: int, **options: Any) -> tuple[dict[str, Any], Scores]:
-    """results.json's content and the per-token arrays; ``evaluate_in_full`` takes the same arguments."""
-    done = evaluate_in_full(base, adapter, candidates, texts, tokens, **options)
-    return done.results, done.scores
 
 
 @dataclass(frozen=True)

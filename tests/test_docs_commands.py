@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 import pytest
-from support.documented import CODE, MARK, PAGES, ROOT, Block, blocks, fences, program, table
+from support.documented import CODE, MARK, PAGES, ROOT, Block, blocks, fences, label, program, table
 
 from qmerge.cli.main import cli as group
 
@@ -47,10 +47,6 @@ QUICK_PROGRAMS = ("head", "cat", "ls", "mkdir", "cd", "cp", "jq")
 LONG_CODE = re.compile(r"from_pretrained\(|\bmerge\(|\bevaluate\(")
 SHELL_SIGNS = re.compile(r"[|<>;&`]|\$\(")
 SHOWN = [page for page in PAGES if any(block.reason is None for block in blocks(page))]
-
-
-def _name(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +91,7 @@ class Session:
     def __init__(self, folder: Path, desk: Path, cli: Callable[..., Any], quick: bool, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.desk, self.cli, self.quick, self.patch = folder, desk, cli, quick, patch
         self.names: dict[str, Any] = {"__name__": "__main__"}
-        self.long_code, self.left_out, self.given = False, False, set()
+        self.long_code, self.left_out, self.given, self.done = False, False, set(), 0
         patch.chdir(folder)
 
     def lay(self, text: str) -> None:
@@ -132,15 +128,22 @@ class Session:
         verb, rest = words[at + 1], words[at + 2 :]
         found = group.get_command(click.Context(group), verb)
         if found is not None and not {"--help", "-h"} & set(rest):
-            asked = found.make_context(verb, list(rest)).params
+            asked = self._parsed(found, verb, rest, f"{block.where}: {command}")
             self._make_room(verb, asked)
             if self.quick and verb in LONG and not asked.get("dry_run") and not (verb == "merge" and asked["format"] in FLOAT):
                 return self._stand_in(verb, asked)
             if self.left_out:
                 return
+        self.done += 1
         answer = self.cli(*words[at + 1 :])
         fine = (0, 3) if verb == "compare" and (self.quick or "--strict" in rest) else (0,)
         assert answer.code in fine, f"{block.where}: {command}\nexit code {answer.code}\n{answer.err}"
+
+    def _parsed(self, found: click.Command, verb: str, rest: list[str], told: str) -> dict[str, Any]:
+        try:
+            return found.make_context(verb, list(rest)).params
+        except click.ClickException as problem:
+            pytest.fail(f"{told}\n{problem.format_message()}")
 
     def _make_room(self, verb: str, asked: dict[str, Any]) -> None:
         """A stand-in gives way to the page's own merge."""
@@ -164,6 +167,7 @@ class Session:
         if self.quick and program(command) not in QUICK_PROGRAMS:
             self.left_out = True  # what comes after may want what it makes
             return
+        self.done += 1
         env = os.environ | {"PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         done = subprocess.run(["bash", "-c", command], cwd=self.folder, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{block.where}: {command}\nexit code {done.returncode}\n{done.stdout[-500:]}{done.stderr[-1500:]}"
@@ -182,6 +186,7 @@ class Session:
         self.long_code |= bool(LONG_CODE.search(source))
         if self.quick and self.long_code:
             return
+        self.done += 1
         with contextlib.redirect_stdout(io.StringIO()):
             exec(made, self.names)
 
@@ -193,31 +198,32 @@ def _play(page: Path, folder: Path, desk: Path, cli: Callable[..., Any], quick: 
         session.lay("\n".join(block.body for block in wanted))
         for block in wanted:
             session.run(block)
+    print(f"\n{label(page)}: {session.done} of {sum(len(block.commands) for block in wanted)} commands carried out")
 
 
-@pytest.mark.parametrize("page", SHOWN, ids=_name)
+@pytest.mark.parametrize("page", SHOWN, ids=label)
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, desk: Path, cli: Callable[..., Any]) -> None:
     """Catches a page whose commands were renamed, take other options, or need what the page never made."""
     _play(page, tmp_path, desk, cli, quick=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", SHOWN, ids=_name)
+@pytest.mark.parametrize("page", SHOWN, ids=label)
 def test_the_commands_of_a_page_run_in_full(page: Path, tmp_path: Path, desk: Path, cli: Callable[..., Any]) -> None:
     """Catches a merge, a measurement or a loader of the docs that fails where the quick test put a finished one."""
     _play(page, tmp_path, desk, cli, quick=False)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_name)
+@pytest.mark.parametrize("page", PAGES, ids=label)
 def test_marks_are_read_and_say_why(page: Path) -> None:
     """Catches a mark that stands where no block follows, so that nobody reads it, and one that gives no reason."""
     above = {block.number - 2 for block in blocks(page)}
-    marks = {row: found for row, line in enumerate(page.read_text("utf-8").splitlines()) if (found := MARK.search(line)) and not line.startswith(("-", "`"))}
+    marks = {row: found for row, line in enumerate(page.read_text("utf-8").splitlines()) if (found := MARK.search(line))}
     assert not set(marks) - above
     assert all(len(block.reason.split()) >= 3 for block in blocks(page) if block.reason)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_name)
+@pytest.mark.parametrize("page", PAGES, ids=label)
 def test_commands_stand_in_blocks_of_their_language(page: Path) -> None:
     """Catches commands in a fence without a language, which nothing would run."""
     plain = [block for block in fences(page) if block.language in ("", "text")]
@@ -228,3 +234,24 @@ def test_the_count_is_known() -> None:
     """Catches a reader of blocks that finds none, in which case everything here would pass."""
     print(f"\n{table()}")
     assert len(SHOWN) > 5 and sum(len(block.commands) for page in SHOWN for block in blocks(page) if block.reason is None) > 40
+
+
+@pytest.mark.parametrize(
+    "block, told",
+    [
+        ("```sh\nqmerge merge --bas BASE --adapter ADAPTER --out OUT --rtn\n```", "--bas"),
+        ("```sh\nqmerge run --base BASE --adapter ADAPTER --out OUT-new --calibration train.jsonl\nqmerge verify OUT-old\n```", "page.md:1: qmerge verify OUT-old"),
+        ("```sh\nno-such-engine serve OUT\n```", "no no-such-engine here"),
+        ("```python\nimport qmerge\n\nqmerge.no_such_name\n```", "no_such_name"),
+    ],
+    ids=["option", "nothing there", "program", "name"],
+)
+def test_a_page_that_is_wrong_fails(block: str, told: str, tmp_path: Path, desk: Path, cli: Callable[..., Any]) -> None:
+    """Catches a session that carries nothing out, so that every page passes it."""
+    page, folder = tmp_path / "page.md", tmp_path / "folder"
+    page.write_text(block)
+    folder.mkdir()
+    with pytest.raises((pytest.fail.Exception, AssertionError, AttributeError), match=re.escape(told)):
+        _play(page, folder, desk, cli, quick=True)
+    page.write_text(f"<!-- not run: an example of a wrong one -->\n{block}")
+    _play(page, folder, desk, cli, quick=True)

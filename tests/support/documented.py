@@ -1,12 +1,12 @@
 """Which commands do README, CONTRIBUTING and docs show, and which of them carry a mark why they are not run?
 
-A command block is a fence of ``sh``, ``bash`` or ``python``. ``<!-- not run: REASON -->`` on the line above it says why that block is not run;
-``<!-- other programs are not run: REASON -->`` anywhere on a page says it of all its blocks that call no qmerge.
+A command block is a fence of ``sh``, ``bash`` or ``python``. ``<!-- not run: REASON -->`` on the line above it says why that block is not run.
 As a program (``python tests/support/documented.py``) it prints the count by page.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -15,8 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = [page for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))) if page.exists()]
 SHELLS, CODE = ("sh", "bash", "shell", "console"), ("python", "py")
-MARK = re.compile(r"<!-- not run: (.+?) -->")
-PAGE_MARK = re.compile(r"<!-- other programs are not run: (.+?) -->")
+MARK = re.compile(r"^\s*<!-- not run: (.+?) -->\s*$")
 FENCE = re.compile(r"^(\s*)(`{3,})(\S*)")
 SETTING = re.compile(r"[A-Z_]+=\S*$")
 
@@ -33,7 +32,7 @@ class Block:
 
     @property
     def where(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.number}"
+        return f"{label(self.page)}:{self.number}"
 
     @property
     def commands(self) -> list[str]:
@@ -42,6 +41,10 @@ class Block:
             return [self.body]
         lines = [re.sub(r"(^|\s+)#\s.*$", "", line).strip() for line in self.body.replace("\\\n", " ").splitlines()]
         return [line for line in lines if line and not line.startswith("#")]
+
+
+def label(page: Path) -> str:
+    return os.path.relpath(page, ROOT)
 
 
 def program(command: str) -> str:
@@ -53,7 +56,6 @@ def program(command: str) -> str:
 def fences(page: Path) -> list[Block]:
     """Every fenced block of a page, commands or not."""
     lines = page.read_text("utf-8").splitlines()
-    whole = PAGE_MARK.search("\n".join(lines))
     found, at = [], 0
     while at < len(lines):
         if opened := FENCE.match(lines[at]):
@@ -61,17 +63,10 @@ def fences(page: Path) -> list[Block]:
             end = next((row for row in range(at + 1, len(lines)) if lines[row].strip() == ticks), len(lines))
             body = "\n".join(line.removeprefix(indent) for line in lines[at + 1 : end])
             mark = MARK.search(lines[at - 1]) if at else None
-            block = Block(page, at + 1, language, body, mark[1] if mark else None)
-            if whole and not mark and block.language in (*SHELLS, *CODE) and not _calls_qmerge(block):
-                block = Block(page, at + 1, language, body, whole[1])
-            found.append(block)
+            found.append(Block(page, at + 1, language, body, mark[1] if mark else None))
             at = end
         at += 1
     return found
-
-
-def _calls_qmerge(block: Block) -> bool:
-    return "qmerge" in block.body if block.language in CODE else any(program(command) == "qmerge" for command in block.commands)
 
 
 def blocks(page: Path) -> list[Block]:
@@ -86,14 +81,14 @@ def count() -> list[tuple[str, int, int, int, int]]:
         found = blocks(page)
         run, marked = (sum(len(block.commands) for block in found if (block.reason is None) is wanted) for wanted in (True, False))
         if found:
-            rows.append((str(page.relative_to(ROOT)), len(found), run + marked, run, marked))
+            rows.append((label(page), len(found), run + marked, run, marked))
     return rows
 
 
 def table() -> str:
     rows = count()
     rows.append(("all", *(sum(row[column] for row in rows) for column in range(1, 5))))
-    return "\n".join(f"{name:<44}{total:>7}{commands:>10}{run:>6}{marked:>8}" for name, total, commands, run, marked in [("page", "blocks", "commands", "run", "marked"), *rows])
+    return "\n".join(f"{page:<44}{total:>7}{commands:>10}{run:>6}{marked:>8}" for page, total, commands, run, marked in [("page", "blocks", "commands", "run", "marked"), *rows])
 
 
 if __name__ == "__main__":

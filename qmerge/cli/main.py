@@ -21,6 +21,7 @@ from qmerge.cli.inspect import inspect_command
 from qmerge.cli.merge import merge_command
 from qmerge.cli.output import Streams
 from qmerge.cli.push import push_command
+from qmerge.cli.recipe import recipe_group
 from qmerge.cli.reporting import advise_command, report_command
 from qmerge.cli.run import run_command
 from qmerge.cli.several import check_alone
@@ -49,7 +50,7 @@ def cli(context: click.Context) -> None:
     check_alone(context.invoked_subcommand, context.find_object(Streams))
 
 
-for command in (inspect_command, merge_command, eval_command, bench_command, compare_command, report_command, advise_command, card_command, verify_command, push_command, run_command):
+for command in (inspect_command, merge_command, eval_command, bench_command, compare_command, report_command, advise_command, card_command, verify_command, push_command, run_command, recipe_group):
     cli.add_command(command)
 
 

@@ -54,7 +54,7 @@ def value_fault(name: str, value: Any) -> str | None:
         return None
     said = f"--{name.replace('_', '-')} {str(value)[:40]}"
     if (words := WORDS.get(name)) and value not in words:
-        return f"{said}: expected one of {', '.join(map(str, words))}"
+        return f"{said}: expected {' or '.join(map(str, words)) if len(words) == 2 else 'one of ' + ', '.join(map(str, words))}"
     if (held := RANGES.get(name)) and not held.holds(value):
         return f"{said}: expected {held.says}"
     return None

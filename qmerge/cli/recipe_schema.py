@@ -6,15 +6,13 @@ The schema says less than the reader: which settings go together is only partly 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from importlib.resources import files
 from typing import Any
 
 from qmerge.cli.options import settings_of_a_merge
-from qmerge.formats import BITS, BLOCK_SIZES, BUILT, HEADS, MIXED, PADDED, QUANTIZING
 from qmerge.pipeline.recipe import Recipe
-from qmerge.pipeline.recipe_values import POLISH, RANGES, WORDS
+from qmerge.pipeline.recipe_values import POLISH, RANGES, WORDS, by_format
 from qmerge.units import SIZE
 
 FILE = "recipe.schema.json"
@@ -34,7 +32,7 @@ def recipe_schema() -> dict[str, Any]:
         "properties": properties,
         "patternProperties": {f"^{name.replace('_', '-')}$": {"$ref": f"#/properties/{name}"} for name in properties if "_" in name},
         "additionalProperties": False,
-        "allOf": list(_together()),
+        "allOf": [_together(*rule) for rule in by_format()],
     }
 
 
@@ -69,25 +67,9 @@ def _property(name: str, kind: str, default: Any) -> dict[str, Any]:
     return row
 
 
-def _together() -> Iterable[dict[str, Any]]:
-    """Settings that only some formats take. Each with the values that all others take too."""
-    for bits in dict.fromkeys(BITS.values()):
-        yield _only([name for name in BITS if BITS[name] == bits], "bits", list(bits))
-    yield _only([name for name in BUILT if name not in BITS], "bits", [Recipe().bits])
-    for name, formats, neutral in (
-        ("block_size", BLOCK_SIZES, None), ("double_quant", BLOCK_SIZES, None), ("bits_per_weight", MIXED, None), ("quantize_head", HEADS, False), ("pad", PADDED, False),
-    ):  # fmt: skip
-        yield _only([other for other in BUILT if other not in formats], name, [neutral])
-    none = {"pattern": r"^[\s,]*$"}
-    yield _where([other for other in BUILT if other not in QUANTIZING], "polish", none | {"items": none})
-    yield _only(["awq"], "symmetric", [False])
-
-
-def _only(formats: list[str], name: str, values: list[Any]) -> dict[str, Any]:
-    return _where(formats, name, {"enum": values})
-
-
-def _where(formats: list[str], name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """With one of ``formats``, ``name`` follows ``schema`` too. A recipe that names no format has the default one."""
-    chosen: dict[str, Any] = {"properties": {"format": {"enum": formats}}}
-    return {"if": chosen if _DEFAULT in formats else chosen | {"required": ["format"]}, "then": {"properties": {name: schema}}}
+def _together(formats: tuple[str, ...], name: str, values: tuple[Any, ...]) -> dict[str, Any]:
+    """With one of ``formats``, ``name`` is one of ``values`` too. A recipe that names no format has the default one."""
+    empty = {"pattern": r"^[\s,]*$"}
+    chosen: dict[str, Any] = {"properties": {"format": {"enum": list(formats)}}}
+    then = empty | {"items": empty} if values == ("",) else {"enum": list(values)}
+    return {"if": chosen if _DEFAULT in formats else chosen | {"required": ["format"]}, "then": {"properties": {name: then}}}

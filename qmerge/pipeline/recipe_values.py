@@ -1,11 +1,12 @@
-"""Which values may one setting of a recipe take, whatever the others are? For the reader of recipes and for their JSON Schema."""
+"""Which values may a setting of a recipe take, alone and with a format? For the reader of recipes and for their JSON Schema."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qmerge.formats import BLOCK_SIZES, BUILT, GROUP_SIZES
+from qmerge.formats import BITS, BLOCK_SIZES, BUILT, GROUP_SIZES, HEADS, MIXED, PADDED, QUANTIZING
 
 COMPUTES = ("auto", "fp32", "mixed", "bf16")
 COMBINATIONS = ("svd", "linear", "cat", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")
@@ -58,3 +59,17 @@ def value_fault(name: str, value: Any) -> str | None:
     if (held := RANGES.get(name)) and not held.holds(value):
         return f"{said}: expected {held.says}"
     return None
+
+
+def by_format() -> Iterator[tuple[tuple[str, ...], str, tuple[Any, ...]]]:
+    """(formats, a setting, the values that it may take with them); the empty string stands for an empty list too."""
+    for bits in dict.fromkeys(BITS.values()):
+        yield tuple(name for name in BITS if BITS[name] == bits), "bits", bits
+    yield _others(BITS), "bits", (4,)
+    for name, formats, neutral in (("block_size", BLOCK_SIZES, None), ("double_quant", BLOCK_SIZES, None), ("bits_per_weight", MIXED, None), ("quantize_head", HEADS, False), ("pad", PADDED, False), ("polish", QUANTIZING, "")):
+        yield _others(formats), name, (neutral,)
+    yield from (((name,), setting, (value,)) for name, fixed in FIXED.items() for setting, value in fixed.items())
+
+
+def _others(formats: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name in BUILT if name not in formats)

@@ -10,18 +10,17 @@ from typing import Any
 
 import click
 
-from qmerge.cli.helping import HelpfulGroup
-from qmerge.cli.options import INPUTS, settings_of_a_merge
+from qmerge.cli.helping import INPUTS, HelpfulGroup
+from qmerge.cli.options import json_option, settings_of_a_merge
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.errors import UsageProblem
 
 SCHEMA = "qmerge-recipe.schema.json"
 """what it is called beside a recipe"""
 NEEDED = {"base": "path-or-hub-id-of-the-base", "adapter": "path-or-hub-id-of-the-adapter", "out": "path-of-a-new-folder"}
-json_option = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
 
 
-@click.group("recipe", cls=HelpfulGroup)
+@click.group("recipe", cls=HelpfulGroup, short_help="Keep the settings in a YAML file that editors complete.")
 def recipe_group() -> None:
     """Keep the settings of a merge in a YAML file: begin one, check one, and let editors complete it.
 
@@ -31,7 +30,7 @@ def recipe_group() -> None:
 
 @recipe_group.command("init", cls=QuietCommand, example="qmerge recipe init recipe.yaml\nqmerge recipe check recipe.yaml\nqmerge merge --recipe recipe.yaml --dry-run")
 @click.argument("file", metavar="[FILE]", default="recipe.yaml")
-@json_option
+@json_option("written, the paths")
 def init_command(file: str, as_json: bool) -> None:
     """Write a recipe that holds every setting with its default and one line about it. An existing FILE (default: recipe.yaml) stays as it is.
 
@@ -62,7 +61,7 @@ def init_command(file: str, as_json: bool) -> None:
 
 @recipe_group.command("check", cls=QuietCommand, example="qmerge recipe check recipe.yaml")
 @click.argument("file", metavar="FILE")
-@json_option
+@json_option("missing, what differs from the defaults (changed), and all settings")
 def check_command(file: str, as_json: bool) -> None:
     """Read FILE as merge and run would: exit 0 and what differs from the defaults, or 2 and every fault. Models and texts are not looked for."""
     from qmerge.pipeline.recipe import Recipe, build_recipe, missing_in

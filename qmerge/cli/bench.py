@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from qmerge.api.targets import check_results_file
+from qmerge.cli.completing import PLACE
 from qmerge.cli.helping import BASE, MEASURE, RUNNING
 from qmerge.cli.options import adapter_options, adapter_set, json_option, topic
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
@@ -18,17 +19,17 @@ from qmerge.units import format_bytes, format_seconds
 
 
 @click.command("bench", cls=QuietCommand, short_help="What serving costs: memory, load time, tokens per second.", example="qmerge bench --base BASE --adapter ADAPTER --candidate OUT --into OUT.eval/results.json")
-@click.option("--base", required=True, metavar="PATH", help="The base that the adapter was trained on.")
+@click.option("--base", type=PLACE, required=True, metavar="PATH", help="The base that the adapter was trained on.")
 @adapter_options
-@click.option("--candidate", "candidates", required=True, multiple=True, metavar="PATH", help="A checkpoint to measure. Repeatable.")
+@click.option("--candidate", "candidates", type=PLACE, required=True, multiple=True, metavar="PATH", help="A checkpoint to measure. Repeatable.")
 @topic(
     BASE,
     click.option("--on", type=click.Choice(["dequantized", "original"]), default="dequantized", show_default=True, help="What the merge started from."),
-    click.option("--nf4-recipe", metavar="RECIPE", help="For a float base: double, single, or a config file."),
+    click.option("--nf4-recipe", type=PLACE, metavar="RECIPE", help="For a float base: double, single, or a config file."),
 )
 @topic(
     MEASURE,
-    click.option("--merged", metavar="PATH", help="A float checkpoint of the merge (default: one is written to a temporary folder, in bf16)."),
+    click.option("--merged", type=PLACE, metavar="PATH", help="A float checkpoint of the merge (default: one is written to a temporary folder, in bf16)."),
     click.option("--without-merged", is_flag=True, help="Leave the float merge out."),
     click.option("--batches", default="1,8,32", show_default=True, metavar="N,N", help="Sequences at a time."),
     click.option("--prompt-tokens", type=int, default=128, show_default=True, help="Tokens of each prompt."),
@@ -40,8 +41,8 @@ from qmerge.units import format_bytes, format_seconds
 @topic(
     RUNNING,
     click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:N or auto."),
-    click.option("--out", metavar="FILE", help="JSON to write."),
-    click.option("--into", metavar="results.json", help="Results of `qmerge eval` or `run` to put the figures into; replaced whole."),
+    click.option("--out", type=PLACE, metavar="FILE", help="JSON to write."),
+    click.option("--into", type=PLACE, metavar="results.json", help="Results of `qmerge eval` or `run` to put the figures into; replaced whole."),
 )
 @json_option("the figures, as --out writes them under serving")
 def bench_command(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmerge.cli.completing import PLACE
 from qmerge.cli.options import json_option
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.errors import Refused, UsageProblem
@@ -19,10 +20,10 @@ CONFIGS = {"base": "config.json", "adapter": "adapter_config.json"}
 
 
 @click.command("card", cls=QuietCommand, short_help="Write the model card of a checkpoint.", example="qmerge card OUT --base BASE --id ORG/NAME")
-@click.argument("out", metavar="OUT")
-@click.option("--results", metavar="results.json", help="What was measured (default: OUT.eval/results.json where it is there).")
-@click.option("--base", metavar="PATH", help="The base it was made from, a folder or a hub id: for its licence and its id.")
-@click.option("--adapter", "adapters", metavar="PATH", multiple=True, help="The adapter it was made from; several in the order of the merge.")
+@click.argument("out", type=PLACE, metavar="OUT")
+@click.option("--results", type=PLACE, metavar="results.json", help="What was measured (default: OUT.eval/results.json where it is there).")
+@click.option("--base", type=PLACE, metavar="PATH", help="The base it was made from, a folder or a hub id: for its licence and its id.")
+@click.option("--adapter", "adapters", type=PLACE, metavar="PATH", multiple=True, help="The adapter it was made from; several in the order of the merge.")
 @click.option("--base-id", metavar="ORG/NAME", help="The base's id on the hub, where it was merged from a local copy.")
 @click.option("--adapter-id", "adapter_ids", metavar="ORG/NAME", multiple=True, help="The same for the adapter; several in the order of the merge.")
 @click.option("--id", "model_id", metavar="ORG/NAME", help="What this checkpoint will be called on the hub, for the loading commands.")

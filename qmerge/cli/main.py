@@ -15,6 +15,7 @@ import click
 from qmerge import __version__
 from qmerge.cli.bench import bench_command
 from qmerge.cli.card import card_command
+from qmerge.cli.completing import completion_command
 from qmerge.cli.evidence import eval_command
 from qmerge.cli.gate import compare_command
 from qmerge.cli.helping import HelpfulGroup
@@ -62,6 +63,7 @@ for title, commands in (
     ("Merge", (run_command, merge_command)),
     ("Measure and judge", (eval_command, compare_command, report_command, advise_command, bench_command)),
     ("Ship", (verify_command, card_command, push_command)),
+    ("Shell", (completion_command,)),
 ):
     cli.add_part(title, *commands)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from qmerge.cli.completing import PLACE, words_of
 from qmerge.cli.helping import BASE, CALIBRATION, FORMAT, INPUTS, MEASURE, RECIPE, RUNNING, SEVERAL, SOLVER, TOPIC
 
 Command = Callable[..., Any]
@@ -41,18 +42,18 @@ def json_option(holds: str) -> Callable[[Command], Command]:
 merge_options = stack(
     topic(
         INPUTS,
-        click.option("--base", metavar="PATH", help="NF4, FP4, LLM.int8, GPTQ or AWQ checkpoint, or a float one with --nf4-recipe or --on original: a folder or a hub id."),
-        click.option("--adapter", metavar="PATH[=WEIGHT]", multiple=True, help="PEFT adapter: a folder or a hub id; PATH#NAME picks one of several in a folder. Repeat it to merge several, with weights."),
-        click.option("--out", metavar="PATH", help="Folder to create. It appears whole at the end, or not at all."),
+        click.option("--base", type=PLACE, metavar="PATH", help="NF4, FP4, LLM.int8, GPTQ or AWQ checkpoint, or a float one with --nf4-recipe or --on original: a folder or a hub id."),
+        click.option("--adapter", type=PLACE, metavar="PATH[=WEIGHT]", multiple=True, help="PEFT adapter: a folder or a hub id; PATH#NAME picks one of several in a folder. Repeat it to merge several, with weights."),
+        click.option("--out", type=PLACE, metavar="PATH", help="Folder to create. It appears whole at the end, or not at all."),
     ),
     topic(
         RECIPE,
-        click.option("--recipe", "recipe_file", metavar="FILE", help="YAML with these settings; flags win over it."),
+        click.option("--recipe", "recipe_file", type=PLACE, metavar="FILE", help="YAML with these settings; flags win over it."),
         click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="One setting by name."),
     ),
     topic(
         FORMAT,
-        click.option("--format", "format", metavar="FORMAT", help="gptq (default), nf4, fp4, compressed-tensors, awq, bf16, fp16, fp32."),
+        click.option("--format", "format", type=words_of("format"), metavar="FORMAT", help="gptq (default), nf4, fp4, compressed-tensors, awq, bf16, fp16, fp32."),
         click.option("--bits", type=int, help="Bits per weight: gptq 2, 3, 4 (default) or 8; compressed-tensors 4 or 8."),
         click.option("--group-size", type=int, help="gptq, compressed-tensors, awq: inputs per scale, 128 (default), 64, 32 or -1 for a whole row."),
         click.option("--sym/--asym", "symmetric", default=None, help="Int formats: symmetric grid (default; what gptq's Marlin kernels take) or asymmetric (always with awq)."),
@@ -65,9 +66,9 @@ merge_options = stack(
     ),
     topic(
         CALIBRATION,
-        click.option("--calibration", metavar="PATH", help="Text like what the adapter was trained on: .jsonl, .json, .parquet, .txt, a folder, or a hub dataset."),
+        click.option("--calibration", type=PLACE, metavar="PATH", help="Text like what the adapter was trained on: .jsonl, .json, .parquet, .txt, a folder, or a hub dataset."),
         click.option("--template", metavar="TEMPLATE", help="How a row becomes text, as in 'Question: {question} Answer: {answer}'."),
-        click.option("--generic", metavar="PATH", help="General text, so that the model does not drift elsewhere."),
+        click.option("--generic", type=PLACE, metavar="PATH", help="General text, so that the model does not drift elsewhere."),
         click.option("--generic-share", type=float, help="Share of calibration windows from --generic (0.25)."),
         click.option("--samples", type=int, help="Calibration windows (128)."),
         click.option("--tokens", type=int, help="Tokens per calibration window (2048, capped by the model's context)."),
@@ -77,20 +78,20 @@ merge_options = stack(
     topic(
         SOLVER,
         click.option("--curvature-tokens", type=int, metavar="N", help="Calibration tokens that gradients are taken on, to learn which errors of a linear's outputs cancel (8192); 0: none, quicker and worse."),
-        click.option("--polish", multiple=True, metavar="HOW", help="Slow steps after the solver, for less loss at the same size: distill (scales and norms trained on the separate model's logits), blocks (codes tuned block by block). Repeat it, or separate with commas."),
-        click.option("--low-traffic", metavar="HOW", help="Experts that saw too few tokens: pooled (default: the layer's pooled statistics) or rtn (round to nearest)."),
-        click.option("--compute", metavar="HOW", help="In what matrix products on calibration text are taken: fp32, mixed (statistics and gradients in bf16, summed in fp32), bf16 (the passes too: quicker, a little worse), or auto (default: mixed on a GPU and on CPUs that are quick at bf16, else fp32)."),
+        click.option("--polish", type=words_of("polish"), multiple=True, metavar="HOW", help="Slow steps after the solver, for less loss at the same size: distill (scales and norms trained on the separate model's logits), blocks (codes tuned block by block). Repeat it, or separate with commas."),
+        click.option("--low-traffic", type=words_of("low_traffic"), metavar="HOW", help="Experts that saw too few tokens: pooled (default: the layer's pooled statistics) or rtn (round to nearest)."),
+        click.option("--compute", type=words_of("compute"), metavar="HOW", help="In what matrix products on calibration text are taken: fp32, mixed (statistics and gradients in bf16, summed in fp32), bf16 (the passes too: quicker, a little worse), or auto (default: mixed on a GPU and on CPUs that are quick at bf16, else fp32)."),
     ),
     topic(
         BASE,
         click.option("--on", type=click.Choice(["dequantized", "original"]), help="Merge into the dequantized NF4 base (default) or into the float one."),
-        click.option("--original", metavar="PATH", help="The float base for --on original, where --base names the NF4 one."),
-        click.option("--nf4-recipe", metavar="RECIPE", help="For a float base: how the adapter's training quantized it, double, single, or a config file (bitsandbytes, Axolotl, LLaMA-Factory, TRL)."),
+        click.option("--original", type=PLACE, metavar="PATH", help="The float base for --on original, where --base names the NF4 one."),
+        click.option("--nf4-recipe", type=PLACE, metavar="RECIPE", help="For a float base: how the adapter's training quantized it, double, single, or a config file (bitsandbytes, Axolotl, LLaMA-Factory, TRL)."),
         click.option("--residual-base", is_flag=True, default=None, help="The base is the one that the adapter's initialisation (PiSSA, OLoRA, LoftQ, …) left behind."),
     ),
     topic(
         SEVERAL,
-        click.option("--combine", metavar="HOW", help="Several adapters: sum (default: the exact weighted sum of their deltas), or PEFT's svd, ties, dare_ties, magnitude_prune, …"),
+        click.option("--combine", type=words_of("combine"), metavar="HOW", help="Several adapters: sum (default: the exact weighted sum of their deltas), or PEFT's svd, ties, dare_ties, magnitude_prune, …"),
         click.option("--density", type=float, help="Share of values that ties, dare_* and magnitude_prune* keep."),
         click.option("--combine-rank", type=int, help="Rank of the result of *svd (default: the largest of the adapters')."),
         click.option("--each", is_flag=True, default=None, help="Write one checkpoint per adapter, OUT/<adapter>, in one pass over the base (float formats)."),
@@ -105,10 +106,10 @@ merge_options = stack(
 
 
 adapter_options = stack(
-    click.option("--adapter", metavar="PATH[=WEIGHT]", multiple=True, required=True, help="The adapter, kept separate: base + adapter is the reference. Several, with weights, as in the merge."),
+    click.option("--adapter", type=PLACE, metavar="PATH[=WEIGHT]", multiple=True, required=True, help="The adapter, kept separate: base + adapter is the reference. Several, with weights, as in the merge."),
     topic(
         SEVERAL,
-        click.option("--combine", metavar="HOW", default="sum", show_default=True, help="How several adapters were combined."),
+        click.option("--combine", type=words_of("combine"), metavar="HOW", default="sum", show_default=True, help="How several adapters were combined."),
         click.option("--density", type=float, help="As in the merge."),
         click.option("--combine-rank", type=int, help="As in the merge."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of a combination that drops values at random."),
@@ -120,7 +121,7 @@ adapter_options = stack(
 
 measure_options = topic(
     MEASURE,
-    click.option("--suite", metavar="FILE", help="Benchmarks to run through lm-eval, a YAML file."),
+    click.option("--suite", type=PLACE, metavar="FILE", help="Benchmarks to run through lm-eval, a YAML file."),
     click.option("--allow-task-code", is_flag=True, help="Run a suite with an include_path: lm-eval's task files can hold code."),
     click.option("--tasks", metavar="A,B", help="Benchmarks by lm-eval's names, such as arc_easy,hellaswag."),
     click.option("--perplexity", multiple=True, metavar="PROTOCOL[,KEY=N…]:FILE", help="Perplexity as papers and tools compute it: gptq:wiki.txt, strided,tokens=512,stride=128:wiki.txt, llama.cpp:wiki.txt, lm-eval:wiki.txt. Repeatable."),

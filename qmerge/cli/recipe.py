@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from qmerge.cli.completing import PLACE
 from qmerge.cli.helping import INPUTS, HelpfulGroup
 from qmerge.cli.options import json_option, settings_of_a_merge
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
@@ -29,7 +30,7 @@ def recipe_group() -> None:
 
 
 @recipe_group.command("init", cls=QuietCommand, example="qmerge recipe init recipe.yaml\nqmerge recipe check recipe.yaml\nqmerge merge --recipe recipe.yaml --dry-run")
-@click.argument("file", metavar="[FILE]", default="recipe.yaml")
+@click.argument("file", type=PLACE, metavar="[FILE]", default="recipe.yaml")
 @json_option("written, the paths")
 def init_command(file: str, as_json: bool) -> None:
     """Write a recipe that holds every setting with its default and one line about it. An existing FILE (default: recipe.yaml) stays as it is.
@@ -60,7 +61,7 @@ def init_command(file: str, as_json: bool) -> None:
 
 
 @recipe_group.command("check", cls=QuietCommand, example="qmerge recipe check recipe.yaml")
-@click.argument("file", metavar="FILE")
+@click.argument("file", type=PLACE, metavar="FILE")
 @json_option("missing, what differs from the defaults (changed), and all settings")
 def check_command(file: str, as_json: bool) -> None:
     """Read FILE as merge and run would: exit 0 and what differs from the defaults, or 2 and every fault. Models and texts are not looked for."""

@@ -13,6 +13,7 @@ from qmerge.api.judging import check_versions, judged_again
 from qmerge.api.measuring import named_texts
 from qmerge.api.merging import foreseen, to_plan
 from qmerge.api.targets import check_file, check_results_file
+from qmerge.cli.completing import BUDGET, PLACE
 from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
 from qmerge.cli.gate import not_compared
 from qmerge.cli.helping import JUDGE, MEASURE, RUNNING
@@ -27,7 +28,7 @@ from qmerge.extras import need_loader
 @merge_options
 @topic(
     MEASURE,
-    click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Held-out text to measure on; without it a fifth of the calibration documents is held out."),
+    click.option("--text", "texts", type=PLACE, multiple=True, metavar="[NAME=]FILE", help="Held-out text to measure on; without it a fifth of the calibration documents is held out."),
     click.option("--eval-tokens", type=int, help="Tokens per evaluation window (--tokens, capped by the model's context)."),
     click.option("--allow-overlap", is_flag=True, help="Do not refuse evaluation text that the calibration text holds too."),
     click.option("--also", default="", metavar="A,B", help="More arms: original, rtn."),
@@ -35,11 +36,11 @@ from qmerge.extras import need_loader
 @measure_options
 @topic(
     JUDGE,
-    click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file."),
-    click.option("--baseline", metavar="results.json", help="Older results to hold the candidate against too."),
+    click.option("--budget", type=BUDGET, default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file."),
+    click.option("--baseline", type=PLACE, metavar="results.json", help="Older results to hold the candidate against too."),
     click.option("--ignore-versions", is_flag=True, help="Compare with a --baseline that was measured with other versions of torch, transformers, …"),
     click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell."),
-    click.option("--junit", metavar="FILE", help="Write the checks as JUnit XML too."),
+    click.option("--junit", type=PLACE, metavar="FILE", help="Write the checks as JUnit XML too."),
 )
 @topic(
     RUNNING,

@@ -5,18 +5,19 @@ from __future__ import annotations
 import click
 
 from qmerge.api.looking import check_pairs
+from qmerge.cli.completing import PLACE
 from qmerge.cli.options import json_option
 from qmerge.cli.output import QuietCommand, result, result_json, say
 from qmerge.errors import CheckFailed
 
 
 @click.command("verify", cls=QuietCommand, short_help="Is a checkpoint what it claims to be?", example="qmerge verify OUT\nqmerge verify OUT --base BASE --adapter ADAPTER")
-@click.argument("out")
-@click.option("--base", metavar="PATH", help="The base it was made from: then every tensor is derived again.")
-@click.option("--adapter", "adapters", metavar="PATH", multiple=True, help="The adapter it was made from; several in the order of the merge.")
+@click.argument("out", type=PLACE)
+@click.option("--base", type=PLACE, metavar="PATH", help="The base it was made from: then every tensor is derived again.")
+@click.option("--adapter", "adapters", type=PLACE, metavar="PATH", multiple=True, help="The adapter it was made from; several in the order of the merge.")
 @click.option("--allow-pickle", is_flag=True, help="Read an adapter_model.bin, in a child process with weights_only.")
-@click.option("--signature", metavar="FILE", help="A signature of OUT by model-transparency (docs/signing.md).")
-@click.option("--public-key", metavar="FILE", help="The key that it has to be of.")
+@click.option("--signature", type=PLACE, metavar="FILE", help="A signature of OUT by model-transparency (docs/signing.md).")
+@click.option("--public-key", type=PLACE, metavar="FILE", help="The key that it has to be of.")
 @json_option("out, passed and the checks")
 def verify_command(out: str, base: str | None, adapters: tuple[str, ...], allow_pickle: bool, signature: str | None, public_key: str | None, as_json: bool) -> None:
     """Re-hash OUT, unpack its codes, check its configs; with --base and --adapter also derive it again from them. Exit 1 where a check fails, 4 where there is nothing to check."""

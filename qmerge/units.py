@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+SIZE = r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)\s*"
+"""a size in bytes as people write it; `parse_bytes`"""
+
 
 def format_bytes(count: int) -> str:
     """Decimal bytes: ``format_bytes(8_106_936) == "8.11 MB"``."""
@@ -26,7 +29,7 @@ def format_seconds(seconds: float) -> str:
 
 def parse_bytes(text: str) -> int:
     """``parse_bytes("5GB") == 5_000_000_000``, ``parse_bytes("1MiB") == 1_048_576``. Raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)\s*", text)
+    match = re.fullmatch(SIZE, text)
     if not match:
         raise ValueError(f"no size in bytes: {text!r}")
     unit = match[2].removesuffix("B")

@@ -271,10 +271,10 @@ def test_the_exit_code_the_lines_and_the_json_agree(copy, cli, inputs):
     assert good.code == 0 and all(line.startswith("ok ") for line in good.out.splitlines()) and "Next: qmerge verify" in good.err
     assert "Next: " in cli("verify", out, *inputs).err
     listed = json.loads(cli("verify", out, "--json").out)
-    assert [row["passed"] for row in listed] == [True] * len(good.out.splitlines())
+    assert listed["passed"] is True and [row["passed"] for row in listed["checks"]] == [True] * len(good.out.splitlines())
     (out / "tokenizer.json").write_text("{}")
     bad = cli("verify", out, "--json")
-    assert bad.code == 1 and any(not row["passed"] and row["check"] == "files" for row in json.loads(bad.out)) and "files" in bad.err
+    assert bad.code == 1 and any(not row["passed"] and row["check"] == "files" for row in json.loads(bad.out)["checks"]) and "files" in bad.err
 
 
 def test_what_is_not_there_is_exit_4(cli, tmp_path):

@@ -10,30 +10,41 @@ from typing import Any
 import click
 
 from qmerge.api.targets import check_results_file
-from qmerge.cli.options import adapter_options, adapter_set
+from qmerge.cli.completing import PLACE
+from qmerge.cli.helping import BASE, MEASURE, RUNNING
+from qmerge.cli.options import adapter_options, adapter_set, json_option, topic
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 from qmerge.errors import UsageProblem
 from qmerge.units import format_bytes, format_seconds
 
 
-@click.command("bench", cls=QuietCommand)
-@click.option("--base", required=True, metavar="P", help="The base that the adapter was trained on.")
+@click.command("bench", cls=QuietCommand, short_help="What serving costs: memory, load time, tokens per second.", example="qmerge bench --base BASE --adapter ADAPTER --candidate OUT --into OUT.eval/results.json")
+@click.option("--base", type=PLACE, required=True, metavar="PATH", help="The base that the adapter was trained on.")
 @adapter_options
-@click.option("--candidate", "candidates", required=True, multiple=True, metavar="P", help="A checkpoint to measure. Repeatable.")
-@click.option("--merged", metavar="P", help="A float checkpoint of the merge (default: one is written to a temporary folder, in bf16).")
-@click.option("--without-merged", is_flag=True, help="Leave the float merge out.")
-@click.option("--on", type=click.Choice(["dequantized", "original"]), default="dequantized", show_default=True, help="What the merge started from.")
-@click.option("--nf4-recipe", metavar="R", help="For a float base: double, single, or a config file.")
-@click.option("--batches", default="1,8,32", show_default=True, metavar="N,N", help="Sequences at a time.")
-@click.option("--prompt-tokens", type=int, default=128, show_default=True, help="Tokens of each prompt.")
-@click.option("--new-tokens", type=int, default=32, show_default=True, help="Tokens decoded after each prompt.")
-@click.option("--repeats", type=int, default=3, show_default=True, help="Timings in each process, after one that is not timed.")
-@click.option("--rounds", type=int, default=3, show_default=True, help="Processes per arm; arms take turns.")
-@click.option("--timeout", type=float, default=3600, show_default=True, metavar="S", help="Seconds after which a process is stopped.")
-@click.option("--device", default="auto", show_default=True, metavar="D", help="cpu, cuda, cuda:N or auto.")
-@click.option("--out", metavar="FILE", help="JSON to write.")
-@click.option("--into", metavar="results.json", help="Results of `qmerge eval` or `run` to put the figures into; replaced whole.")
-@click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
+@click.option("--candidate", "candidates", type=PLACE, required=True, multiple=True, metavar="PATH", help="A checkpoint to measure. Repeatable.")
+@topic(
+    BASE,
+    click.option("--on", type=click.Choice(["dequantized", "original"]), default="dequantized", show_default=True, help="What the merge started from."),
+    click.option("--nf4-recipe", type=PLACE, metavar="RECIPE", help="For a float base: double, single, or a config file."),
+)
+@topic(
+    MEASURE,
+    click.option("--merged", type=PLACE, metavar="PATH", help="A float checkpoint of the merge (default: one is written to a temporary folder, in bf16)."),
+    click.option("--without-merged", is_flag=True, help="Leave the float merge out."),
+    click.option("--batches", default="1,8,32", show_default=True, metavar="N,N", help="Sequences at a time."),
+    click.option("--prompt-tokens", type=int, default=128, show_default=True, help="Tokens of each prompt."),
+    click.option("--new-tokens", type=int, default=32, show_default=True, help="Tokens decoded after each prompt."),
+    click.option("--repeats", type=int, default=3, show_default=True, help="Timings in each process, after one that is not timed."),
+    click.option("--rounds", type=int, default=3, show_default=True, help="Processes per arm; arms take turns."),
+    click.option("--timeout", type=float, default=3600, show_default=True, metavar="SECONDS", help="Seconds after which a process is stopped."),
+)
+@topic(
+    RUNNING,
+    click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:N or auto."),
+    click.option("--out", type=PLACE, metavar="FILE", help="JSON to write."),
+    click.option("--into", type=PLACE, metavar="results.json", help="Results of `qmerge eval` or `run` to put the figures into; replaced whole."),
+)
+@json_option("the figures, as --out writes them under serving")
 def bench_command(
     base: str, candidates: tuple[str, ...], merged: str | None, without_merged: bool, on: str, nf4_recipe: str | None, batches: str, prompt_tokens: int, new_tokens: int,
     repeats: int, rounds: int, timeout: float, device: str, out: str | None, into: str | None, as_json: bool, **options: Any,

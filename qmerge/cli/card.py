@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmerge.cli.output import QuietCommand, result, say, warn
+from qmerge.cli.completing import PLACE
+from qmerge.cli.options import json_option
+from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.errors import Refused, UsageProblem
 
 if TYPE_CHECKING:
@@ -17,17 +19,18 @@ CARD = "README.md"
 CONFIGS = {"base": "config.json", "adapter": "adapter_config.json"}
 
 
-@click.command("card", cls=QuietCommand)
-@click.argument("out", metavar="OUT")
-@click.option("--results", metavar="results.json", help="What was measured (default: OUT.eval/results.json where it is there).")
-@click.option("--base", metavar="P", help="The base it was made from, a folder or a hub id: for its licence and its id.")
-@click.option("--adapter", "adapters", metavar="P", multiple=True, help="The adapter it was made from; several in the order of the merge.")
+@click.command("card", cls=QuietCommand, short_help="Write the model card of a checkpoint.", example="qmerge card OUT --base BASE --id ORG/NAME")
+@click.argument("out", type=PLACE, metavar="OUT")
+@click.option("--results", type=PLACE, metavar="results.json", help="What was measured (default: OUT.eval/results.json where it is there).")
+@click.option("--base", type=PLACE, metavar="PATH", help="The base it was made from, a folder or a hub id: for its licence and its id.")
+@click.option("--adapter", "adapters", type=PLACE, metavar="PATH", multiple=True, help="The adapter it was made from; several in the order of the merge.")
 @click.option("--base-id", metavar="ORG/NAME", help="The base's id on the hub, where it was merged from a local copy.")
 @click.option("--adapter-id", "adapter_ids", metavar="ORG/NAME", multiple=True, help="The same for the adapter; several in the order of the merge.")
 @click.option("--id", "model_id", metavar="ORG/NAME", help="What this checkpoint will be called on the hub, for the loading commands.")
 @click.option("--print", "only_print", is_flag=True, help="Print the card; write nothing.")
+@json_option("card, the text, and written, the path or null")
 def card_command(
-    out: str, results: str | None, base: str | None, adapters: tuple[str, ...], base_id: str | None, adapter_ids: tuple[str, ...], model_id: str | None, only_print: bool
+    out: str, results: str | None, base: str | None, adapters: tuple[str, ...], base_id: str | None, adapter_ids: tuple[str, ...], model_id: str | None, only_print: bool, as_json: bool
 ) -> None:
     """Write OUT/README.md: both base models, what merging cost, how to load it, the base's licence. The manifest is renewed with it."""
     from qmerge.report.card import Facts, render_card
@@ -47,11 +50,14 @@ def card_command(
     name = folder.resolve().name
     _check_ids(("--id", (model_id,) if model_id else ()))
     text = render_card(Facts(name, read_object(folder / "config.json", what="the config"), manifest, origins[0], origins[1:], model_id, measured, arm))
+    if not only_print:
+        add_file(folder, CARD, text)
+    if as_json:
+        result_json({"written": None if only_print else str(folder / CARD), "card": text})
+    else:
+        result(text.rstrip("\n") if only_print else str(folder / CARD))
     if only_print:
-        result(text.rstrip("\n"))
         return
-    add_file(folder, CARD, text)
-    result(str(folder / CARD))
     if not all(origin.hub_id for origin in origins):
         warn("an input has no id on the hub, so base_model is incomplete: --base-id ORG/NAME, --adapter-id ORG/NAME")
     if not origins[0].licence:

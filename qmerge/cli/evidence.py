@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmerge.api.measuring import measure, named_texts, notes
-from qmerge.cli.options import adapter_options, adapter_set, measure_options
+from qmerge.cli.completing import BUDGET, PLACE
+from qmerge.cli.helping import BASE, JUDGE, MEASURE, RUNNING
+from qmerge.cli.options import adapter_options, adapter_set, json_option, measure_options, topic
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 
 if TYPE_CHECKING:
@@ -17,22 +19,28 @@ if TYPE_CHECKING:
     from qmerge.pipeline.recipe import Recipe
 
 
-@click.command("eval", cls=QuietCommand)
-@click.option("--base", required=True, metavar="P", help="The base that the adapter was trained on.")
+@click.command("eval", cls=QuietCommand, short_help="Measure what a checkpoint lost against base + adapter.", example="qmerge eval --base BASE --adapter ADAPTER --candidate OUT --text held-out.jsonl --out results.json")
+@click.option("--base", type=PLACE, required=True, metavar="PATH", help="The base that the adapter was trained on.")
 @adapter_options
-@click.option("--candidate", "candidates", required=True, multiple=True, metavar="P", help="A checkpoint to measure. Repeatable.")
-@click.option("--text", "texts", required=True, multiple=True, metavar="[NAME=]FILE", help="Text to measure on. Repeatable; the adapter's own domain first.")
-@click.option("--tokens", type=int, default=256, show_default=True, help="Tokens per window.")
-@click.option("--template", metavar="T", help="How a row becomes text.")
-@click.option("--also", default="", metavar="A,B", help="More arms: original (merged into the float base), rtn (plain round-to-nearest NF4).")
-@click.option("--original", metavar="P", help="The float base, for --also original and --on original.")
-@click.option("--on", type=click.Choice(["dequantized", "original"]), default="dequantized", show_default=True, help="What the merge started from.")
-@click.option("--nf4-recipe", metavar="R", help="For a float base: double, single, or a config file.")
+@click.option("--candidate", "candidates", type=PLACE, required=True, multiple=True, metavar="PATH", help="A checkpoint to measure. Repeatable.")
+@click.option("--text", "texts", type=PLACE, required=True, multiple=True, metavar="[NAME=]FILE", help="Text to measure on. Repeatable; the adapter's own domain first.")
+@click.option("--out", type=PLACE, required=True, metavar="FILE", help="results.json to write (per-token numbers go beside it as .npz).")
+@topic(
+    BASE,
+    click.option("--on", type=click.Choice(["dequantized", "original"]), default="dequantized", show_default=True, help="What the merge started from."),
+    click.option("--original", type=PLACE, metavar="PATH", help="The float base, for --also original and --on original."),
+    click.option("--nf4-recipe", type=PLACE, metavar="RECIPE", help="For a float base: double, single, or a config file."),
+)
+@topic(
+    MEASURE,
+    click.option("--tokens", type=int, default=256, show_default=True, help="Tokens per window."),
+    click.option("--template", metavar="TEMPLATE", help="How a row becomes text."),
+    click.option("--also", default="", metavar="A,B", help="More arms: original (merged into the float base), rtn (plain round-to-nearest NF4)."),
+)
 @measure_options
-@click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
-@click.option("--out", required=True, metavar="FILE", help="results.json to write (per-token numbers go beside it as .npz).")
-@click.option("--device", default="auto", show_default=True, metavar="D", help="cpu, cuda, cuda:N or auto.")
-@click.option("--json", "as_json", is_flag=True, help="The results as JSON on stdout too.")
+@topic(JUDGE, click.option("--budget", type=BUDGET, default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file."))
+@topic(RUNNING, click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:N or auto."))
+@json_option("the results, as in the file")
 def eval_command(candidates: tuple[str, ...], texts: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
     """Measure what a candidate lost against base + separate adapter, on text."""
     adapter = adapter_set(options)

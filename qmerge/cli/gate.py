@@ -9,21 +9,23 @@ import click
 
 from qmerge.api.judging import judge
 from qmerge.api.targets import check_file, check_results_file
+from qmerge.cli.completing import BUDGET, PLACE
 from qmerge.cli.evidence import show_verdict
+from qmerge.cli.options import json_option
 from qmerge.cli.output import QuietCommand, result_json, say, warn
 from qmerge.errors import Refused
 
 
-@click.command("compare", cls=QuietCommand)
-@click.argument("results", metavar="results.json")
-@click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
-@click.option("--baseline", metavar="results.json", help="Older results to hold the candidates against; paired token by token where the .npz of both are there.")
+@click.command("compare", cls=QuietCommand, short_help="Judge results by a budget and against accepted ones.", example="qmerge compare OUT.eval/results.json --budget strict\nqmerge compare OUT.eval/results.json --save-baseline accepted.json\nqmerge compare OUT.eval/results.json --baseline accepted.json")
+@click.argument("results", type=PLACE, metavar="results.json")
+@click.option("--budget", type=BUDGET, default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
+@click.option("--baseline", type=PLACE, metavar="results.json", help="Older results to hold the candidates against; paired token by token where the .npz of both are there.")
 @click.option("--ignore-versions", is_flag=True, help="Compare with a --baseline that was measured with other versions of torch, transformers, …")
 @click.option("--recompute", is_flag=True, help="Judge numbers computed anew from the per-token arrays and items beside the results, not the stored ones.")
-@click.option("--save-baseline", metavar="FILE", help="Accept these results: write what a later --baseline needs of them. Refused where they fail.")
-@click.option("--junit", metavar="FILE", help="Write the checks as JUnit XML too.")
+@click.option("--save-baseline", type=PLACE, metavar="FILE", help="Accept these results: write what a later --baseline needs of them. Refused where they fail.")
+@click.option("--junit", type=PLACE, metavar="FILE", help="Write the checks as JUnit XML too.")
 @click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
-@click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout.")
+@json_option("the verdict: state, reasons and every check")
 @click.pass_context
 def compare_command(
     context: click.Context, results: str, budget: str, baseline: str | None, ignore_versions: bool, recompute: bool, save_baseline: str | None, junit: str | None, strict: bool,

@@ -6,12 +6,14 @@ from typing import Any
 
 import click
 
+from qmerge.cli.completing import PLACE
+from qmerge.cli.options import json_option
 from qmerge.cli.output import QuietCommand, result, result_json, say
 
 
-@click.command("inspect", cls=QuietCommand)
-@click.argument("path")
-@click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
+@click.command("inspect", cls=QuietCommand, short_help="What is this folder, and what stands in the way of merging it?", example="qmerge inspect BASE\nqmerge inspect ADAPTER")
+@click.argument("path", type=PLACE)
+@json_option("the facts, and problems")
 def inspect_command(path: str, as_json: bool) -> None:
     """Say what PATH is: a base (recipe, blocks, linears, sizes), an adapter (type, features) or a folder of adapters, and what stands in the way of merging it."""
     from qmerge.pipeline.inspection import inspect

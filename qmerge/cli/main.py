@@ -15,12 +15,15 @@ import click
 from qmerge import __version__
 from qmerge.cli.bench import bench_command
 from qmerge.cli.card import card_command
+from qmerge.cli.completing import completion_command
 from qmerge.cli.evidence import eval_command
 from qmerge.cli.gate import compare_command
+from qmerge.cli.helping import HelpfulGroup
 from qmerge.cli.inspect import inspect_command
 from qmerge.cli.merge import merge_command
 from qmerge.cli.output import Streams
 from qmerge.cli.push import push_command
+from qmerge.cli.recipe import recipe_group
 from qmerge.cli.reporting import advise_command, report_command
 from qmerge.cli.run import run_command
 from qmerge.cli.several import check_alone
@@ -38,19 +41,31 @@ NO_MEMORY = ("can't allocate memory", "can't start new thread", "cannot allocate
 """what libraries say, in errors of many types"""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EPILOG)
+@click.group(cls=HelpfulGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EPILOG)
 @click.version_option(__version__, prog_name="qmerge")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Merge a QLoRA adapter into its 4-bit base, keep the fine-tune in 4 bits, and measure what it cost.
 
-    Start with `qmerge inspect PATH`, then `qmerge run --base … --adapter … --out … --calibration …`.
+    \b
+    First time? Look at what you have, then do it all in one go:
+      qmerge inspect BASE
+      qmerge inspect ADAPTER
+      qmerge run --base BASE --adapter ADAPTER --calibration train.jsonl --out OUT
+
+    BASE and ADAPTER are folders or hub ids; OUT is a new folder; train.jsonl is text like what the adapter was trained on.
     """
     check_alone(context.invoked_subcommand, context.find_object(Streams))
 
 
-for command in (inspect_command, merge_command, eval_command, bench_command, compare_command, report_command, advise_command, card_command, verify_command, push_command, run_command):
-    cli.add_command(command)
+for title, commands in (
+    ("Begin", (inspect_command, recipe_group)),
+    ("Merge", (run_command, merge_command)),
+    ("Measure and judge", (eval_command, compare_command, report_command, advise_command, bench_command)),
+    ("Ship", (verify_command, card_command, push_command)),
+    ("Shell", (completion_command,)),
+):
+    cli.add_part(title, *commands)
 
 
 def main() -> None:

@@ -8,19 +8,28 @@ import click
 
 from qmerge.api.merging import carry_out, prepare
 from qmerge.cli.evidence import eval_line
-from qmerge.cli.options import merge_options
+from qmerge.cli.helping import RUNNING
+from qmerge.cli.options import json_option, merge_options, topic
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
 from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, fit_option
 from qmerge.cli.several import several
 from qmerge.ranks import Ranks
 
+EXAMPLE = """
+qmerge merge --base BASE --adapter ADAPTER --calibration train.jsonl --out OUT --dry-run
+qmerge merge --base BASE --adapter ADAPTER --out OUT --format bf16
+"""
 
-@click.command("merge", cls=QuietCommand)
+
+@click.command("merge", cls=QuietCommand, short_help="Merge an adapter into its base; write one checkpoint.", example=EXAMPLE)
 @merge_options
-@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run of this OUT; where there is none, start; where OUT is there whole, say so.")
+@topic(
+    RUNNING,
+    click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing."),
+    click.option("--resume", is_flag=True, help="Continue an interrupted run of this OUT; where there is none, start; where OUT is there whole, say so."),
+)
 @fit_option
-@click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
+@json_option("out, the plan, the estimate and what was measured; with --each a list of these")
 def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, resume: bool, unchecked: bool, as_json: bool, **flags: Any) -> None:
     """Merge an adapter into its base and write one checkpoint.
 

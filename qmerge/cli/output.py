@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import click
 
+from qmerge.cli.helping import HelpfulCommand
 from qmerge.errors import QmergeError, UsageProblem, printable
 
 
@@ -38,7 +39,7 @@ class Streams:
         sys.stdout, sys.stderr = self.out, self.err
 
 
-class QuietCommand(click.Command):
+class QuietCommand(HelpfulCommand):
     """A command whose body runs with the libraries' talk kept away; its parsing and its ``--help`` do not."""
 
     def invoke(self, ctx: click.Context) -> Any:

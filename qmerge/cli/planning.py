@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmerge.cli.helping import RUNNING
+from qmerge.cli.options import topic
 from qmerge.cli.output import say
 from qmerge.units import format_bytes, format_seconds
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from qmerge.pipeline.estimate import Estimate
     from qmerge.pipeline.plan import MergePlan
 
-fit_option = click.option("--no-fit-check", "unchecked", is_flag=True, help="Start even where the estimate says that disk or memory will not do. The estimate is shown all the same.")
+fit_option = topic(RUNNING, click.option("--no-fit-check", "unchecked", is_flag=True, help="Start even where the estimate says that disk or memory will not do. The estimate is shown all the same."))
 
 
 def describe_estimate(found: Estimate, evaluating: int = 0) -> str:

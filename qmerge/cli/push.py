@@ -8,23 +8,25 @@ from typing import Any
 import click
 
 from qmerge.api.looking import check_pairs
+from qmerge.cli.completing import PLACE
+from qmerge.cli.options import json_option
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.errors import CheckFailed, UsageProblem
 
 CARD = "README.md"
 
 
-@click.command("push", cls=QuietCommand)
-@click.argument("out")
+@click.command("push", cls=QuietCommand, short_help="Send a verified checkpoint to the hub.", example="qmerge push OUT --repo ORG/NAME\nqmerge push OUT --repo ORG/NAME --yes")
+@click.argument("out", type=PLACE)
 @click.option("--repo", metavar="ORG/NAME", required=True, help="The model repository on the hub; created where there is none.")
 @click.option("--yes", is_flag=True, help="Do it. Without it nothing is sent: what would be is listed.")
 @click.option("--public", is_flag=True, help="For everybody to see (default: private).")
 @click.option("--replace", is_flag=True, help="The repository may hold files: it then holds this checkpoint and nothing else.")
-@click.option("--base", metavar="P", help="As in verify: derive everything again before it is sent.")
-@click.option("--adapter", "adapters", metavar="P", multiple=True, help="The adapter it was made from; several in the order of the merge.")
-@click.option("--signature", metavar="FILE", help="A signature of OUT (docs/signing.md): verified, and sent as model.sig.")
-@click.option("--public-key", metavar="FILE", help="The key that it has to be of.")
-@click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
+@click.option("--base", type=PLACE, metavar="PATH", help="As in verify: derive everything again before it is sent.")
+@click.option("--adapter", "adapters", type=PLACE, metavar="PATH", multiple=True, help="The adapter it was made from; several in the order of the merge.")
+@click.option("--signature", type=PLACE, metavar="FILE", help="A signature of OUT (docs/signing.md): verified, and sent as model.sig.")
+@click.option("--public-key", type=PLACE, metavar="FILE", help="The key that it has to be of.")
+@json_option("repo, private, files, bytes, and the revision where it was sent")
 def push_command(
     out: str, repo: str, yes: bool, public: bool, replace: bool, base: str | None, adapters: tuple[str, ...], signature: str | None, public_key: str | None, as_json: bool
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,20 +9,22 @@ import click
 
 from qmerge.api.judging import judge
 from qmerge.api.targets import check_file
+from qmerge.cli.completing import BUDGET, PLACE
+from qmerge.cli.options import json_option
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.errors import UsageProblem
 
 
-@click.command("report", cls=QuietCommand)
-@click.argument("results", metavar="[results.json]", required=False)
-@click.option("--out", required=True, metavar="DIR", help="Folder for report.md and report.html (history.md and history.html with --history).")
-@click.option("--budget", metavar="FILE", help="Judge again by this budget (default: the verdict in the results; with --baseline: default).")
-@click.option("--baseline", metavar="results.json", help="Older results to hold the candidates against.")
+@click.command("report", cls=QuietCommand, short_help="Results as pages: report.md, report.html, or a history.", example="qmerge report OUT.eval/results.json --out DIR\nqmerge report --history runs --out DIR")
+@click.argument("results", type=PLACE, metavar="[results.json]", required=False)
+@click.option("--out", type=PLACE, required=True, metavar="DIR", help="Folder for report.md and report.html (history.md and history.html with --history).")
+@click.option("--budget", type=BUDGET, metavar="FILE", help="Judge again by this budget (default: the verdict in the results; with --baseline: default).")
+@click.option("--baseline", type=PLACE, metavar="results.json", help="Older results to hold the candidates against.")
 @click.option("--ignore-versions", is_flag=True, help="Compare, or join in a history, what was measured with other versions of torch, transformers, …")
-@click.option("--history", metavar="DIR", help="Instead of one report: a metric over all results below DIR, by time.")
+@click.option("--history", type=PLACE, metavar="DIR", help="Instead of one report: a metric over all results below DIR, by time.")
 @click.option("--metric", default="kl_mean", show_default=True, help="The metric of --history.")
-@click.option("--junit", metavar="FILE", help="Write the checks as JUnit XML too.")
-@click.option("--json", "as_json", is_flag=True, help="The paths as JSON on stdout.")
+@click.option("--junit", type=PLACE, metavar="FILE", help="Write the checks as JUnit XML too.")
+@json_option("report, the paths")
 def report_command(
     results: str | None, out: str, budget: str | None, baseline: str | None, ignore_versions: bool, history: str | None, metric: str, junit: str | None, as_json: bool
 ) -> None:
@@ -40,7 +41,10 @@ def report_command(
         pages = _history(history, metric, ignore_versions, out)
     else:
         pages = _report(str(results), out, budget, baseline, ignore_versions, junit)
-    result(json.dumps(pages) if as_json else "\n".join(pages))
+    if as_json:
+        result_json({"report": pages})
+    else:
+        result("\n".join(pages))
     say(f"Next: open {pages[1]}")
 
 
@@ -70,11 +74,11 @@ def _history(folder: str, metric: str, ignore_versions: bool, out: str) -> list[
     return [str(Path(out) / name) for name in pages]
 
 
-@click.command("advise", cls=QuietCommand)
-@click.argument("results", metavar="results.json")
+@click.command("advise", cls=QuietCommand, short_help="Keep the adapter separate, or ship a merged file?", example="qmerge advise OUT.eval/results.json --adapters 3 --engine vllm")
+@click.argument("results", type=PLACE, metavar="results.json")
 @click.option("--adapters", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="How many adapters of this base are to be served.")
 @click.option("--engine", type=click.Choice(["transformers", "vllm", "sglang"]), help="What will serve it.")
-@click.option("--json", "as_json", is_flag=True, help="The advice as JSON on stdout.")
+@json_option("the choice, its reason and the table")
 def advise_command(results: str, adapters: int, engine: str | None, as_json: bool) -> None:
     """Keep the adapter separate, or ship a merged file? One line why, and the usual table with this model's measured values."""
     from qmerge.report.choice import choose, compared

@@ -13,11 +13,13 @@ from qmerge.api.judging import check_versions, judged_again
 from qmerge.api.measuring import named_texts
 from qmerge.api.merging import foreseen, to_plan
 from qmerge.api.targets import check_file, check_results_file
+from qmerge.cli.completing import BUDGET, PLACE
 from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
 from qmerge.cli.gate import not_compared
-from qmerge.cli.options import measure_options, merge_options
+from qmerge.cli.helping import JUDGE, MEASURE, RUNNING
+from qmerge.cli.options import json_option, measure_options, merge_options, topic
 from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
-from qmerge.cli.planning import announce, describe_estimate, detail, evaluation_of, fit_option
+from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, evaluation_of, fit_option
 from qmerge.errors import Interrupted, Refused, UsageProblem
 from qmerge.extras import need_loader
 
@@ -25,22 +27,31 @@ if TYPE_CHECKING:
     from qmerge.store.texts import Document
 
 
-@click.command("run", cls=QuietCommand)
+@click.command("run", cls=QuietCommand, short_help="Merge, measure, judge and report in one go.", example="qmerge run --base BASE --adapter ADAPTER --calibration train.jsonl --text held-out.jsonl --out OUT")
 @merge_options
-@click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Held-out text to measure on; without it a fifth of the calibration documents is held out.")
-@click.option("--eval-tokens", type=int, help="Tokens per evaluation window (--tokens, capped by the model's context).")
-@click.option("--also", default="", metavar="A,B", help="More arms: original, rtn.")
+@topic(
+    MEASURE,
+    click.option("--text", "texts", type=PLACE, multiple=True, metavar="[NAME=]FILE", help="Held-out text to measure on; without it a fifth of the calibration documents is held out."),
+    click.option("--eval-tokens", type=int, help="Tokens per evaluation window (--tokens, capped by the model's context)."),
+    click.option("--allow-overlap", is_flag=True, help="Do not refuse evaluation text that the calibration text holds too."),
+    click.option("--also", default="", metavar="A,B", help="More arms: original, rtn."),
+)
 @measure_options
-@click.option("--budget", default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file.")
-@click.option("--baseline", metavar="results.json", help="Older results to hold the candidate against too.")
-@click.option("--ignore-versions", is_flag=True, help="Compare with a --baseline that was measured with other versions of torch, transformers, …")
-@click.option("--junit", metavar="FILE", help="Write the checks as JUnit XML too.")
-@click.option("--allow-overlap", is_flag=True, help="Do not refuse evaluation text that the calibration text holds too.")
-@click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
-@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run of this OUT; where there is none, start; where OUT is there whole, measure it.")
+@topic(
+    JUDGE,
+    click.option("--budget", type=BUDGET, default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file."),
+    click.option("--baseline", type=PLACE, metavar="results.json", help="Older results to hold the candidate against too."),
+    click.option("--ignore-versions", is_flag=True, help="Compare with a --baseline that was measured with other versions of torch, transformers, …"),
+    click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell."),
+    click.option("--junit", type=PLACE, metavar="FILE", help="Write the checks as JUnit XML too."),
+)
+@topic(
+    RUNNING,
+    click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing."),
+    click.option("--resume", is_flag=True, help="Continue an interrupted run of this OUT; where there is none, start; where OUT is there whole, measure it."),
+)
 @fit_option
-@click.option("--json", "as_json", is_flag=True, help="Verdict and paths as JSON on stdout.")
+@json_option("verdict, out, results and report (paths); with --dry-run the plan and the estimate")
 @click.pass_context
 def run_command(
     context: click.Context, /, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None, allow_task_code: bool,
@@ -98,7 +109,10 @@ def run_command(
     evaluating = evaluation_of(found, found.bytes_out, _tokens(named_texts(texts), held_out), eval_tokens or min(recipe.tokens, found.context_length or recipe.tokens))
     expected = foreseen([found], calibration, warn, check_fit=not unchecked, resumed=resume, evaluating=evaluating)
     if dry_run:
-        result("\n".join((describe_plan(found), describe_estimate(expected, evaluating), detail(expected))))
+        if as_json:
+            result_json(found.to_json() | estimate_json(expected, evaluating))
+        else:
+            result("\n".join((describe_plan(found), describe_estimate(expected, evaluating), detail(expected))))
         say("dry run: nothing was written. Next: the same command without --dry-run")
         return
     announce(expected, evaluating)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import click
 
 from qmerge.api.looking import check_pairs
+from qmerge.cli.completing import PLACE
+from qmerge.cli.options import json_option
 from qmerge.cli.output import QuietCommand, result, result_json, say
 from qmerge.errors import CheckFailed
 
 
-@click.command("verify", cls=QuietCommand)
-@click.argument("out")
-@click.option("--base", metavar="P", help="The base it was made from: then every tensor is derived again.")
-@click.option("--adapter", "adapters", metavar="P", multiple=True, help="The adapter it was made from; several in the order of the merge.")
+@click.command("verify", cls=QuietCommand, short_help="Is a checkpoint what it claims to be?", example="qmerge verify OUT\nqmerge verify OUT --base BASE --adapter ADAPTER")
+@click.argument("out", type=PLACE)
+@click.option("--base", type=PLACE, metavar="PATH", help="The base it was made from: then every tensor is derived again.")
+@click.option("--adapter", "adapters", type=PLACE, metavar="PATH", multiple=True, help="The adapter it was made from; several in the order of the merge.")
 @click.option("--allow-pickle", is_flag=True, help="Read an adapter_model.bin, in a child process with weights_only.")
-@click.option("--signature", metavar="FILE", help="A signature of OUT by model-transparency (docs/signing.md).")
-@click.option("--public-key", metavar="FILE", help="The key that it has to be of.")
-@click.option("--json", "as_json", is_flag=True, help="The checks as JSON on stdout.")
+@click.option("--signature", type=PLACE, metavar="FILE", help="A signature of OUT by model-transparency (docs/signing.md).")
+@click.option("--public-key", type=PLACE, metavar="FILE", help="The key that it has to be of.")
+@json_option("out, passed and the checks")
 def verify_command(out: str, base: str | None, adapters: tuple[str, ...], allow_pickle: bool, signature: str | None, public_key: str | None, as_json: bool) -> None:
     """Re-hash OUT, unpack its codes, check its configs; with --base and --adapter also derive it again from them. Exit 1 where a check fails, 4 where there is nothing to check."""
     check_pairs(base, adapters, signature, public_key, "qmerge verify")
@@ -25,7 +27,7 @@ def verify_command(out: str, base: str | None, adapters: tuple[str, ...], allow_
     checks = verify(out, base, adapters, allow_pickle, signature, public_key)
     failed = [check for check in checks if not check.passed]
     if as_json:
-        result_json([{"check": check.name, "passed": check.passed, "detail": check.detail} for check in checks])
+        result_json({"out": out, "passed": not failed, "checks": [{"check": check.name, "passed": check.passed, "detail": check.detail} for check in checks]})
     else:
         for check in checks:
             result(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.detail}")

@@ -9,22 +9,15 @@ from typing import Any
 from qmerge.adapters.adapter import Adapter
 from qmerge.adapters.several_adapters import SUM, AdapterSet, Choice, Combination, parse_choice
 from qmerge.errors import UsageProblem
-from qmerge.formats import BITS, BLOCK_SIZES, BUILT, GROUP_SIZES, HEADS, MIXED, PADDED, QUANTIZING
+from qmerge.formats import BITS, BLOCK_SIZES, BUILT, HEADS, MIXED, PADDED, QUANTIZING
 from qmerge.formats.base import Nf4Recipe
 from qmerge.formats.training import recipe_from_adapter, recipe_from_file
+from qmerge.pipeline.recipe_values import FIXED, POLISH, value_fault
 from qmerge.store.yamlfiles import BadYaml, parse_yaml, read_yaml
 from qmerge.types import Grid
 from qmerge.units import parse_bytes
 
-MOST = 2**31
-"""counts of windows and tokens that no run reaches"""
-POLISH = ("blocks", "distill")
-LOW_TRAFFIC = ("pooled", "rtn")
-COMPUTES = ("auto", "fp32", "mixed", "bf16")
-COMBINATIONS = ("svd", "linear", "cat", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")
-"""PEFT's names; `qmerge.adapters.combine` refuses two of them with the reason"""
-FIXED: dict[str, dict[str, Any]] = {"awq": {"symmetric": False}}
-"""what a format settles where the user said nothing"""
+NEEDED = ("base", "adapter", "out")
 
 
 @dataclass(frozen=True)
@@ -133,6 +126,12 @@ def build_recipe(file: str | None, settings: tuple[str, ...], flags: dict[str, A
     return recipe
 
 
+def missing_in(file: str) -> tuple[str, ...]:
+    """What the recipe ``file`` leaves to flags among what every merge needs. Faults of the file are left to `build_recipe`."""
+    found = _read_file(file, [])
+    return tuple(name for name in NEEDED if found.get(name) is None)
+
+
 def _read_file(file: str, faults: list[str]) -> dict[str, Any]:
     path = Path(file)
     if not path.is_file():
@@ -173,7 +172,7 @@ def _check(given: dict[str, Any], faults: list[str]) -> Recipe:
     if given.get("format") in FIXED:
         given = FIXED[given["format"]] | given
     recipe = replace(Recipe(), **{key: value for key, value in given.items() if key in known})
-    for key in ("base", "adapter", "out"):
+    for key in NEEDED:
         if not getattr(recipe, key):
             faults.append(f"--{key} is missing")
     _check_values(recipe, faults)
@@ -196,25 +195,10 @@ def _check_values(recipe: Recipe, faults: list[str]) -> None:
     else:
         _check_grid(recipe, faults)
         _check_quantizing(recipe, faults)
-    if recipe.on not in ("dequantized", "original"):
-        faults.append(f"--on {recipe.on}: expected dequantized or original")
+    alone = (value_fault(field.name, getattr(recipe, field.name)) for field in fields(Recipe) if field.name != "format")
+    faults += [fault for fault in alone if fault]
     if recipe.original and recipe.on != "original":
         faults.append("--original was given without --on original")
-    if not 0 <= recipe.generic_share < 1:
-        faults.append(f"--generic-share {recipe.generic_share}: expected at least 0 and below 1")
-    if recipe.samples < 2:
-        faults.append(f"--samples {recipe.samples}: expected at least 2 (some are held out to choose with)")
-    if recipe.tokens < 2:
-        faults.append(f"--tokens {recipe.tokens}: expected at least 2")
-    for flag, value in (("--samples", recipe.samples), ("--tokens", recipe.tokens), ("--curvature-tokens", recipe.curvature_tokens)):
-        if value > MOST:
-            faults.append(f"{flag} {value}: expected at most {MOST}")
-    if not 0 <= recipe.seed < 2**63:
-        faults.append(f"--seed {recipe.seed}: expected at least 0 and below 2^63")
-    if recipe.curvature_tokens < 0:
-        faults.append(f"--curvature-tokens {recipe.curvature_tokens}: expected at least 0 (none)")
-    if recipe.compute not in COMPUTES:
-        faults.append(f"--compute {recipe.compute[:40]}: expected {', '.join(COMPUTES)}")
     _check_adapters(recipe, faults)
     if recipe.rtn and recipe.calibration:
         faults.append("--rtn uses no calibration text, and --calibration was given: leave one of them out")
@@ -226,15 +210,11 @@ def _check_grid(recipe: Recipe, faults: list[str]) -> None:
     if recipe.bits not in bits:
         others = [name for name, held in BITS.items() if recipe.bits in held]
         faults.append(f"--bits {recipe.bits}: format {fmt} {'has' if fmt in BITS else 'takes no --bits, or'} {', '.join(map(str, bits))}" + (f"; {' and '.join(others)} can" if others else ""))
-    if fmt in BITS and recipe.group_size not in GROUP_SIZES:
-        faults.append(f"--group-size {recipe.group_size}: expected one of {', '.join(map(str, GROUP_SIZES))}")
     if fmt == "awq" and recipe.symmetric:
         faults.append("--sym: format awq is asymmetric; use --format gptq or compressed-tensors")
     for flag, value in (("--block-size", recipe.block_size), ("--double-quant", recipe.double_quant)):
         if value is not None and fmt not in BLOCK_SIZES:
             faults.append(f"{flag} belongs to --format {' and '.join(BLOCK_SIZES)}" + ("; here it is --group-size" if fmt in BITS and flag == "--block-size" else ""))
-    if fmt in BLOCK_SIZES and recipe.block_size is not None and recipe.block_size not in BLOCK_SIZES[fmt]:
-        faults.append(f"--block-size {recipe.block_size}: bitsandbytes takes {', '.join(map(str, BLOCK_SIZES[fmt]))}")
 
 
 def _check_quantizing(recipe: Recipe, faults: list[str]) -> None:
@@ -242,8 +222,6 @@ def _check_quantizing(recipe: Recipe, faults: list[str]) -> None:
     fmt, budget = recipe.format, recipe.bits_per_weight
     if budget is not None and fmt not in MIXED:
         faults.append(f"--bits-per-weight: format {fmt} has one bit width for all linears; {' and '.join(MIXED)} can mix them")
-    elif budget is not None and not 4 <= budget <= 16:
-        faults.append(f"--bits-per-weight {str(budget)[:40]}: expected 4 to 16, which --format {fmt} can store")
     if budget is not None and not recipe.symmetric:
         faults.append("--bits-per-weight with --asym: transformers reads several asymmetric grids in one checkpoint as if they were the first one; leave --asym out")
     if recipe.quantize_head and fmt not in HEADS:
@@ -256,8 +234,6 @@ def _check_quantizing(recipe: Recipe, faults: list[str]) -> None:
         faults.append("--pad with --polish: polishing moves the scales of whole groups, which padded rows need not have; leave one of them out")
     if recipe.pad and fmt not in PADDED:
         faults.append(f"--pad belongs to --format {' and '.join(PADDED)}")
-    if recipe.low_traffic not in LOW_TRAFFIC:
-        faults.append(f"--low-traffic {recipe.low_traffic}: expected {' or '.join(LOW_TRAFFIC)}")
     for flag, value in (("--polish", recipe.polish), ("--bits-per-weight", budget)):
         if value and recipe.rtn:
             faults.append(f"{flag} measures on calibration text, and --rtn uses none: leave one of them out")
@@ -271,14 +247,10 @@ def _check_adapters(recipe: Recipe, faults: list[str]) -> None:
     except UsageProblem as problem:
         faults.append(f"{problem.where}: {problem.what}")
         return
-    if recipe.combine != SUM and recipe.combine not in COMBINATIONS:
-        faults.append(f"--combine {recipe.combine}: expected {', '.join((SUM, *COMBINATIONS))}")
     if recipe.combine != SUM and len(choices) < 2:
         faults.append(f"--combine {recipe.combine} needs at least two adapters")
     if recipe.combine == SUM and (recipe.density is not None or recipe.combine_rank is not None):
         faults.append("--density and --combine-rank belong to --combine ties, dare_*, magnitude_prune* and *svd")
-    if recipe.density is not None and not 0 < recipe.density <= 1:
-        faults.append(f"--density {str(recipe.density)[:40]}: expected above 0, at most 1")
     if recipe.each and (len(choices) < 2 or recipe.combine != SUM):
         faults.append("--each writes one checkpoint per adapter: give several --adapter and no --combine")
     if recipe.each and recipe.format in QUANTIZING:

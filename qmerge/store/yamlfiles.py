@@ -75,6 +75,8 @@ def _measure(node: yaml.Node, known: dict[int, int | None], depth: int) -> int:
     known[id(node)] = None
     size = 1
     if isinstance(node, yaml.MappingNode):
+        for key, _ in node.value:
+            _name(key)
         size += sum(_measure(part, known, depth + 1) for pair in node.value for part in pair)
         _check_keys(node)
     elif isinstance(node, yaml.ScalarNode):
@@ -85,6 +87,12 @@ def _measure(node: yaml.Node, known: dict[int, int | None], depth: int) -> int:
         raise BadYaml(f"it stands for more than {MAX_VALUES} values")
     known[id(node)] = size
     return size
+
+
+def _name(key: yaml.Node) -> None:
+    """``on`` is a name here, as in YAML 1.2; YAML 1.1 reads the key as true."""
+    if key.tag == "tag:yaml.org,2002:bool" and str(key.value).lower() not in ("true", "false"):
+        key.tag = "tag:yaml.org,2002:str"
 
 
 def _whole(text: str) -> str:

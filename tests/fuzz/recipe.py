@@ -11,7 +11,9 @@ import json
 from fuzz import yamlish
 from fuzz.places import Broken, Seeds, folder, refused
 from qmerge.errors import QmergeError
-from qmerge.pipeline.recipe import BUILT, COMBINATIONS, Recipe, build_recipe
+from qmerge.formats import BUILT
+from qmerge.pipeline.recipe import Recipe, build_recipe
+from qmerge.pipeline.recipe_values import COMBINATIONS
 
 WORDS = (*(field.name for field in dataclasses.fields(Recipe)), *BUILT, *COMBINATIONS[:4], "sum", "blocks", "distill", "dequantized", "original", "double", "5GB", "a=0.5", "pooled", "rtn", "group-size")
 MAX_LEN = 1024

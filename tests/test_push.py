@@ -17,10 +17,11 @@ from qmerge.store.manifest import read_manifest
 HERE = Path(__file__).parent
 
 
-def commands(hub: Hub, folder: Path, *words: list[object], token: str | None = TOKEN, **more: str) -> list[tuple[int, str, str]]:
-    """Each of ``words`` as one ``qmerge`` command, all in one child process that knows the stand-in's address; ``(exit code, stdout, stderr)`` of each."""
+def commands(hub: Hub, folder: Path, *words: list[object], token: str | None = TOKEN, xet: bool = False, **more: str) -> list[tuple[int, str, str]]:
+    """Each of ``words`` as one ``qmerge`` command, all in one child process that knows the stand-in's address; ``(exit code, stdout, stderr)`` of each. ``xet``: large files go by hf_xet, as they
+    do where it is installed; else as clients without it send them."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    env |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "hf"), "PYTHONPATH": f"{HERE.parent}{os.pathsep}{env.get('PYTHONPATH', '')}"} | more
+    env |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "0" if xet else "1", "HF_HOME": str(folder / "hf"), "PYTHONPATH": f"{HERE.parent}{os.pathsep}{env.get('PYTHONPATH', '')}"} | more
     env |= {"HF_TOKEN": token} if token else {}
     asked = json.dumps([[str(word) for word in line] for line in words])
     done = subprocess.run([sys.executable, HERE / "support" / "push_child.py", asked], env=env, cwd=folder, capture_output=True, text=True, timeout=240)
@@ -181,3 +182,28 @@ def test_a_download_verifies(told, hub, out, tmp_path):
 
     assert all(check.passed for check in verify(str(tmp_path / "back")))
     assert read_manifest(tmp_path / "back") == read_manifest(out)
+
+
+@pytest.fixture(scope="module")
+def by_xet(hub, out, tmp_path_factory) -> dict[str, tuple[int, str, str]]:
+    """What each push said whose large files went by hf_xet."""
+    pytest.importorskip("hf_xet")
+    names = ["xet", "xet-public", "fails-token-403", "fails-xorb-403", "fails-shard-401"]
+    lines = [["push", out, "--yes", "--repo", f"standin/{name}", *(["--public"] if name.endswith("public") else [])] for name in names]
+    return dict(zip(names, commands(hub, tmp_path_factory.mktemp("xet"), *lines, xet=True), strict=True))
+
+
+@pytest.mark.parametrize("repo", ["xet", "xet-public"])
+def test_large_files_that_go_by_xet_arrive(by_xet, hub, out, repo):
+    """The way that a usual installation takes, chunks instead of files, which no other test here takes: bytes lost on it, or a repository that everybody sees."""
+    assert by_xet[repo][0] == 0, by_xet[repo][2]
+    assert any(f"/cas/standin/{repo}/v1/shards" in line for line in hub.asked) and not any(f"/standin/{repo}.git/info/lfs" in line for line in hub.asked)
+    assert held(hub, f"standin/{repo}") == files_of(out) and hub.repositories[f"standin/{repo}"].private == (repo == "xet")
+
+
+@pytest.mark.parametrize(("repo", "found"), [("fails-token-403", "403"), ("fails-xorb-403", "403"), ("fails-shard-401", "401")])
+def test_a_refusal_on_the_way_by_xet_is_said_as_one(by_xet, hub, repo, found):
+    """hf_xet reports a refusal as a network error: "run the same command again", for ever."""
+    code, said, error = by_xet[repo]
+    assert code == 4 and f"found:      {found}" in error and "does not let this token" in error and "still empty" in error and not said
+    assert "Traceback" not in error and TOKEN not in error and len(hub.repositories[f"standin/{repo}"].commits) == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from qmerge.store.regular import open_plain
 
 BY_THE_HUB = ".gitattributes"
 NOTHING = "nothing"
+_XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,10 @@ def _translated(problem: BaseException, repo: str, progress: _Progress) -> Qmerg
     while answer is not None and not isinstance(answer, hub_errors.HfHubHTTPError):
         answer = answer.__cause__
     response = getattr(answer, "response", None)
-    if response is None:
+    code = response.status_code if response is not None else _told_by_xet(problem)
+    if code is None:
         return Interrupted("the hub could not be reached, or the connection broke", where=repo, found=type(problem.__cause__ or problem).__name__, fix="run the same command again", written=str(progress))
-    code, said = response.status_code, " ".join(str(getattr(answer, "server_message", None) or "").split())[:200]
+    said = " ".join(str(getattr(answer, "server_message", None) or "").split())[:200]
     progress.committing = False  # the hub answered, with a no
     found = f"{code}" + (f": {said}" if said else "")
     if code in (401, 403, 404):
@@ -184,3 +187,9 @@ def _translated(problem: BaseException, repo: str, progress: _Progress) -> Qmerg
     if code == 429 or code >= 500:
         return Interrupted("the hub failed to do it", where=repo, found=found, fix="run the same command again, later", written=str(progress))
     return Refused("the hub refused it", where=repo, found=found, written=str(progress))
+
+
+def _told_by_xet(problem: BaseException) -> int | None:
+    """The status in an error of `hf_xet`, which sends large files where it is installed and hands on words alone; None where there was no answer."""
+    found = _XET_STATUS.search(str(problem))
+    return int(found[1]) if found and isinstance(problem, (OSError, RuntimeError, ValueError)) else None

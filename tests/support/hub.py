@@ -1,7 +1,8 @@
 """A stand-in for the hub's HTTP API on 127.0.0.1, as the real client (`huggingface_hub`) speaks it: repositories, large files, commits, listings, downloads.
 
 What it answers was written down from the client's own requests and checks. A repository's name asks for a fault: ``fails-<step>-<status>`` answers that step with the status,
-``breaks-<step>`` closes the connection in the middle of it, ``lies-<what>`` does something else than it says. Xet is not spoken: the client is told so by HF_HUB_DISABLE_XET.
+``breaks-<step>`` closes the connection in the middle of it, ``lies-<what>`` does something else than it says. Large files come as clients before Xet send them (HF_HUB_DISABLE_XET), or as
+`hf_xet` does, to the store below ``/cas``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from support import xet
+
 TOKEN = "hf_standinTOKENstandinTOKENstandin"
+XET_TOKEN = "xetStandinTokenXetStandinToken"
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
@@ -50,6 +54,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
+        self.store = xet.Store()
         self.asked: list[str] = []
         self.tokens: set[str | None] = set()
         self.lock = threading.Lock()
@@ -101,7 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.asked.append(f"{method} {self.place}")
         for pattern, step, answer in WAYS:
             if found := re.fullmatch(pattern, f"{method} {self.place}"):
-                if step != "put" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                wanted = XET_TOKEN if step in ("xorb", "shard") else TOKEN
+                if step != "put" and self.headers.get("Authorization") != f"Bearer {wanted}":
                     return self._json(401, {"error": "Invalid credentials in Authorization header"})
                 if self._fault(step, found.groupdict().get("repo") or found.groupdict().get("name") or ""):
                     return None
@@ -167,6 +173,20 @@ class _Handler(BaseHTTPRequestHandler):
             links = {"upload": {"href": f"{self.server.url}/put/{repo}/{row['oid']}"}, "verify": {"href": f"{self.server.url}/there/{repo}/{row['oid']}"}}
             rows.append({"oid": row["oid"], "size": row["size"], "authenticated": True} | ({} if there else {"actions": links}))
         self._json(200, {"transfer": "basic", "objects": rows})
+
+    def xet_token(self, repo: str, revision: str) -> None:
+        self._json(200, {"casUrl": f"{self.server.url}/cas/{repo}", "exp": xet.EXPIRES, "accessToken": XET_TOKEN})
+
+    def xorb(self, repo: str, name: str) -> None:
+        self.server.store.block(name, self._body())
+        self._json(200, {"was_inserted": True})
+
+    def shard(self, repo: str) -> None:
+        for oid, content in self.server.store.files(self._body()).items():
+            if hashlib.sha256(content).hexdigest() != oid:
+                return self._json(400, {"error": "these bytes have another SHA-256"})
+            self.server.objects[oid] = content
+        self._json(200, {"result": 1})
 
     def put(self, repo: str, oid: str) -> None:
         body = self._body()
@@ -259,6 +279,9 @@ WAYS = (
     (rf"GET /api/models/{_REPO}/tree/(?P<revision>\w+)", "tree", _Handler.tree),
     (rf"POST /api/models/{_REPO}/preupload/(?P<revision>\w+)", "preupload", _Handler.preupload),
     (rf"POST /{_REPO}\.git/info/lfs/objects/batch", "batch", _Handler.batch),
+    (rf"GET /api/models/{_REPO}/xet-write-token/(?P<revision>\w+)", "token", _Handler.xet_token),
+    (rf"POST /cas/{_REPO}/v1/xorbs/default/(?P<name>[0-9a-f]+)", "xorb", _Handler.xorb),
+    (rf"POST /cas/{_REPO}/v1/shards", "shard", _Handler.shard),
     (rf"PUT /put/{_REPO}/(?P<oid>[0-9a-f]+)", "put", _Handler.put),
     (rf"POST /there/{_REPO}/(?P<oid>[0-9a-f]+)", "there", _Handler.there),
     (rf"POST /api/models/{_REPO}/commit/(?P<revision>\w+)", "commit", _Handler.commit),

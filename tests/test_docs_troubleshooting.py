@@ -37,4 +37,5 @@ def test_quoted_messages_are_in_the_code(message: str) -> None:
     """Catches a page that explains an error whose words have changed: whoever searches it for what they see would find nothing."""
     pieces = [piece.strip() for piece in re.split(r"…|'[xy]'|\(budget", message) if len(piece.strip()) > 3]
     lost = [piece for piece in pieces if piece not in STATES and not any(piece in text for text in TEXTS) and not any(form.search(piece) for form in WITH_VALUES)]
-    assert pieces and not lost
+    whole = message.replace("…", "a value")  # a value may stand where the page quotes words of it
+    assert pieces and (not lost or any(form.fullmatch(whole) for form in WITH_VALUES))

@@ -28,7 +28,7 @@ CONFIGS = {"base": "config.json", "adapter": "adapter_config.json"}
 @click.option("--adapter-id", "adapter_ids", metavar="ORG/NAME", multiple=True, help="The same for the adapter; several in the order of the merge.")
 @click.option("--id", "model_id", metavar="ORG/NAME", help="What this checkpoint will be called on the hub, for the loading commands.")
 @click.option("--print", "only_print", is_flag=True, help="Print the card; write nothing.")
-@json_option("card, the text, and written, the path or null")
+@json_option("card (the text), written (the path; null with --print)")
 def card_command(
     out: str, results: str | None, base: str | None, adapters: tuple[str, ...], base_id: str | None, adapter_ids: tuple[str, ...], model_id: str | None, only_print: bool, as_json: bool
 ) -> None:

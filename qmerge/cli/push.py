@@ -26,7 +26,7 @@ CARD = "README.md"
 @click.option("--adapter", "adapters", type=PLACE, metavar="PATH", multiple=True, help="The adapter it was made from; several in the order of the merge.")
 @click.option("--signature", type=PLACE, metavar="FILE", help="A signature of OUT (docs/signing.md): verified, and sent as model.sig.")
 @click.option("--public-key", type=PLACE, metavar="FILE", help="The key that it has to be of.")
-@json_option("repo, private, files, bytes, and the revision where it was sent")
+@json_option("repo, private, files, bytes; once it was sent, revision, url and deleted too")
 def push_command(
     out: str, repo: str, yes: bool, public: bool, replace: bool, base: str | None, adapters: tuple[str, ...], signature: str | None, public_key: str | None, as_json: bool
 ) -> None:

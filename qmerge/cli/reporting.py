@@ -24,7 +24,7 @@ from qmerge.errors import UsageProblem
 @click.option("--history", type=PLACE, metavar="DIR", help="Instead of one report: a metric over all results below DIR, by time.")
 @click.option("--metric", default="kl_mean", show_default=True, help="The metric of --history.")
 @click.option("--junit", type=PLACE, metavar="FILE", help="Write the checks as JUnit XML too.")
-@json_option("report, the paths")
+@json_option("report (paths)")
 def report_command(
     results: str | None, out: str, budget: str | None, baseline: str | None, ignore_versions: bool, history: str | None, metric: str, junit: str | None, as_json: bool
 ) -> None:

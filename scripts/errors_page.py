@@ -25,7 +25,7 @@ HEAD = """# All errors
 Made from the code by `python scripts/write_generated.py`; a test holds it current. What to do about the common ones, at more length: [troubleshooting.md](troubleshooting.md).
 
 Search for words of the message. *{{Braces}}* stand for values; a stroke parts alternatives. A message on the screen also has lines for where, what was expected and found, and what was written. The number is
-the exit code: {codes}.
+the exit code: {codes}; rows without one are said inside another message.
 
 {count} messages.
 """
@@ -33,7 +33,7 @@ the exit code: {codes}.
 
 @dataclass(frozen=True)
 class Message:
-    """One place in the code: its heading and file, the words with gaps for values, and the exit code."""
+    """One place in the code: its heading and file, the words with gaps for values, and the exit code; 0 for what is only said inside other messages."""
 
     topic: str
     file: str
@@ -49,8 +49,8 @@ def page() -> str:
     for topic in dict.fromkeys([RECIPE, *TOPICS.values()]):
         here = [message for message in found if message.topic == topic]
         if here:
-            rows.append(f"\n## {topic}\n\n| message | what to do | code |\n| --- | --- | --- |")
-            rows += [f"| {_cell(message.what)} | {_cell(message.fix)} | {message.code} |" for message in here]
+            rows.append(f"\n## {topic}\n\n| message | what to do, or what was expected | code |\n| --- | --- | --- |")
+            rows += [f"| {_cell(message.what)} | {_cell(message.fix)} | {message.code or ''} |" for message in here]
     return "\n".join(rows) + "\n"
 
 
@@ -63,7 +63,8 @@ def messages() -> list[Message]:
         topic = RECIPE if name.startswith("pipeline/recipe") else TOPICS.get(layer, "The machine")
         if layer == "errors":
             continue
-        for what, fix, code in _in_file(ast.parse(file.read_text("utf-8"))):
+        for what, fix, raised in _in_file(ast.parse(file.read_text("utf-8"))):
+            code = raised or (KINDS["UsageProblem"] if topic == RECIPE else 0)
             if re.search(r"[A-Za-z]{3}", re.sub(r"\{[^}]*\}", "", what)):
                 found.setdefault((topic, what, code), Message(topic, name, what, fix, code))
     order = list(dict.fromkeys([RECIPE, *TOPICS.values()]))
@@ -74,15 +75,18 @@ def _in_file(tree: ast.Module) -> Iterator[tuple[str, str, int]]:
     """(message, what to do, exit code)"""
     names = {target.id: words(node.value) for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.JoinedStr)) for target in node.targets if isinstance(target, ast.Name)}
     for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_fault"):
+            yield from ((words(inner.value, names), "", 0) for inner in ast.walk(node) if isinstance(inner, ast.Return) and isinstance(inner.value, ast.JoinedStr))
         if not isinstance(node, ast.Call):
             continue
         called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr if isinstance(node.func, ast.Attribute) else ""
         owner = node.func.value.id if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) else ""
         if called in KINDS and node.args:
             given = {keyword.arg: keyword.value for keyword in node.keywords}
-            yield words(node.args[0], names), words(given["fix"], names) if "fix" in given else "", KINDS[called]
+            expected = words(given["expected"], names) if "expected" in given else ""
+            yield words(node.args[0], names), words(given["fix"], names) if "fix" in given else f"expected: {expected}" if expected else "", KINDS[called]
         elif called == "append" and owner == "faults" and node.args:
-            yield words(node.args[0], names), "", KINDS["UsageProblem"]
+            yield words(node.args[0], names), "", 0
         elif called == "_print_error" and node.args:
             what, _, rest = words(node.args[0], names).partition("\n")
             yield what, rest.partition("what to do: ")[2], 75 if "interrupted" in what or "room" in what else 1

@@ -34,7 +34,7 @@ def push_command(
     from qmerge.report.card import HUB_ID
 
     if not HUB_ID.fullmatch(repo):
-        raise UsageProblem("this is no id of the hub", where="--repo", expected="ORG/NAME", found=repo)
+        raise UsageProblem("this is no id of the hub", where="--repo", expected="ORG/NAME", found=repo, fix="write it as it stands in the address of the model: https://huggingface.co/ORG/NAME")
     check_pairs(base, adapters, signature, public_key, "qmerge push")
     from qmerge.pipeline.verify import verify
     from qmerge.store.manifest import read_manifest

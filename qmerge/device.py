@@ -32,7 +32,7 @@ def pick_device(wish: str) -> torch.device:
     try:
         return torch.device(wish)
     except RuntimeError as problem:
-        raise UsageProblem("unknown device", where=f"--device {wish}", expected="cpu, cuda, cuda:N or auto") from problem
+        raise UsageProblem("unknown device", where=f"--device {wish}", expected="cpu, cuda, cuda:N or auto", fix="--device auto takes the GPU where there is one") from problem
 
 
 def own_device(wish: str, local_rank: int, local_size: int) -> str:

@@ -11,10 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from cli_reference import reference  # noqa: E402
+from errors_page import page  # noqa: E402
+
 from qmerge.cli.recipe_schema import schema_text  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-GENERATED: dict[str, Callable[[], str]] = {"qmerge/cli/recipe.schema.json": schema_text}
+GENERATED: dict[str, Callable[[], str]] = {"qmerge/cli/recipe.schema.json": schema_text, "docs/cli.md": reference, "docs/errors.md": page}
 """file -> what makes its text"""
 
 

@@ -136,7 +136,7 @@ def test_malformed_recipe_lists_every_fault(case, tmp_path):
     """One fault per attempt: five runs to find five typos."""
     path = tmp_path / "recipe.yaml"
     path.write_text("formt: gptq\nbits: four\ngroup_size: 100\nseed: true\n")
-    said = case.refused(2, "formt", "bits: expected int, found 'four'", "seed: expected int, found True", "--generic-share 2", "--adapter is missing", more=("--recipe", str(path), "--generic-share", "2"), adapter=None)
+    said = case.refused(2, "formt", "bits: expected a whole number, found 'four'", "seed: expected a whole number, found True", "--generic-share 2", "--adapter is missing", more=("--recipe", str(path), "--generic-share", "2"), adapter=None)
     assert "--group-size 100" in said
 
 
@@ -148,7 +148,7 @@ def test_recipes_that_are_none(case, tmp_path, content, says):
     case.refused(2, says, more=("--recipe", str(path)))
 
 
-@pytest.mark.parametrize("setting, says", [("colour=red", "colour"), ("samples", "key=value"), ("seed=many", "seed: expected int")])
+@pytest.mark.parametrize("setting, says", [("colour=red", "colour"), ("samples", "key=value"), ("seed=many", "seed: expected a whole number")])
 def test_set_faults(case, setting, says):
     """A setting with a typo that is dropped."""
     case.refused(2, says, more=("--set", setting))

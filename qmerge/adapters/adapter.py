@@ -120,7 +120,7 @@ def open_adapter(path_or_id: str | Path, revision: str | None = None, *, allow_p
     source = open_files(path_or_id, revision, allow_pickle)
     where = f"adapter_config.json of {source.name}"
     if not source.specs:
-        raise Refused("The adapter holds no tensors.", where=source.name, expected="LoRA pairs", found="an empty header")
+        raise Refused("The adapter holds no tensors.", where=source.name, expected="LoRA pairs", found="an empty header", fix="the training run saved nothing: take another checkpoint of it")
     if source.config.get("peft_type") != "LORA":
         from qmerge.adapters.delegated import check_type
 
@@ -156,17 +156,17 @@ def _pair(module: str, claims: Claims, source: AdapterFiles) -> LoraPair | None:
         extra = sorted(set(parts) - {"base.weight", "base.bias", "tokens"})
         if extra or ("base.weight" in parts and "tokens" not in parts):
             raise Refused("An adapter tensor lacks the LoRA pair that it belongs to.", where=f"tensor {parts[(extra or ['base.weight'])[0]]!r} in {source.name}",
-                          expected=f"{module}.lora_A and lora_B beside it")
+                          expected=f"{module}.lora_A and lora_B beside it", fix="save the adapter again with PEFT: PeftModel.save_pretrained")
         return None
     for side, other in ((first, second), (second, first)):
         if side not in parts:
             raise Refused(f"An adapter tensor lacks its other half: {other} without {side}.", where=f"tensor {parts[other]!r} in {source.name}",
-                          expected=f"{module}.{side} beside it")
+                          expected=f"{module}.{side} beside it", fix="save the adapter again with PEFT: PeftModel.save_pretrained")
     rank, scaling = rank_and_scaling(source.config, module)
     if not source.config.get("target_parameters"):  # factors of fused parameters have rank × experts, which is checked against the base
         check_rank(source, parts[first], parts[second], rank)
     for flag, slot in (("use_dora", "magnitude"), ("lora_bias", "lora_B.bias")):
         if bool(source.config.get(flag)) != (slot in parts) and not (embedding and flag == "lora_bias"):
             raise Refused(f"The adapter's config and its tensors disagree about {flag}.", where=f"{module} in {source.name}",
-                          expected=f"{slot} {'beside the pair' if source.config.get(flag) else 'absent'}", found="none" if slot not in parts else parts[slot])
+                          expected=f"{slot} {'beside the pair' if source.config.get(flag) else 'absent'}", found="none" if slot not in parts else parts[slot], fix="take the config and the weights of one training run")
     return LoraPair(module, parts[first], parts[second], rank, scaling, parts.get("magnitude"), parts.get("lora_B.bias"), embedding)

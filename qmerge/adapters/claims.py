@@ -60,10 +60,10 @@ def claim(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], name: str,
     for tensor in sorted(specs):
         where = f"tensor {tensor!r} in {name}"
         if specs[tensor].dtype not in _FLOATS:
-            raise Refused("An adapter tensor is not floating point.", where=where, expected=", ".join(_FLOATS), found=specs[tensor].dtype)
+            raise Refused("An adapter tensor is not floating point.", where=where, expected=", ".join(_FLOATS), found=specs[tensor].dtype, fix="save the adapter in bf16, fp16 or fp32")
         key = _key(tensor)
         if not _WRAPPERS.sub("", tensor).startswith(PREFIX):
-            raise Refused("An adapter tensor has a name that PEFT does not write.", where=where, expected=f"{PREFIX}…")
+            raise Refused("An adapter tensor has a name that PEFT does not write.", where=where, expected=f"{PREFIX}…", fix="save the adapter again with PEFT: PeftModel.save_pretrained")
         if _is_copy(key, plain):
             copies.append(tensor)
             continue
@@ -146,7 +146,7 @@ def _saved_parameter(key: str, config: Mapping[str, Any], where: str) -> tuple[s
     if leaf and (trained_bias or any(owner.endswith(tuple(listed)) for owner in owners) or (leaf == "weight" and parts[-1] in EMBEDDINGS)):
         return parameter, match["adapter"] if match else None
     raise Refused("An adapter tensor pairs with nothing: it is no LoRA factor and in no module of modules_to_save.", where=where,
-                  expected="lora_A, lora_B, or a module of " + repr(listed))
+                  expected="lora_A, lora_B, or a module of " + repr(listed), fix="save the adapter again with PEFT: PeftModel.save_pretrained")
 
 
 def check_saved_complete(saved: Mapping[str, str], config: Mapping[str, Any], name: str) -> None:

@@ -141,7 +141,7 @@ def combine_all(
                 names, list(weights), "combined", how, svd_rank=rank, svd_full_matrices=False, density=density, majority_sign_method=majority_sign
             )
         except (RuntimeError, ValueError, TypeError) as problem:
-            raise Refused(f"PEFT cannot combine these adapters with {how}.", where="the adapters' tensors", found=str(problem)[:300]) from problem
+            raise Refused(f"PEFT cannot combine these adapters with {how}.", where="the adapters' tensors", found=str(problem)[:300], fix="leave --combine out: the exact sum of deltas takes any ranks") from problem
     results = {module: _factors(tuner.model.get_submodule(module), "combined", module in embeddings) for module in modules}
     broken = next((module for module, found in results.items() if not all(bool(torch.isfinite(factor).all()) for factor in found)), None)
     if broken:

@@ -34,7 +34,7 @@ def combined_edits(
     held = {module for adapter in adapters for module in adapter.pairs}
     order = [name for name, _ in model.named_modules() if name in held] if model is not None else sorted(held)
     if missing := held - set(order):
-        raise Refused("the adapter was made for another base: it changes a module that this base lacks", where=adapters[0].name, expected=f"{min(missing)} in the module tree", found="none")
+        raise Refused("the adapter was made for another base: it changes a module that this base lacks", where=adapters[0].name, expected=f"{min(missing)} in the module tree", found="none", fix="qmerge inspect ADAPTER names the base that it was trained on: give that one")
     embeddings = [module for module in order if any(module in adapter.pairs and adapter.pairs[module].embedding for adapter in adapters)]
     turned = [module for module in order if model is not None and type(model.get_submodule(module)).__name__ == "Conv1D"]
     pairs = {module: [(*adapter.load_pair(module), adapter.pairs[module].scaling) if module in adapter.pairs else None for adapter in adapters] for module in order}

@@ -72,7 +72,7 @@ class _Parts:
         where = f"tensor {key!r} in {self.name}"
         if not key.startswith(PREFIX):
             if key.removeprefix("base_model.").split(".")[0] not in self.kind.shared or not key.startswith("base_model."):
-                raise Refused("An adapter tensor has a name that this type does not write.", where=where, expected=f"{PREFIX}…")
+                raise Refused("An adapter tensor has a name that this type does not write.", where=where, expected=f"{PREFIX}…", fix="save the adapter again with PEFT: PeftModel.save_pretrained")
             self.shared.append(key)
             return
         path = key.removeprefix(PREFIX).split(".")
@@ -81,7 +81,7 @@ class _Parts:
             self.twins.append(key)
             return
         if module is None:
-            raise Refused("The adapter changes a module that the base does not have.", where=where, expected="a module of the base")
+            raise Refused("The adapter changes a module that the base does not have.", where=where, expected="a module of the base", fix="qmerge inspect ADAPTER names the base that it was trained on: give that one")
         rest = ".".join(path[module.count(".") + 1 :])
         if rest.startswith(self.kind.prefix) or rest.split(".")[0] in self.kind.shared:
             self.own.setdefault(module, []).append(key)
@@ -138,7 +138,7 @@ class _Parts:
         if idle := shared or (self.twins if len(targets) != 1 else []):
             raise Refused("An adapter tensor is used by no module.", where=f"tensor {idle[0]!r} in {self.name}", expected="modules with tensors of this type")
         if not steps:
-            raise Refused("The adapter holds no tensors.", where=self.name, expected=f"tensors named {self.kind.prefix}…", found="none")
+            raise Refused("The adapter holds no tensors.", where=self.name, expected=f"tensors named {self.kind.prefix}…", found="none", fix="the training run saved nothing: take another checkpoint of it")
         return {parameter: edits[0] if len(edits) == 1 else Chain(tuple(edits)) for parameter, edits in sorted(steps.items())}
 
     def _targets(self) -> list[str]:
@@ -243,8 +243,7 @@ class _Parts:
         base, shape = self.shapes.get(parameter), stored[::-1] if turned else stored
         if base is None or len(base) != len(shape):
             raise Refused(
-                "The adapter replaces a parameter that the base does not have.", where=f"tensor {key!r} in {self.name}", expected=parameter, found=list(shape)
-            )
+                "The adapter replaces a parameter that the base does not have.", where=f"tensor {key!r} in {self.name}", expected=parameter, found=list(shape), fix="qmerge inspect ADAPTER names the base that it was trained on: give that one")
         return Replace((key,), shape, rows)
 
     def _tokens(self, module: str, own: tuple[str, ...], load: Load) -> ReplaceRows:

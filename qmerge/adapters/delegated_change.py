@@ -92,7 +92,7 @@ def _merged(layer: Layer, tensors: dict[str, torch.Tensor], weight: torch.Tensor
     try:
         built.merge(safe_merge=True)
     except (RuntimeError, ValueError, NotImplementedError) as problem:
-        raise Refused("PEFT cannot merge this layer.", where=f"{layer.module} in {layer.name}", found=str(problem)[:300]) from problem
+        raise Refused("PEFT cannot merge this layer.", where=f"{layer.module} in {layer.name}", found=str(problem)[:300], fix="keep this adapter separate") from problem
     base: Any = built.get_base_layer()
     merged = base.weight.data.T if layer.conv else base.weight.data
     return merged.float().contiguous(), None if bias is None else base.bias.data.float()

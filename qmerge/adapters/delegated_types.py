@@ -93,11 +93,11 @@ def check_type(config: dict[str, Any], where: str) -> Kind:
     """What the adapter's type needs. Refused, naming the type, where it cannot be merged, and for settings that PEFT or this file does not know."""
     name = config.get("peft_type")
     if not isinstance(name, str):
-        raise Refused("The adapter's config does not say its type.", where=where, expected="peft_type: LORA, …", found=repr(name)[:120])
+        raise Refused("The adapter's config does not say its type.", where=where, expected="peft_type: LORA, …", found=repr(name)[:120], fix="save the adapter again with PEFT: PeftModel.save_pretrained")
     if name in REFUSED:
         raise Refused(f"A {name} adapter cannot be merged: {REFUSED[name]}.", where=where, found=f"peft_type: {name}", fix=_fix(name))
     if name not in MERGED:
-        raise Refused("The adapter is of a type that qmerge does not know.", where=where, expected="LORA, " + ", ".join(sorted(MERGED)), found=repr(name)[:120])
+        raise Refused("The adapter is of a type that qmerge does not know.", where=where, expected="LORA, " + ", ".join(sorted(MERGED)), found=repr(name)[:120], fix="keep this adapter separate")
     _check_settings(str(name), config, where)
     check_choices(config, where)
     peft_config(config, where)
@@ -147,4 +147,4 @@ def peft_config(config: dict[str, Any], where: str) -> Any:
     try:
         return kind(**{field: value for field, value in config.items() if field in known})
     except (TypeError, ValueError, KeyError, AttributeError) as problem:
-        raise Refused("PEFT refuses the adapter's config.", where=where, found=str(problem)[:300]) from problem
+        raise Refused("PEFT refuses the adapter's config.", where=where, found=str(problem)[:300], fix="it may have been written by a newer PEFT than the one that pip show peft names") from problem

@@ -16,4 +16,4 @@ def check_rank(source: AdapterFiles, a: str, b: str, rank: int) -> None:
             raise Refused("Only LoRA on linear layers and embeddings can be merged.", where=where, expected="2 dimensions", found=list(spec.shape))
         if spec.shape[axis] != rank and not (axis == 1 and spec.shape[axis] * blocks == rank):
             raise Refused("An adapter tensor has another rank than the adapter's config says.", where=where,
-                          expected=f"rank {rank} in dimension {axis}", found=f"shape {list(spec.shape)}")
+                          expected=f"rank {rank} in dimension {axis}", found=f"shape {list(spec.shape)}", fix="take the config and the weights of one training run")

@@ -81,7 +81,7 @@ class NameMap:
     def _renaming(self, disk: str, parameter: str) -> Region:
         if self._shapes[disk] != self._targets[parameter]:
             raise Refused("A tensor of the file has another shape than the model's parameter.", where=f"{disk} -> {parameter}",
-                          expected=list(self._targets[parameter]), found=list(self._shapes[disk]))  # fmt: skip
+                          expected=list(self._targets[parameter]), found=list(self._shapes[disk]), fix="give the base that the adapter was trained on: qmerge inspect ADAPTER names it")  # fmt: skip
         return Region(disk, parameter, self._shapes[disk], self._targets[parameter])
 
     def _region(self, tied: Tied, entry: Entry) -> Region:

@@ -53,7 +53,7 @@ def bench_command(
     if out and into:
         raise UsageProblem("--out and --into exclude each other", where="qmerge bench", fix="--into adds to results, --out writes a file of its own")
     if merged and without_merged:
-        raise UsageProblem("--merged and --without-merged exclude each other", where="qmerge bench")
+        raise UsageProblem("--merged and --without-merged exclude each other", where="qmerge bench", fix="leave one of them out")
     sizes, adapter = _sizes(batches), adapter_set(options)
     if out:
         check_results_file(out, "--out", (base, *(one.place.partition("#")[0] for one in adapter.choices), *candidates))

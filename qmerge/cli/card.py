@@ -28,7 +28,7 @@ CONFIGS = {"base": "config.json", "adapter": "adapter_config.json"}
 @click.option("--adapter-id", "adapter_ids", metavar="ORG/NAME", multiple=True, help="The same for the adapter; several in the order of the merge.")
 @click.option("--id", "model_id", metavar="ORG/NAME", help="What this checkpoint will be called on the hub, for the loading commands.")
 @click.option("--print", "only_print", is_flag=True, help="Print the card; write nothing.")
-@json_option("card, the text, and written, the path or null")
+@json_option("card (the text), written (the path; null with --print)")
 def card_command(
     out: str, results: str | None, base: str | None, adapters: tuple[str, ...], base_id: str | None, adapter_ids: tuple[str, ...], model_id: str | None, only_print: bool, as_json: bool
 ) -> None:
@@ -44,7 +44,7 @@ def card_command(
         raise Refused("qmerge did not write this folder", where=out, expected=MANIFEST, found="none" if folder.is_dir() else "a file" if folder.exists() else "no such folder", fix=put_aside(folder))
     manifest = read_manifest(folder)
     if not isinstance(manifest.get("inputs"), dict):
-        raise Refused("the manifest names no inputs", where=MANIFEST, expected="what it was made from, by role", found=type(manifest.get("inputs")).__name__)
+        raise Refused("the manifest names no inputs", where=MANIFEST, expected="what it was made from, by role", found=type(manifest.get("inputs")).__name__, fix="the manifest is damaged: merge again; qmerge verify tells more")
     origins = _origins(manifest, base, adapters, base_id, adapter_ids)
     measured, arm = _measured(folder, manifest, results)
     name = folder.resolve().name
@@ -71,7 +71,7 @@ def _check_ids(*given: tuple[str, tuple[str, ...]]) -> None:
     for flag, values in given:
         for value in values:
             if not HUB_ID.fullmatch(value):
-                raise UsageProblem("this is no id of the hub", where=flag, expected="ORG/NAME", found=value)
+                raise UsageProblem("this is no id of the hub", where=flag, expected="ORG/NAME", found=value, fix="write it as it stands in the address of the model: https://huggingface.co/ORG/NAME")
 
 
 def _origins(manifest: dict[str, Any], base: str | None, adapters: tuple[str, ...], base_id: str | None, adapter_ids: tuple[str, ...]) -> list[Origin]:
@@ -80,7 +80,7 @@ def _origins(manifest: dict[str, Any], base: str | None, adapters: tuple[str, ..
     roles = ["base", *(role for role in manifest["inputs"] if role.startswith("adapter"))]
     for flag, given in (("--adapter", adapters), ("--adapter-id", adapter_ids)):
         if given and len(given) != len(roles) - 1:
-            raise UsageProblem("the checkpoint was made of another number of adapters", where=flag, expected=len(roles) - 1, found=len(given))
+            raise UsageProblem("the checkpoint was made of another number of adapters", where=flag, expected=len(roles) - 1, found=len(given), fix="give as many as the merge had, in its order: manifest.json names them")
     places, ids = [base, *(adapters or [None] * len(roles))], [base_id, *(adapter_ids or [None] * len(roles))]
     return [_origin(manifest["inputs"].get(role) or {}, role, place, hub_id) for role, place, hub_id in zip(roles, places, ids, strict=False)]
 
@@ -100,7 +100,7 @@ def _origin(row: dict[str, Any], role: str, place: str | None, hub_id: str | Non
     config = folder / CONFIGS["adapter" if role.startswith("adapter") else "base"]
     recorded = (row.get("files") or {}).get(config.name, {}).get("sha256")
     if recorded and (not config.is_file() or digest_file(config)["sha256"] != recorded):
-        raise Refused(f"this is not the {role} that the checkpoint was made from", where=found_name, expected=f"{config.name} with the SHA-256 in the manifest", found="another, or none")
+        raise Refused(f"this is not the {role} that the checkpoint was made from", where=found_name, expected=f"{config.name} with the SHA-256 in the manifest", found="another, or none", fix="give the input that manifest.json names, or leave the option out: the card then goes by the manifest alone")
     card = folder / CARD
     text = _beginning(card) if card.is_file() else ""
     licence = licence_of(text, read_object(config, what="the config") if config.is_file() else {})

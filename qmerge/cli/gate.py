@@ -25,7 +25,7 @@ from qmerge.errors import Refused
 @click.option("--save-baseline", type=PLACE, metavar="FILE", help="Accept these results: write what a later --baseline needs of them. Refused where they fail.")
 @click.option("--junit", type=PLACE, metavar="FILE", help="Write the checks as JUnit XML too.")
 @click.option("--strict", is_flag=True, help="Exit 3 also where the text is too little to tell.")
-@json_option("the verdict: state, reasons and every check")
+@json_option("the verdict (state, reasons, checks)")
 @click.pass_context
 def compare_command(
     context: click.Context, results: str, budget: str, baseline: str | None, ignore_versions: bool, recompute: bool, save_baseline: str | None, junit: str | None, strict: bool,

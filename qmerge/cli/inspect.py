@@ -13,7 +13,7 @@ from qmerge.cli.output import QuietCommand, result, result_json, say
 
 @click.command("inspect", cls=QuietCommand, short_help="What is this folder, and what stands in the way of merging it?", example="qmerge inspect BASE\nqmerge inspect ADAPTER")
 @click.argument("path", type=PLACE)
-@json_option("the facts, and problems")
+@json_option("what it is, its facts by name, and problems")
 def inspect_command(path: str, as_json: bool) -> None:
     """Say what PATH is: a base (recipe, blocks, linears, sizes), an adapter (type, features) or a folder of adapters, and what stands in the way of merging it."""
     from qmerge.pipeline.inspection import inspect

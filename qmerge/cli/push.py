@@ -26,7 +26,7 @@ CARD = "README.md"
 @click.option("--adapter", "adapters", type=PLACE, metavar="PATH", multiple=True, help="The adapter it was made from; several in the order of the merge.")
 @click.option("--signature", type=PLACE, metavar="FILE", help="A signature of OUT (docs/signing.md): verified, and sent as model.sig.")
 @click.option("--public-key", type=PLACE, metavar="FILE", help="The key that it has to be of.")
-@json_option("repo, private, files, bytes, and the revision where it was sent")
+@json_option("repo, private, files, bytes; once it was sent, revision, url and deleted too")
 def push_command(
     out: str, repo: str, yes: bool, public: bool, replace: bool, base: str | None, adapters: tuple[str, ...], signature: str | None, public_key: str | None, as_json: bool
 ) -> None:
@@ -34,7 +34,7 @@ def push_command(
     from qmerge.report.card import HUB_ID
 
     if not HUB_ID.fullmatch(repo):
-        raise UsageProblem("this is no id of the hub", where="--repo", expected="ORG/NAME", found=repo)
+        raise UsageProblem("this is no id of the hub", where="--repo", expected="ORG/NAME", found=repo, fix="write it as it stands in the address of the model: https://huggingface.co/ORG/NAME")
     check_pairs(base, adapters, signature, public_key, "qmerge push")
     from qmerge.pipeline.verify import verify
     from qmerge.store.manifest import read_manifest

@@ -31,7 +31,7 @@ def recipe_group() -> None:
 
 @recipe_group.command("init", cls=QuietCommand, example="qmerge recipe init recipe.yaml\nqmerge recipe check recipe.yaml\nqmerge merge --recipe recipe.yaml --dry-run")
 @click.argument("file", type=PLACE, metavar="[FILE]", default="recipe.yaml")
-@json_option("written, the paths")
+@json_option("written (paths)")
 def init_command(file: str, as_json: bool) -> None:
     """Write a recipe that holds every setting with its default and one line about it. An existing FILE (default: recipe.yaml) stays as it is.
 
@@ -62,7 +62,7 @@ def init_command(file: str, as_json: bool) -> None:
 
 @recipe_group.command("check", cls=QuietCommand, example="qmerge recipe check recipe.yaml")
 @click.argument("file", type=PLACE, metavar="FILE")
-@json_option("missing, what differs from the defaults (changed), and all settings")
+@json_option("recipe, missing, changed (what differs from the defaults), settings")
 def check_command(file: str, as_json: bool) -> None:
     """Read FILE as merge and run would: exit 0 and what differs from the defaults, or 2 and every fault. Models and texts are not looked for."""
     from qmerge.pipeline.recipe import Recipe, build_recipe, missing_in

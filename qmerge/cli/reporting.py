@@ -24,19 +24,19 @@ from qmerge.errors import UsageProblem
 @click.option("--history", type=PLACE, metavar="DIR", help="Instead of one report: a metric over all results below DIR, by time.")
 @click.option("--metric", default="kl_mean", show_default=True, help="The metric of --history.")
 @click.option("--junit", type=PLACE, metavar="FILE", help="Write the checks as JUnit XML too.")
-@json_option("report, the paths")
+@json_option("report (paths)")
 def report_command(
     results: str | None, out: str, budget: str | None, baseline: str | None, ignore_versions: bool, history: str | None, metric: str, junit: str | None, as_json: bool
 ) -> None:
     """Write report.md and report.html from results; with --history, how a metric went over many of them."""
     if Path(out).exists() and not Path(out).is_dir():
-        raise UsageProblem("--out names a file", where=out, expected="a folder for the report", found="a file")
+        raise UsageProblem("--out names a file", where=out, expected="a folder for the report", found="a file", fix="--out DIR: report.md and report.html are written into it")
     for page in ("history.md", "history.html") if history else ("report.md", "report.html"):
         check_file(Path(out) / page, page)
     if junit:
         check_file(junit, "--junit", [place for place in (results, baseline, budget) if place])
     if (results is None) == (history is None):
-        raise UsageProblem("a report is of one results.json, or of a --history", where="qmerge report", expected="one of the two", found="neither" if results is None else "both")
+        raise UsageProblem("a report is of one results.json, or of a --history", where="qmerge report", expected="one of the two", found="neither" if results is None else "both", fix="qmerge report results.json --out DIR, or qmerge report --history DIR --out DIR")
     if history:
         pages = _history(history, metric, ignore_versions, out)
     else:
@@ -67,7 +67,7 @@ def _history(folder: str, metric: str, ignore_versions: bool, out: str) -> list[
     for name, why in found.unread:
         warn(f"{name} is left out: {why}")
     if not found.series:
-        raise UsageProblem("no results below this folder hold the metric", where=folder, expected=f"results.json files with {metric}", found=f"{found.files} results files")
+        raise UsageProblem("no results below this folder hold the metric", where=folder, expected=f"results.json files with {metric}", found=f"{found.files} results files", fix="--metric names what to show; qmerge run and qmerge eval write results.json")
     pages = {"history.md": render_history_markdown(found), "history.html": render_history_html(found)}
     for name, page in pages.items():
         write_page(Path(out) / name, page)

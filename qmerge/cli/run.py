@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     click.option("--resume", is_flag=True, help="Continue an interrupted run of this OUT; where there is none, start; where OUT is there whole, measure it."),
 )
 @fit_option
-@json_option("verdict, out, results and report (paths); with --dry-run the plan and the estimate")
+@json_option("verdict, out, results, report (paths); with --dry-run the plan and the estimate")
 @click.pass_context
 def run_command(
     context: click.Context, /, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None, allow_task_code: bool,

@@ -35,7 +35,7 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     bits = settings.get("bits", settings.get("w_bit", 4))
     if str(layout).lower() != "gemm" or bits != 4:
         raise Refused("the base is in an AWQ layout that this version does not read", where=where, expected="version gemm, bits 4",
-                      found=f"version {layout}, bits {bits}")
+                      found=f"version {layout}, bits {bits}", fix="give the float model with --on original, or a base in NF4, GPTQ or AWQ (gemm)")
 
 
 def shape(weight: str, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
@@ -43,7 +43,7 @@ def shape(weight: str, specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
     held = [specs.get(name) for name in components(weight)]
     first, second, third = held
     if first is None or second is None or third is None:
-        raise Refused("an AWQ weight is incomplete", where=weight, expected=", ".join(components(weight)), found="no such tensor")
+        raise Refused("an AWQ weight is incomplete", where=weight, expected=", ".join(components(weight)), found="no such tensor", fix="download it again, or save it again with save_pretrained")
     (inputs, words), (groups, zero_words), (rows, out) = first.shape, second.shape, third.shape
     if {first.dtype, second.dtype} != {"I32"} or words * 8 != out or (groups, zero_words) != (rows, words) or inputs % groups:
         raise Refused("the parts of an AWQ weight do not fit each other", where=weight, expected="[in, out / 8], [groups, out / 8] and [groups, out]",

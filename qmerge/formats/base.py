@@ -156,7 +156,7 @@ class Base:
         parts = {part for weight in self.quantized for part in self.parts(weight)}
         counts = Counter(spec.dtype for name, spec in self.checkpoint.specs.items() if name not in parts and TORCH_DTYPES[spec.dtype].is_floating_point)
         if not counts:
-            raise Refused("nothing says which dtype the weights of this base have", where=f"{self.checkpoint.name}/config.json", expected="dtype", found="none")
+            raise Refused("nothing says which dtype the weights of this base have", where=f"{self.checkpoint.name}/config.json", expected="dtype", found="none", fix='put "dtype": "bfloat16" (or what it is) into the config.json of the base')
         return TORCH_DTYPES[counts.most_common(1)[0][0]]
 
 
@@ -197,7 +197,7 @@ def _find_packed(checkpoint: Checkpoint) -> dict[str, str]:
         "bitsandbytes": lambda: four | eight, "gptq": lambda: gptq_base.find_quantized(specs), "awq": lambda: gptq_base.find_quantized(specs, "awq"),
     }  # fmt: skip
     if not settings and (four or eight or words):
-        raise Refused("the base holds packed weights, and its config.json does not say so", where=checkpoint.name, expected="quantization_config", found="none")
+        raise Refused("the base holds packed weights, and its config.json does not say so", where=checkpoint.name, expected="quantization_config", found="none", fix="take config.json from where the weights come from")
     if not settings:
         return {}
     if method not in finders:
@@ -231,7 +231,7 @@ def _check_packed(checkpoint: Checkpoint, quantized: dict[str, str], on: str, re
         awq.check_settings(settings, checkpoint.name)
     for name, kind in quantized.items():
         if kind in ("nf4", "fp4", "int8") and name not in checkpoint.specs:
-            raise Refused("a quant state has no weight", where=name, found="no such tensor")
+            raise Refused("a quant state has no weight", where=name, found="no such tensor", fix="download it again, or save it again with save_pretrained")
 
 
 def _float_dtype(name: str, where: str) -> torch.dtype:

@@ -51,7 +51,7 @@ def shape(weight: str, specs: Mapping[str, TensorSpec], settings: Mapping[str, A
     codes, zeros, scales, index = components(weight)
     missing = [name for name in (codes, zeros, scales) if name not in specs]
     if missing:
-        raise Refused("a GPTQ weight is incomplete", where=weight, expected=", ".join(missing), found="no such tensor")
+        raise Refused("a GPTQ weight is incomplete", where=weight, expected=", ".join(missing), found="no such tensor", fix="download it again, or save it again with save_pretrained")
     inputs = specs[index].shape[0] if index in specs else specs[codes].shape[0] * 32 // int(settings.get("bits", 4))
     return specs[scales].shape[-1], inputs
 

@@ -51,7 +51,7 @@ def read_state(weight: str, load: Callable[[str], torch.Tensor], names: Iterable
     state_name = f"{weight}{STATE_KEY}{quant_type}"
     missing = [name for name in (weight, weight + ".absmax", weight + ".quant_map", state_name) if name not in held]
     if missing:
-        raise Refused("a 4-bit weight is incomplete", where=weight, expected=", ".join(missing), found="no such tensor")
+        raise Refused("a 4-bit weight is incomplete", where=weight, expected=", ".join(missing), found="no such tensor", fix="download it again, or save it again with save_pretrained")
     meta = _read_meta(load(state_name), state_name)
     code = load(weight + ".quant_map").float()
     if code.numel() != 16 or not torch.allclose(code, nf4.code_book(quant_type), atol=1e-6):

@@ -35,11 +35,11 @@ def recipe_from_file(path: str | Path) -> Nf4Recipe:
         content = read_yaml(file)  # JSON is YAML
     except OSError as problem:
         raise UsageProblem("the NF4 recipe cannot be read", where=str(path), expected="double, single, or a JSON or YAML file",
-                           found=problem.strerror) from problem
+                           found=problem.strerror, fix="--nf4-recipe double or single says it without a file") from problem
     except BadYaml as problem:
         raise UsageProblem("the NF4 recipe is neither JSON nor YAML", where=str(path), found=str(problem)) from problem
     if not isinstance(content, dict):
-        raise UsageProblem("the NF4 recipe is not a mapping", where=str(path), expected=ACCEPTED, found=type(content).__name__)
+        raise UsageProblem("the NF4 recipe is not a mapping", where=str(path), expected=ACCEPTED, found=type(content).__name__, fix="--nf4-recipe double or single says it without a file")
     return recipe_from_mapping(content, str(path))
 
 

@@ -212,4 +212,4 @@ def factor(hessian: torch.Tensor, damp: float, by_activation: bool = True) -> Fa
                 stop = min(start + STRIP, len(upper))
                 upper[start:stop] = work[:, len(upper) - stop : len(upper) - start].T.flip(0, 1)  # what flip gives is a copy
             return Factor(order, upper, level)
-    raise CheckFailed("the calibration Hessian could not be factored", found=f"damping up to {damp * 10**7:g} × mean(diag)")
+    raise CheckFailed("the calibration Hessian could not be factored", found=f"damping up to {damp * 10**7:g} × mean(diag)", fix="give more, and more varied, --calibration text; or use --rtn")

@@ -77,7 +77,7 @@ def record_calls(model: PreTrainedModel, blocks_name: str, batches: list[torch.T
         if any(entry[0].shape != log[0][0].shape for entry in log):
             log = _record(model, blocks_name, blocks, ids, as_tuple=True)  # this model's blocks return tuples
         if len(log) != len(blocks):
-            raise Refused("the decoder does not call its blocks once each in order", where=blocks_name, expected=f"{len(blocks)} calls", found=f"{len(log)}")
+            raise Refused("the decoder does not call its blocks once each in order", where=blocks_name, expected=f"{len(blocks)} calls", found=f"{len(log)}", fix="use --rtn or --format bf16, which do not run the model")
         hidden.append(log[0][0].detach())
         calls.append([_share(Call(args, kwargs, compute), calls[0][index] if calls else None) for index, (_, args, kwargs) in enumerate(log)])
     return hidden, calls

@@ -44,7 +44,7 @@ def load_tokenizer(folders: list[Any]) -> Any:
         except Exception as caught:  # transformers raises many kinds here; all mean "no tokenizer"
             problem = caught
     raise Refused("no tokenizer could be loaded", where=", ".join(folder.name for folder in folders), expected="tokenizer files in the base or the adapter",
-                  found=str(problem).splitlines()[0][:200] if problem else "none")
+                  found=str(problem).splitlines()[0][:200] if problem else "none", fix="copy tokenizer.json and tokenizer_config.json of the original model into the folder of the base")
 
 
 def hold_out(documents: list[Document], seed: int) -> tuple[list[Document], list[Document]]:

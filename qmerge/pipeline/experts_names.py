@@ -153,7 +153,7 @@ class _Speller:
         if missing and name in self.skeleton.tied_names:
             return ()
         if missing:
-            raise Refused("the base lacks a tensor that its model class has", where=self.names.base.checkpoint.name, expected=name, found="no such tensor")
+            raise Refused("the base lacks a tensor that its model class has", where=self.names.base.checkpoint.name, expected=name, found="no such tensor", fix="download it again, or save it again with save_pretrained")
         return (Region(name, name, self.shapes[name], self.shapes[name]),) if self.all_there else self.names.map.regions_of_parameter(name)
 
     def _spell_experts(self, name: str, regions: tuple[Region, ...], sources: dict[str, str], cuts: dict[str, Region], made_of: dict[str, tuple[tuple[str, Region], ...]]) -> None:

@@ -134,7 +134,7 @@ class Merged:
     def settle(self, name: str, proof: Proof) -> None:
         """Judge a tensor's proof and note that the adapter's tensors went into it. Raises CheckFailed."""
         if proof.relative > proof.limit:
-            raise CheckFailed("a merge could not be proved", where=name, expected=f"a relative error of at most {proof.limit:.1e}", found=f"{proof.relative:.1e}", written="nothing")
+            raise CheckFailed("a merged weight is not what base and adapter give: the check that follows each merge failed", where=name, expected=f"a relative error of at most {proof.limit:.1e}", found=f"{proof.relative:.1e}", written="nothing", fix="run it again; if it fails at the same weight, the fault is in qmerge: please report it with what qmerge inspect says of base and adapter. Keep the adapter separate until then")
         with self._lock:
             self.proofs[name] = proof.relative
             self.used |= set(known(self.pieces.table[name].edit).keys)
@@ -199,4 +199,4 @@ class Merged:
         for adapter in self.adapters:
             wanted = set(adapter.specs) - set(adapter.idle)
             if idle := sorted(wanted - self.used):
-                raise CheckFailed("an adapter tensor went into nothing", where=f"{adapter.name}: {idle[0]}", found=f"{len(idle)} such tensors", written="nothing")
+                raise CheckFailed("an adapter tensor changed no weight, though the plan had a place for it", where=f"{adapter.name}: {idle[0]}", found=f"{len(idle)} such tensors", written="nothing", fix="the fault is in qmerge: please report it with what qmerge inspect says of the adapter. Keep the adapter separate until then")

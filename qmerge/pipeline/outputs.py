@@ -145,7 +145,7 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
     named = config.get("dtype") or config.get("torch_dtype") or (inner.get("dtype") if isinstance(inner, Mapping) else None) or "bfloat16"
     found = getattr(torch, str(named).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise Refused("the config names a dtype that no model's weights have", where="config.json", expected="bfloat16, float16 or float32", found=repr(named)[:60])
+        raise Refused("the config names a dtype that no model's weights have", where="config.json", expected="bfloat16, float16 or float32", found=repr(named)[:60], fix="correct dtype (torch_dtype) in the base's config.json")
     return found
 
 

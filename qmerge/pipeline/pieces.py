@@ -84,11 +84,11 @@ def _replicated(sources: Mapping[str, str], configs: list[Mapping[str, Any]], wh
     if spans is None:
         return None
     if len(configs) > 1:
-        raise Refused("An adapter replicates layers, and others are to be merged beside it.", where=where, expected="one adapter", found=f"{len(configs)}")
+        raise Refused("An adapter replicates layers, and others are to be merged beside it.", where=where, expected="one adapter", found=f"{len(configs)}", fix="merge it alone")
     count = 1 + max((int(match[2]) for name in sources if (match := _LAYER.fullmatch(name))), default=-1)
     layers = tuple(index for start, stop in spans for index in range(start, stop))
     if not layers or max(layers) >= count:
-        raise Refused("The adapter replicates layers that this base lacks.", where=where, expected=f"layers below {count}", found=f"layer_replication {spans}")
+        raise Refused("The adapter replicates layers that this base lacks.", where=where, expected=f"layers below {count}", found=f"layer_replication {spans}", fix="give the base that it was trained on: qmerge inspect ADAPTER names it")
     return layers
 
 
@@ -146,11 +146,11 @@ def _check_edit(
 ) -> None:
     tensor = f"{where}: {', '.join(edit.keys[:3])}"
     if name not in sources:
-        raise Refused("the adapter was made for another base: it changes a tensor that this base lacks", where=tensor, expected=f"{name} in {base.checkpoint.name}", found="none")
+        raise Refused("the adapter was made for another base: it changes a tensor that this base lacks", where=tensor, expected=f"{name} in {base.checkpoint.name}", found="none", fix="qmerge inspect ADAPTER names the base that it was trained on: give that one")
     ends = (skeleton.input_embedding, skeleton.output_embedding) if skeleton else ()
     resized = vocabulary is not None and name in ends and edit.shape[1:] == shapes[name][1:]
     if edit.shape != shapes[name] and not resized:
-        raise Refused("the adapter was made for another base: the shapes differ", where=tensor, expected=f"{list(shapes[name])} as {name} in {base.checkpoint.name}", found=str(list(edit.shape)))
+        raise Refused("the adapter was made for another base: the shapes differ", where=tensor, expected=f"{list(shapes[name])} as {name} in {base.checkpoint.name}", found=str(list(edit.shape)), fix="qmerge inspect ADAPTER names the base that it was trained on: give that one")
     if not edit.needs_base and base.encoded(sources[name]):
         raise Refused("the adapter replaces a tensor that the base holds quantized", where=tensor, expected="a float tensor", found=f"{name}, quantized",
                       fix="train modules_to_save on float modules (PEFT cannot save a quantized one either)")

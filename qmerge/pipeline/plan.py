@@ -183,7 +183,7 @@ def _check_consumed(adapters: tuple[Adapter, ...], pieces: Pieces) -> None:
     used = {key for piece in pieces.table.values() if piece.edit is not None for key in (*piece.edit.keys, *getattr(piece.edit, "shared", ()))}
     for adapter in adapters:
         if idle := sorted(set(adapter.specs) - set(adapter.idle) - used):
-            raise Refused("an adapter tensor goes into nothing", where=f"{adapter.name}: {idle[0]}", expected="every tensor used", found=f"{len(idle)} such tensors", fix="keep this adapter separate")
+            raise Refused("the adapter holds a tensor that changes no weight of this base", where=f"{adapter.name}: {idle[0]}", expected="every tensor used", found=f"{len(idle)} such tensors", fix="keep this adapter separate")
 
 
 def with_outputs(found: MergePlan) -> MergePlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def build_recipe(file: str | None, settings: tuple[str, ...], flags: dict[str, A
     recipe = _check(given, faults)
     if faults:
         many = len(faults) > 1
-        raise UsageProblem(f"{len(faults)} things are wrong with what was asked for" if many else faults[0], found="\n              ".join(faults) if many else None, fix="see --help of this command")
+        raise UsageProblem(f"{len(faults)} things are wrong with what was asked for" if many else faults[0], found="\n              ".join(faults) if many else None, fix="see --help of this command; qmerge recipe check FILE reads a recipe alone")
     return recipe
 
 
@@ -158,16 +159,19 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (float, int), "bool": (bool,), "str": (str,), "str | None": (str, type(None)), "float | None": (float, int, type(None)),
     "int | None": (int, type(None)), "bool | None": (bool, type(None)), "tuple[str, ...]": (tuple,),
 }  # fmt: skip
+SPOKEN = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple[str, ...]": "a list of texts"}
 
 
 def _check(given: dict[str, Any], faults: list[str]) -> Recipe:
     known = {field.name: str(field.type) for field in fields(Recipe)}
     _split_lists(given)
-    for key in sorted(given.keys() - known.keys()):
-        faults.append(f"unknown setting {key[:80]!r}; known: {', '.join(known)}")
+    unknown = sorted(given.keys() - known.keys())
+    for key in unknown:
+        near = get_close_matches(key[:80], known, n=1) if len(unknown) <= 10 else []  # many are no typos, and each look takes a while
+        faults.append(f"unknown setting {key[:80]!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"))
     for key, kind in known.items():
         if key in given and (not isinstance(given[key], _KINDS[kind]) or ("bool" not in kind and isinstance(given[key], bool))):
-            faults.append(f"{key}: expected {kind}, found {repr(given[key])[:120]}")
+            faults.append(f"{key}: expected {SPOKEN[kind.removesuffix(' | None')]}, found {repr(given[key])[:120]}")
             del given[key]
     if given.get("format") in FIXED:
         given = FIXED[given["format"]] | given

@@ -53,11 +53,11 @@ def value_fault(name: str, value: Any) -> str | None:
     """Why ``value``, of the right kind, cannot be the setting ``name``; None where it can, or where only other settings tell."""
     if value is None:
         return None
-    said = f"--{name.replace('_', '-')} {str(value)[:40]}"
+    flag, shown = name.replace("_", "-"), str(value)[:40]
     if (words := WORDS.get(name)) and value not in words:
-        return f"{said}: expected {' or '.join(map(str, words)) if len(words) == 2 else 'one of ' + ', '.join(map(str, words))}"
+        return f"--{flag} {shown}: expected {' or '.join(map(str, words)) if len(words) == 2 else 'one of ' + ', '.join(map(str, words))}"
     if (held := RANGES.get(name)) and not held.holds(value):
-        return f"{said}: expected {held.says}"
+        return f"--{flag} {shown}: expected {held.says}"
     return None
 
 

@@ -61,10 +61,10 @@ def plan_again(manifest: Mapping[str, Any], base: str, adapters: Sequence[str], 
     if not isinstance(weights, list) or not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
         raise Refused("the manifest's recipe is malformed", where=MANIFEST, expected="weights of adapters", found=str(weights)[:80])
     if len(weights) != len(choices):
-        raise Refused("the checkpoint was made of another number of adapters", where=MANIFEST, expected=f"{len(weights)}", found=f"{len(choices)}")
+        raise Refused("the checkpoint was made of another number of adapters", where=MANIFEST, expected=f"{len(weights)}", found=f"{len(choices)}", fix="give each adapter of the merge, in its order: manifest.json names them")
     for choice, weight in zip(choices, weights, strict=True):
         if choice.weight not in (1.0, weight):
-            raise Refused("the checkpoint was made with another weight for this adapter", where=f"--adapter {choice}", expected=f"{weight:g}, or none named", found=f"{choice.weight:g}")
+            raise Refused("the checkpoint was made with another weight for this adapter", where=f"--adapter {choice}", expected=f"{weight:g}, or none named", found=f"{choice.weight:g}", fix="name the adapter without a weight: the manifest has it")
     settings = {field.name: row[field.name] for field in fields(Recipe) if field.name in row and field.name not in ("nf4_recipe", "template")}
     named = {"base": base, "adapter": tuple(str(Choice(choice.place, weight)) for choice, weight in zip(choices, weights, strict=True)), "out": ".", "device": "cpu"}
     try:
@@ -77,7 +77,7 @@ def plan_again(manifest: Mapping[str, Any], base: str, adapters: Sequence[str], 
 
 def _nf4_recipe(row: Any) -> Nf4Recipe:
     if not isinstance(row, dict):
-        raise UsageProblem("nf4 is no object")
+        raise UsageProblem("nf4 in it is no object")
     return recipe_from_mapping({key: value for key, value in row.items() if value not in (None, [])}, MANIFEST)
 
 

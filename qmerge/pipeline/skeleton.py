@@ -111,7 +111,7 @@ def _check_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         if isinstance(value, Mapping):
             _check_layers(value, checkpoint)
         elif isinstance(value, (int, float)) and value > most and ("layers" in key or key == "n_layer"):
-            raise Refused("the config counts more layers than the checkpoint could hold", where=f"{checkpoint.name}/config.json: {key}", expected=f"at most {most}, as there are {len(checkpoint.specs)} tensors", found=str(value)[:40])
+            raise Refused("the config counts more layers than the checkpoint could hold", where=f"{checkpoint.name}/config.json: {key}", expected=f"at most {most}, as there are {len(checkpoint.specs)} tensors", found=str(value)[:40], fix="is config.json that of another model? Download the base again")
 
 
 def _config(source: dict[str, Any], loader: Any) -> Any:

@@ -36,7 +36,7 @@ class Written:
         self.settings: dict[str, Any] = settings
         self.format = registry.of_settings(settings)
         if settings and self.format is None:
-            raise Refused("the config names a quantization that this version does not write", where="config.json", expected="one of qmerge's formats", found=str(settings.get("quant_method")))
+            raise Refused("the config names a quantization that this version does not write", where="config.json", expected="one of qmerge's formats", found=str(settings.get("quant_method")), fix="verify checks what qmerge merge and qmerge run wrote")
         self.linears = self.format.find(checkpoint.specs) if self.format else []
 
     @property
@@ -54,14 +54,14 @@ class Written:
         except QmergeError as problem:  # of a part, whose name need not tell the linear's
             raise Refused(problem.what, where=name, expected=problem.expected, found=problem.found or problem.where) from problem
         except MALFORMED as problem:
-            raise Refused("a quantized weight cannot be unpacked as the config says", where=name, found=_first_line(problem)) from problem
+            raise Refused("a quantized weight cannot be unpacked as the config says", where=name, found=_first_line(problem), fix="do not serve this checkpoint; merge again") from problem
 
     def linear(self, name: str) -> torch.Tensor:
         """Raises as `quantized`."""
         try:
             return known(self.format).dequantize(self.quantized(name))
         except MALFORMED as problem:
-            raise Refused("a quantized weight's parts contradict each other", where=name, found=_first_line(problem)) from problem
+            raise Refused("a quantized weight's parts contradict each other", where=name, found=_first_line(problem), fix="do not serve this checkpoint; merge again") from problem
 
     def fault(self, name: str, skeleton: Skeleton | None) -> str | None:
         """What is wrong with one quantized weight, or None."""

@@ -39,7 +39,7 @@ def load_budget(name_or_path: str | Path) -> dict[str, Any]:
         content = read_yaml(file)
     except OSError as error:
         known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.yaml")))
-        raise UsageProblem("no such budget", where=str(name_or_path), expected=f"{known}, or a YAML file", found=error.strerror or str(error)) from error
+        raise UsageProblem("no such budget", where=str(name_or_path), expected=f"{known}, or a YAML file", found=error.strerror or str(error), fix="qmerge run --budget default, or the path of a YAML file; eval/budgets and docs/evidence.md show one") from error
     except BadYaml as error:
         raise UsageProblem("the budget is not YAML", where=file.name, found=str(error)) from error
     return _checked(file.stem, content, file.name)

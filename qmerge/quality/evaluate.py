@@ -162,7 +162,7 @@ def load_tokenizer(base: str, *adapters: str) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         where = Path(source).name
-        raise Refused("the tokenizer cannot be loaded", where=where, expected="a tokenizer beside the model", found=str(error).splitlines()[0]) from error
+        raise Refused("the tokenizer cannot be loaded", where=where, expected="a tokenizer beside the model", found=str(error).splitlines()[0], fix="copy tokenizer.json and tokenizer_config.json of the original model into the folder of the base") from error
 
 
 def candidate_names(paths: Iterable[str | Path]) -> dict[str, str]:
@@ -251,7 +251,7 @@ class _Run:
         if highest < rows:
             return
         if arm.kind != "base":
-            raise Refused("the candidate lacks tokens that the adapter's tokenizer makes of the text", where=arm.name, expected=f"more than {highest} rows in the embedding", found=rows)
+            raise Refused("the candidate lacks tokens that the adapter's tokenizer makes of the text", where=arm.name, expected=f"more than {highest} rows in the embedding", found=rows, fix="merge again: the embedding has to be as long as that of base + adapter")
         loading.grow(arm.model, self.reference.model.get_input_embeddings().weight.shape[0])
         self.about[arm.name]["note"] = f"tokens from {rows} on are the adapter's; for the base they stand at the mean of the others"
 
@@ -298,7 +298,7 @@ def _read_texts(
         windows[name] = pack_windows(tokenized[name], tokens, keep_tail)
         prints[name] = text_protocol(docs, tokenized[name], windows[name], tokenizer)
         if not prints[name]["scored_tokens"]:
-            raise Refused("the text leaves nothing to score", where=name, expected="at least one scored token after the first of a window", found="none")
+            raise Refused("the text leaves nothing to score", where=name, expected="at least one scored token after the first of a window", found="none", fix="give more text, or longer windows: --tokens")
     return windows, prints, tokenized
 
 

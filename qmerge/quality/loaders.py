@@ -82,9 +82,9 @@ def _from_compressed(path: str) -> nn.Module:
             None, config=config, state_dict=tensors, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=wish, output_loading_info=True
         )
     except (ValueError, KeyError, OSError, AttributeError, RuntimeError) as problem:
-        raise Refused("transformers cannot load this checkpoint, so it cannot be measured", where=label(path), found=(str(problem).splitlines() or [type(problem).__name__])[0][:300]) from problem
+        raise Refused("transformers cannot load this checkpoint, so it cannot be measured", where=label(path), found=(str(problem).splitlines() or [type(problem).__name__])[0][:300], fix="qmerge verify OUT says whether the file is whole; config.json says which transformers wrote it: pip show transformers may be older") from problem
     if found["missing_keys"]:
-        raise Refused("transformers finds no weights for a part of this checkpoint", where=label(path), expected="every parameter in the file", found=sorted(found["missing_keys"])[0])
+        raise Refused("transformers finds no weights for a part of this checkpoint", where=label(path), expected="every parameter in the file", found=sorted(found["missing_keys"])[0], fix="qmerge verify OUT says whether the file is whole; if it is not, merge or download it again")
     loaded: nn.Module = model
     return loaded
 
@@ -103,7 +103,7 @@ def _class_named(architectures: Any) -> Any:
 def quantization_config(path: str) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint folder, ``{}`` for a float one."""
     if not (Path(path) / "config.json").exists():
-        raise Refused("no checkpoint here", where=label(path), expected="a folder with config.json", found="no such file")
+        raise Refused("no checkpoint here", where=label(path), expected="a folder with config.json", found="no such file", fix="check the spelling; qmerge inspect PATH says what a folder is")
     found = read_object(Path(path) / "config.json", what="the model's config").get("quantization_config") or {}
     if not isinstance(found, dict):
         raise Refused("the config's quantization_config is malformed", where=label(path) + "/config.json", expected="an object", found=type(found).__name__)

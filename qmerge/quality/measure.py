@@ -113,7 +113,7 @@ def _append(rows: dict[str, list[np.ndarray]], models: tuple[Answers, Answers], 
     targets = ids[:, 1:][mask]
     width = min(model.width for model in models)
     if len(targets) and int(targets.max()) >= width:
-        raise Refused("a token of the text lies outside a model's vocabulary", expected=f"ids below {width}", found=int(targets.max()))
+        raise Refused("a token of the text lies outside a model's vocabulary", expected=f"ids below {width}", found=int(targets.max()), fix="the tokenizer belongs to another model: copy the files of its own into the folder")
     at_batch, at_position = mask.nonzero(as_tuple=True)
     for name, values in compare_answers(models, states, at_batch * ids.shape[1] + at_position, targets, CHUNK_BYTES).items():
         rows[name].append(values)

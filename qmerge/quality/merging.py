@@ -142,7 +142,7 @@ def _apply(model: nn.Module, name: str, edit: Edit) -> None:
     weight = old.data.T.contiguous() if turned else old.data
     grown = not edit.needs_base and edit.shape[1:] == tuple(weight.shape[1:]) and isinstance(owner, (nn.Embedding, nn.Linear))
     if edit.shape != tuple(weight.shape) and not grown:
-        raise Refused("the adapter does not fit the base", where=f"{name}: {edit.keys[0]}", expected=list(weight.shape), found=list(edit.shape))
+        raise Refused("the adapter does not fit the base", where=f"{name}: {edit.keys[0]}", expected=list(weight.shape), found=list(edit.shape), fix="qmerge inspect ADAPTER names the base that it was trained on: give that one")
     rows = weight if edit.shape == tuple(weight.shape) else weight.new_empty(edit.shape)
     merged = edit.load(weight.device).apply(rows, 0)
     new = nn.Parameter((merged.T if turned else merged).contiguous(), requires_grad=False)
@@ -164,7 +164,7 @@ def _apply_on_disk_names(model: nn.Module, edits: Mapping[str, Edit]) -> None:
     for name, edit in edits.items():
         regions = relation.regions_of_disk(name)
         if not regions:
-            raise Refused("the adapter changes a tensor that the base does not have", where=edit.keys[0], expected=name, found="none of this name")
+            raise Refused("the adapter changes a tensor that the base does not have", where=edit.keys[0], expected=name, found="none of this name", fix="qmerge inspect ADAPTER names the base that it was trained on: give that one")
         piece = torch.empty(regions[0].shape)
         for region in regions:
             region.write_disk(piece, model.get_parameter(region.parameter).data)

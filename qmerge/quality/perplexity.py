@@ -66,7 +66,7 @@ def window_losses(answers: Answers, plan: Plan, device: str | torch.device, prog
         # shorter ones are filled up behind their end, which nothing before it sees
         ids = torch.nn.utils.rnn.pad_sequence([plan.ids[i] for i in batch], batch_first=True)
         if int(ids.max()) >= answers.width:
-            raise Refused("a token of the text lies outside a model's vocabulary", expected=f"ids below {answers.width}", found=int(ids.max()))
+            raise Refused("a token of the text lies outside a model's vocabulary", expected=f"ids below {answers.width}", found=int(ids.max()), fix="the tokenizer belongs to another model: copy the files of its own into the folder")
         states = answers.states(ids[:, :-1].to(device))  # the last token predicts nothing that is scored
         place = torch.arange(1, ids.shape[1])
         scored = torch.stack([(place >= plan.first[i]) & (place < len(plan.ids[i])) for i in batch])

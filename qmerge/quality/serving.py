@@ -73,7 +73,7 @@ def check_load(load: Load, folders: Mapping[str, str]) -> None:
         raise UsageProblem("the batch sizes are malformed", where="--batches", expected="different whole numbers from 1 on, as in 1,8,32", found=",".join(map(str, load.batches)) or "none")
     for flag, value in (("--prompt-tokens", load.prompt_tokens), ("--new-tokens", load.new_tokens), ("--repeats", load.repeats), ("--rounds", load.rounds), ("--timeout", load.timeout_s)):
         if not 1 <= value < 1e9:  # NaN is neither
-            raise UsageProblem("this must be at least 1", where=flag, expected="1 or more, below a billion", found=f"{value:g}")
+            raise UsageProblem(f"{flag} must be at least 1", where=flag, expected="1 or more, below a billion", found=f"{value:g}")
     for name, folder in folders.items():
         need_loader(quantization_method(folder))  # which refuses what is no checkpoint
         if weight_bytes(folder) or (Path(folder) / INDEX).exists():  # without any weights no library opens it, and it gets a note

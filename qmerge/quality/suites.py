@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(path)
     except (OSError, BadYaml) as error:
-        raise UsageProblem("the suite cannot be read", where=path.name, expected="a YAML file", found=str(error).splitlines()[0]) from error
+        raise UsageProblem("the suite cannot be read", where=path.name, expected="a YAML file", found=str(error).splitlines()[0], fix="eval/suites holds suites to begin from") from error
     if not isinstance(content, dict):
         raise UsageProblem("the suite is malformed", where=path.name, expected="`tasks: [...]`", found="no mapping")
     return content

@@ -144,7 +144,7 @@ def _weights(folder: Path, name: str, allow_pickle: bool) -> tuple[Path, Path, A
         check_contained(folder, WEIGHTS)
         return folder / WEIGHTS, folder / WEIGHTS, None
     if not (folder / PICKLE).is_file():
-        raise Refused("The adapter's weights are missing.", where=name, expected=WEIGHTS, found="no such file")
+        raise Refused("The adapter's weights are missing.", where=name, expected=WEIGHTS, found="no such file", fix="name the folder that adapter_model.safetensors lies in")
     if not allow_pickle:
         raise Refused("The adapter's weights are there as pickle only, which qmerge does not read unasked (a pickle can run code).", where=name, expected=WEIGHTS,
                       found=PICKLE, fix="--allow-pickle reads it in a child process with weights_only; or convert it once: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)")

@@ -89,7 +89,7 @@ def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Chec
     else:
         raise _no_weights(folder, name)
     if not specs:
-        raise Refused("The checkpoint holds no tensors.", where=name, expected="weights", found="an empty header")
+        raise Refused("The checkpoint holds no tensors.", where=name, expected="weights", found="an empty header", fix="download it again, or save it again with save_pretrained")
     used = {folder / "config.json", folder / INDEX, *(folder / spec.file for spec in specs.values())}
     return Checkpoint(folder, name, commit, config, specs, {path: stamp for path, stamp in stamps.items() if path in used})
 
@@ -110,14 +110,14 @@ def _weight_map(folder: Path, name: str) -> dict[str, str]:
     weight_map = read_object(folder / INDEX, what="the index of shards").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Refused("The index names no weights.", where=f"{INDEX} in {name}", expected='"weight_map": {tensor: file}',
-                      found=type(weight_map).__name__)
+                      found=type(weight_map).__name__, fix="download it again, or save it again with save_pretrained")
     for tensor, file in weight_map.items():
         where = f"tensor {tensor!r} in {INDEX} of {name}"
         if not isinstance(file, str) or not 0 < len(file) <= MOST_LETTERS or not file.isprintable() or file in (".", "..") or any(mark in file for mark in "/\\:"):
             raise Refused("The index names a shard that is not a plain file name; qmerge does not follow paths.", where=where,
-                          expected="a file beside the index", found=repr(file)[:120])
+                          expected="a file beside the index", found=repr(file)[:120], fix="download it again, or save it again with save_pretrained")
         if not file.endswith(".safetensors"):
-            raise Refused("The index names a shard that is not a safetensors file.", where=where, expected="*.safetensors", found=file)
+            raise Refused("The index names a shard that is not a safetensors file.", where=where, expected="*.safetensors", found=file, fix="download it again, or save it again with save_pretrained")
         if not (folder / file).is_file():
             raise Refused("A shard is missing.", where=where, expected=file, found="no such file", fix="download the model again")
     return weight_map
@@ -131,11 +131,11 @@ def _sharded(folder: Path, name: str) -> dict[str, TensorSpec]:
         for tensor, spec in read_header(folder / file)[0].items():
             where = f"tensor {tensor!r} in {name}"
             if tensor in specs:
-                raise Refused("A tensor is in two shards.", where=where, expected="one", found=f"{specs[tensor].file} and {file}")
+                raise Refused("A tensor is in two shards.", where=where, expected="one", found=f"{specs[tensor].file} and {file}", fix="download it again, or save it again with save_pretrained")
             if tensor not in weight_map:
-                raise Refused("A shard holds a tensor that the index does not name.", where=where, expected=f"an entry in {INDEX}", found=file)
+                raise Refused("A shard holds a tensor that the index does not name.", where=where, expected=f"an entry in {INDEX}", found=file, fix="download it again, or save it again with save_pretrained")
             if weight_map[tensor] != file:
-                raise Refused("A tensor is in another shard than the index says.", where=where, expected=weight_map[tensor], found=file)
+                raise Refused("A tensor is in another shard than the index says.", where=where, expected=weight_map[tensor], found=file, fix="download it again, or save it again with save_pretrained")
             specs[tensor] = spec
     for tensor, file in weight_map.items():
         if tensor not in specs:

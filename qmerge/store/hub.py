@@ -39,7 +39,7 @@ def resolve(path_or_id: str | Path, revision: str | None = None, also: Sequence[
         raise Refused("There is no such folder.", where=text, expected="an existing folder or a model id such as org/name",
                       fix="check the spelling")
     if not _ID.fullmatch(text):
-        raise Refused("This is neither a folder nor a model id.", where=text, expected="an existing folder or a model id such as org/name")
+        raise Refused("This is neither a folder nor a model id.", where=text, expected="an existing folder or a model id such as org/name", fix="check the spelling: qmerge inspect PATH")
     folder = Path(_download(text, revision, also))
     commit = folder.name if _COMMIT.fullmatch(folder.name) else None
     return folder, text, commit

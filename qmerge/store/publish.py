@@ -41,7 +41,7 @@ def check_output(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """
     out = Path(out)
     if out.name in ("", ".."):
-        raise Refused("The output needs a name of its own.", where=str(out), expected="a folder that does not exist yet")
+        raise Refused("The output needs a name of its own.", where=str(out), expected="a folder that does not exist yet", fix="--out PATH of a folder that is not there yet")
     if len(os.fsencode(out.name)) > _LONGEST_NAME:
         raise Refused("The name of the output is too long.", where=out.name, expected=f"at most {_LONGEST_NAME} bytes")
     if _utf8_fault(out.name):
@@ -54,7 +54,7 @@ def check_output(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     nearest = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise Refused("The output cannot be created there.", where=str(nearest), expected="a folder that can be written to",
-                      found="no write permission" if nearest.is_dir() else "not a folder")
+                      found="no write permission" if nearest.is_dir() else "not a folder", fix="choose a place where you may write")
 
 
 def _utf8_fault(name: str) -> bool:

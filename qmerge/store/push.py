@@ -186,7 +186,7 @@ def _translated(problem: BaseException, repo: str, progress: _Progress) -> Qmerg
         return Refused("the repository was created or changed by somebody else meanwhile", where=repo, found=found, fix="look at it, then run the same command again", written=str(progress))
     if code == 429 or code >= 500:
         return Interrupted("the hub failed to do it", where=repo, found=found, fix="run the same command again, later", written=str(progress))
-    return Refused("the hub refused it", where=repo, found=found, written=str(progress))
+    return Refused("the hub refused it", where=repo, found=found, written=str(progress), fix="the hub's own words are above; hf auth whoami says who you are there")
 
 
 def _told_by_xet(problem: BaseException) -> int | None:

@@ -31,7 +31,7 @@ def check_signature(folder: Path, signature: Path, public_key: Path, files: Sequ
         try:
             read_plain(path, most)
         except (OSError, ValueError) as problem:
-            raise Refused("the signature or its key cannot be read", where=path.name, found=getattr(problem, "strerror", None) or str(problem)) from problem
+            raise Refused("the signature or its key cannot be read", where=path.name, found=getattr(problem, "strerror", None) or str(problem), fix="check both paths; docs/signing.md shows how a signature is made") from problem
     try:
         verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_ignore_unsigned_files(True).verify(folder, signature)
         signed = _signed_files(signature)

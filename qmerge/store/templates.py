@@ -46,7 +46,7 @@ class ChatWriter:
             good, text = False, "its process was ended, as it asked for too much memory perhaps"
         if not good:
             self._end()
-            raise Refused("the chat template cannot write this row", where=where, found=text)
+            raise Refused("the chat template cannot write this row", where=where, found=text, fix="--template TEXT writes rows without the chat template, or correct the row")
         return text
 
     def _ask(self, messages: Any, options: dict[str, Any]) -> tuple[bool, str]:

@@ -95,7 +95,7 @@ def read_documents(
             if limit is not None and len(docs) >= limit:
                 break
     if not any(doc.text for doc in docs):
-        raise Refused("no documents were found", where=str(path), expected="at least one document that is not empty", found="none")
+        raise Refused("no documents were found", where=str(path), expected="at least one document that is not empty", found="none", fix="is the file the right one? Rows need text: docs/inputs.md lists the shapes")
     return docs
 
 
@@ -195,7 +195,7 @@ def _read_text(file: Path) -> str:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refused("the file is not UTF-8 text", where=str(file), expected="UTF-8", found=f"byte {error.start}: {error.reason}") from error
+        raise Refused("the file is not UTF-8 text", where=str(file), expected="UTF-8", found=f"byte {error.start}: {error.reason}", fix="iconv -f latin1 -t utf-8 FILE, if it is in Latin-1") from error
     except OSError as error:
         raise Refused("the file cannot be read", where=str(file), found=error.strerror) from error
     if not text.strip():
@@ -248,7 +248,7 @@ def _row_document(row: Any, where: str, template: list[tuple[str, str | None]] |
         return Document(prompt + completion, ((prompt, False), (completion, True)))
     if "text" in row:
         return Document(_field(row, "text", where))
-    raise Refused("a row has no text that qmerge knows", where=where, expected=ROW_SHAPES, found="fields: " + (", ".join(map(str, row)) or "none"))
+    raise Refused("a row has no text that qmerge knows", where=where, expected=ROW_SHAPES, found="fields: " + (", ".join(map(str, row)) or "none"), fix="--template 'Question: {question} Answer: {answer}' says how a row becomes text")
 
 
 def _field(row: dict[str, Any], name: str, where: str, any_type: bool = False) -> str:
@@ -258,7 +258,7 @@ def _field(row: dict[str, Any], name: str, where: str, any_type: bool = False) -
     if any_type and isinstance(value, (int, float, bool)):
         return str(value)
     found = type(value).__name__ if name in row else "fields: " + (", ".join(map(str, row)) or "none")
-    raise Refused(f"field `{name}` of a row is {'not text' if name in row else 'missing'}", where=where, expected=f"`{name}` as text", found=found)
+    raise Refused(f"field `{name}` of a row is {'not text' if name in row else 'missing'}", where=where, expected=f"`{name}` as text", found=found, fix="correct the row, or another --template")
 
 
 def _template_parts(template: str) -> list[tuple[str, str | None]]:
@@ -271,7 +271,7 @@ def _template_parts(template: str) -> list[tuple[str, str | None]]:
         if name is not None and (not name or spec or conversion or not set("[].").isdisjoint(name)):
             raise UsageProblem("a template may only name fields", where=f"--template {template!r}", expected="{field}", found="{" + name + "…}")
     if all(name is None for _, name, _, _ in parts):
-        raise UsageProblem("the template names no field", where=f"--template {template!r}", expected="at least one {field}")
+        raise UsageProblem("the template names no field", where=f"--template {template!r}", expected="at least one {field}", fix="name the fields of a row, as in --template 'Question: {question} Answer: {answer}'")
     return [(text, name) for text, name, _, _ in parts]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -16,7 +16,13 @@ SHELLS = {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/comple
 """shell -> the file that it reads at its start"""
 
 
-class Offered(click.ParamType):
+if TYPE_CHECKING:
+    Text = click.ParamType[str]  # older versions of click name no type at run time
+else:
+    Text = click.ParamType
+
+
+class Offered(Text):
     """Text like any other, with words that are offered; ``files``: or files, where no word begins so."""
 
     name = "text"

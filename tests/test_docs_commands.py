@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 import pytest
+import yaml
 from support.documented import CODE, MARK, PAGES, ROOT, Block, blocks, fences, label, program, table
 
 from qmerge.cli.main import cli as group
@@ -32,6 +33,8 @@ STAND_INS = {
     "BASE": "BASE", "ADAPTER": "ADAPTER", "train.jsonl": "train.jsonl", "held-out.jsonl": "held-out.jsonl", "examples": "examples", "eval": "eval",
     "OUT": "OUT", "OUT.eval": "OUT.eval", "out/mine": "OUT", "out/mine.eval": "OUT.eval", "out/tuned": "OUT",
     "results.json": "OUT.eval/results.json", "old/results.json": "OUT.eval/results.json", "accepted/results.json": "OUT.eval/results.json",
+    "ADAPTER-A": "ADAPTER", "ADAPTER-B": "ADAPTER", "ADAPTERS#mine": "ADAPTER",
+    "MODEL": "MODEL", "outputs/qlora-out": "ADAPTER", "saves/qwen3-4b/lora/sft": "ADAPTER", "OUTPUT_DIR": "ADAPTER", "config.yml": "config.yml", "train_qlora.yaml": "train_qlora.yaml",
     "runs": "OUT.eval", "DIR": "OUT.eval",
 }  # fmt: skip
 """a name on a page -> what of the desk lies there"""
@@ -41,6 +44,11 @@ QUESTIONS = {
     "sums.jsonl": {"question": "One and one?", "solution": "They are #### 2"},
 }
 """what eval/suites/in-domain.yaml asks the reader to put beside it"""
+TRAINING = {
+    "config.yml": {"base_model": "MODEL", "adapter": "qlora", "load_in_4bit": True, "bf16": "auto"},
+    "train_qlora.yaml": {"model_name_or_path": "MODEL", "finetuning_type": "lora", "quantization_bit": 4, "bf16": True},
+}
+"""what Axolotl and LLaMA-Factory are started with"""
 FLOAT = ("bf16", "fp16", "fp32")
 LONG = ("run", "merge", "eval", "bench")
 QUICK_PROGRAMS = ("head", "cat", "ls", "mkdir", "cd", "cp", "jq")
@@ -73,7 +81,10 @@ def _prepare(place: Path, cli: Callable[..., Any]) -> None:
     for name, row in QUESTIONS.items():
         (place / "eval/suites" / name).write_text("".join(json.dumps(row | {"document": f"page-{number}"}) + "\n" for number in range(4)), "utf-8")
     inputs = ("--base", place / "BASE", "--adapter", place / "ADAPTER")
+    for name, settings in TRAINING.items():
+        (place / name).write_text(yaml.safe_dump(settings), "utf-8")
     for words in (
+        ("merge", "--base", place / "BASE", "--adapter", f"{place / 'ADAPTER'}=0", "--out", place / "MODEL", "--format", "bf16"),
         ("merge", *inputs, "--out", place / "OUT", "--calibration", place / "train.jsonl", "--tokens", 64, "--samples", 8),
         ("eval", *inputs, "--candidate", place / "OUT", "--text", place / "held-out.jsonl", "--out", place / "OUT.eval/results.json"),
         ("report", place / "OUT.eval/results.json", "--out", place / "OUT.eval"),
@@ -104,7 +115,7 @@ class Session:
                 self.given.add(name)
 
     def _put(self, source: str, name: str) -> None:
-        target = self.folder / name
+        target = self.folder / name.replace("#", "/")  # a folder of adapters and the name of one
         target.parent.mkdir(parents=True, exist_ok=True)
         if (self.desk / source).is_dir():
             shutil.copytree(self.desk / source, target, dirs_exist_ok=True)

@@ -12,7 +12,8 @@ from qmerge.api.measuring import measure, named_texts, notes
 from qmerge.cli.completing import BUDGET, PLACE
 from qmerge.cli.helping import BASE, JUDGE, MEASURE, RUNNING
 from qmerge.cli.options import adapter_options, adapter_set, json_option, measure_options, topic
-from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.cli.output import QuietCommand, result, result_json, say, warn
+from qmerge.cli.progress import Steps
 
 if TYPE_CHECKING:
     from qmerge.adapters.several_adapters import AdapterSet

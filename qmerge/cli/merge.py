@@ -10,8 +10,9 @@ from qmerge.api.merging import carry_out, prepare
 from qmerge.cli.evidence import eval_line
 from qmerge.cli.helping import RUNNING
 from qmerge.cli.options import json_option, merge_options, topic
-from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, fit_option
+from qmerge.cli.progress import Steps
 from qmerge.cli.several import several
 from qmerge.ranks import Ranks
 

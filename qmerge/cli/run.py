@@ -18,8 +18,9 @@ from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
 from qmerge.cli.gate import not_compared
 from qmerge.cli.helping import JUDGE, MEASURE, RUNNING
 from qmerge.cli.options import json_option, measure_options, merge_options, topic
-from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, evaluation_of, fit_option
+from qmerge.cli.progress import Steps
 from qmerge.errors import Interrupted, Refused, UsageProblem
 from qmerge.extras import need_loader
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     MEASURE,
     click.option("--tokens", type=int, default=256, show_default=True, help="Tokens per window."),
     click.option("--template", metavar="TEMPLATE", help="How a row becomes text."),
-    click.option("--also", default="", metavar="A,B", help="More arms: original (merged into the float base), rtn (plain round-to-nearest NF4)."),
+    click.option("--also", default="", metavar="A,B", help="Other models to measure beside them: original (merged into the float base), rtn (plain round-to-nearest NF4)."),
 )
 @measure_options
 @topic(JUDGE, click.option("--budget", type=BUDGET, default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file."))

@@ -34,8 +34,8 @@ qmerge merge --base BASE --adapter ADAPTER --out OUT --format bf16
 def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, resume: bool, unchecked: bool, as_json: bool, **flags: Any) -> None:
     """Merge an adapter into its base and write one checkpoint.
 
-    W = dequantize(NF4) + scaling · B·A in fp32; then, for quantizing formats, each linear is requantized so that the model answers as base + adapter did.
-    Started by torchrun or srun, several processes share the work (docs/scale.md).
+    The base is dequantized and the adapter's change added in fp32; for quantizing formats each linear is then requantized so that the model answers as base + adapter did.
+    `qmerge run` does the same, and measures what it cost. Started by torchrun or srun, several processes share the work (docs/scale.md).
     """
     with several(flags["device"]) as ranks:
         _merge(recipe_file, settings, dry_run, resume, unchecked, as_json, flags, ranks)

@@ -31,7 +31,7 @@ Results go to standard output, everything else to standard error: a pipe gets re
 {documents}
 | `qmerge recipe schema` | is a JSON Schema itself |
 
-**Progress** goes to standard error: one line per finished step. On a terminal a counter with the time that is left runs in place; off a terminal nothing is drawn. `NO_COLOR=1` turns colours off; off a terminal there are none.
+**Progress** goes to standard error: one line per finished step. On a terminal a counter runs in place, and what is left is told; off a terminal (and with `TERM=dumb`) there are the lines alone. `NO_COLOR=1` turns colours off; off a terminal there are none.
 
 | environment variable | effect |
 | --- | --- |

@@ -13,7 +13,8 @@ from qmerge.api.targets import check_results_file
 from qmerge.cli.completing import PLACE
 from qmerge.cli.helping import BASE, MEASURE, RUNNING
 from qmerge.cli.options import adapter_options, adapter_set, json_option, topic
-from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.cli.output import QuietCommand, result, result_json, say, warn
+from qmerge.cli.progress import Steps
 from qmerge.errors import UsageProblem
 from qmerge.units import format_bytes, format_seconds
 

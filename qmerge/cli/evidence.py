@@ -12,7 +12,8 @@ from qmerge.api.measuring import measure, named_texts, notes
 from qmerge.cli.completing import BUDGET, PLACE
 from qmerge.cli.helping import BASE, JUDGE, MEASURE, RUNNING
 from qmerge.cli.options import adapter_options, adapter_set, json_option, measure_options, topic
-from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.cli.output import QuietCommand, result, result_json, say, warn
+from qmerge.cli.progress import Steps
 
 if TYPE_CHECKING:
     from qmerge.adapters.several_adapters import AdapterSet
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     MEASURE,
     click.option("--tokens", type=int, default=256, show_default=True, help="Tokens per window."),
     click.option("--template", metavar="TEMPLATE", help="How a row becomes text."),
-    click.option("--also", default="", metavar="A,B", help="More arms: original (merged into the float base), rtn (plain round-to-nearest NF4)."),
+    click.option("--also", default="", metavar="A,B", help="Other models to measure beside them: original (merged into the float base), rtn (plain round-to-nearest NF4)."),
 )
 @measure_options
 @topic(JUDGE, click.option("--budget", type=BUDGET, default="default", show_default=True, metavar="FILE", help="strict, default, lenient, or a YAML file."))

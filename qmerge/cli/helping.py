@@ -11,7 +11,7 @@ TOPIC = "qmerge_topic"
 NEEDED, OPTIONS = "Needed", "Options"
 INPUTS, RECIPE, FORMAT, CALIBRATION = "Needed, here or in the recipe", "Recipe", "Format", "Calibration"
 SOLVER, BASE, SEVERAL, MEASURE, JUDGE, RUNNING = "Solver", "Which base", "Several adapters", "Measuring", "Judging", "Running"
-ORDER = (NEEDED, INPUTS, RECIPE, FORMAT, CALIBRATION, SOLVER, MEASURE, JUDGE, BASE, SEVERAL, RUNNING, OPTIONS)
+ORDER = (NEEDED, INPUTS, CALIBRATION, FORMAT, RECIPE, SOLVER, MEASURE, JUDGE, BASE, SEVERAL, RUNNING, OPTIONS)
 MANY = 12
 """options beside the needed ones, from which on topics are easier to read than one list"""
 

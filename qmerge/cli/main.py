@@ -21,7 +21,7 @@ from qmerge.cli.gate import compare_command
 from qmerge.cli.helping import HelpfulGroup
 from qmerge.cli.inspect import inspect_command
 from qmerge.cli.merge import merge_command
-from qmerge.cli.output import Streams
+from qmerge.cli.output import Streams, coloured
 from qmerge.cli.push import push_command
 from qmerge.cli.recipe import recipe_group
 from qmerge.cli.reporting import advise_command, report_command
@@ -159,4 +159,4 @@ def _nowhere() -> bool:
 
 def _print_error(message: str) -> None:
     with contextlib.suppress(OSError, ValueError):
-        click.echo(f"{click.style('error', fg='red')}: {message}", err=True)
+        click.echo(f"{coloured('error', 'red')}: {message}", err=True)

@@ -10,8 +10,9 @@ from qmerge.api.merging import carry_out, prepare
 from qmerge.cli.evidence import eval_line
 from qmerge.cli.helping import RUNNING
 from qmerge.cli.options import json_option, merge_options, topic
-from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, fit_option
+from qmerge.cli.progress import Steps
 from qmerge.cli.several import several
 from qmerge.ranks import Ranks
 
@@ -33,8 +34,8 @@ qmerge merge --base BASE --adapter ADAPTER --out OUT --format bf16
 def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, resume: bool, unchecked: bool, as_json: bool, **flags: Any) -> None:
     """Merge an adapter into its base and write one checkpoint.
 
-    W = dequantize(NF4) + scaling · B·A in fp32; then, for quantizing formats, each linear is requantized so that the model answers as base + adapter did.
-    Started by torchrun or srun, several processes share the work (docs/scale.md).
+    The base is dequantized and the adapter's change added in fp32; for quantizing formats each linear is then requantized so that the model answers as base + adapter did.
+    `qmerge run` does the same, and measures what it cost. Started by torchrun or srun, several processes share the work (docs/scale.md).
     """
     with several(flags["device"]) as ranks:
         _merge(recipe_file, settings, dry_run, resume, unchecked, as_json, flags, ranks)

@@ -66,14 +66,14 @@ merge_options = stack(
     ),
     topic(
         CALIBRATION,
-        click.option("--calibration", type=PLACE, metavar="PATH", help="Text like what the adapter was trained on: .jsonl, .json, .parquet, .txt, a folder, or a hub dataset."),
+        click.option("--calibration", type=PLACE, metavar="PATH", help="Text like what the adapter was trained on: .jsonl, .json, .parquet, .txt, a folder, or a hub dataset. Formats that quantize need it, or --rtn."),
         click.option("--template", metavar="TEMPLATE", help="How a row becomes text, as in 'Question: {question} Answer: {answer}'."),
         click.option("--generic", type=PLACE, metavar="PATH", help="General text, so that the model does not drift elsewhere."),
         click.option("--generic-share", type=float, help="Share of calibration windows from --generic (0.25)."),
         click.option("--samples", type=int, help="Calibration windows (128)."),
         click.option("--tokens", type=int, help="Tokens per calibration window (2048, capped by the model's context)."),
         click.option("--seed", type=int, help="Seed for drawing calibration windows (0)."),
-        click.option("--rtn", is_flag=True, default=None, help="Round to nearest without calibration. Can erase a small adapter."),
+        click.option("--rtn", is_flag=True, default=None, help="Round to nearest, without calibration text. Can erase a small adapter."),
     ),
     topic(
         SOLVER,
@@ -99,7 +99,7 @@ merge_options = stack(
     topic(
         RUNNING,
         click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or auto (default)."),
-        click.option("--allow-pickle", is_flag=True, default=None, help="Read an adapter_model.bin, in a child process with weights_only."),
+        click.option("--allow-pickle", is_flag=True, default=None, help="Read an adapter_model.bin (a pickle can run code): in a child process with weights_only."),
         click.option("--overwrite", is_flag=True, default=None, help="Replace an OUT that qmerge wrote, by a swap after success."),
     ),
 )
@@ -115,7 +115,7 @@ adapter_options = stack(
         click.option("--seed", type=int, default=0, show_default=True, help="Of a combination that drops values at random."),
     ),
     topic(BASE, click.option("--residual-base", is_flag=True, help="As in the merge.")),
-    topic(RUNNING, click.option("--allow-pickle", is_flag=True, help="Read an adapter_model.bin, in a child process with weights_only.")),
+    topic(RUNNING, click.option("--allow-pickle", is_flag=True, help="Read an adapter_model.bin (a pickle can run code): in a child process with weights_only.")),
 )
 
 

@@ -9,8 +9,8 @@ import contextlib
 import errno
 import io
 import json
+import os
 import sys
-import time
 from typing import Any, TextIO
 
 import click
@@ -44,8 +44,8 @@ class QuietCommand(HelpfulCommand):
 
     def invoke(self, ctx: click.Context) -> Any:
         _refuse_empty(ctx)
-        if streams := ctx.find_object(Streams):
-            streams.keep()
+        if kept := ctx.find_object(Streams):
+            kept.keep()
         return super().invoke(ctx)
 
 
@@ -58,7 +58,8 @@ def _refuse_empty(ctx: click.Context) -> None:
             raise UsageProblem("an empty value was given", where=name, expected="a value, or no such option", found="''", fix="is a shell variable not set?")
 
 
-def _streams() -> tuple[TextIO, TextIO]:
+def streams() -> tuple[TextIO, TextIO]:
+    """Where results go, and where talk goes."""
     context = click.get_current_context(silent=True)
     kept = context.find_object(Streams) if context else None
     return (kept.out, kept.err) if kept else (sys.stdout, sys.stderr)
@@ -67,7 +68,7 @@ def _streams() -> tuple[TextIO, TextIO]:
 def result(text: str) -> None:
     """A line of what was asked for. Names of strangers' files in it reach no terminal as commands, here and below."""
     try:
-        click.echo(printable(text), file=_streams()[0])
+        click.echo(printable(text), file=streams()[0])
     except OSError as problem:
         if problem.errno == errno.EPIPE:  # the reader went away, as `head` does
             raise
@@ -80,38 +81,20 @@ def result_json(value: Any) -> None:
     result(text if printable(text) == text else json.dumps(value, indent=2, default=str))
 
 
+def coloured(word: str, colour: str) -> str:
+    """For a terminal; plain where NO_COLOR is set to anything (no-color.org). Off a terminal click takes colours away by itself."""
+    return word if os.environ.get("NO_COLOR") else click.style(word, fg=colour)
+
+
 def say(text: str) -> None:
     talk(printable(text))
 
 
 def warn(text: str) -> None:
-    talk(f"{click.style('warning', fg='yellow')}: {printable(text)}")
+    talk(f"{coloured('warning', 'yellow')}: {printable(text)}")
 
 
 def talk(text: str, newline: bool = True) -> None:
     """On stderr, if anybody is there."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
-        click.echo(text, file=_streams()[1], nl=newline)
-
-
-class Steps:
-    """Calm progress: one line per finished step with the time since the start; on a terminal a counter runs in place."""
-
-    def __init__(self) -> None:
-        self.began, self.live, self.label = time.perf_counter(), _streams()[1].isatty(), ""
-
-    def step(self, text: str) -> None:
-        self._clear()
-        say(f"{time.perf_counter() - self.began:7.1f} s  {text}")
-
-    def count(self, label: str, done: int, total: int) -> None:
-        if done >= total:
-            self.step(label)
-        elif self.live:
-            self.label = f"{printable(label)} {done}/{total}"
-            talk(f"\r           {self.label}", newline=False)
-
-    def _clear(self) -> None:
-        if self.live and self.label:
-            talk("\r" + " " * (len(self.label) + 12) + "\r", newline=False)
-            self.label = ""
+        click.echo(text, file=streams()[1], nl=newline)

@@ -22,7 +22,7 @@ from qmerge.errors import UsageProblem
 @click.option("--baseline", type=PLACE, metavar="results.json", help="Older results to hold the candidates against.")
 @click.option("--ignore-versions", is_flag=True, help="Compare, or join in a history, what was measured with other versions of torch, transformers, …")
 @click.option("--history", type=PLACE, metavar="DIR", help="Instead of one report: a metric over all results below DIR, by time.")
-@click.option("--metric", default="kl_mean", show_default=True, help="The metric of --history.")
+@click.option("--metric", metavar="NAME", default="kl_mean", show_default=True, help="The metric of --history.")
 @click.option("--junit", type=PLACE, metavar="FILE", help="Write the checks as JUnit XML too.")
 @json_option("report (paths)")
 def report_command(
@@ -76,7 +76,7 @@ def _history(folder: str, metric: str, ignore_versions: bool, out: str) -> list[
 
 @click.command("advise", cls=QuietCommand, short_help="Keep the adapter separate, or ship a merged file?", example="qmerge advise OUT.eval/results.json --adapters 3 --engine vllm")
 @click.argument("results", type=PLACE, metavar="results.json")
-@click.option("--adapters", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="How many adapters of this base are to be served.")
+@click.option("--adapters", metavar="N", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="How many adapters of this base are to be served.")
 @click.option("--engine", type=click.Choice(["transformers", "vllm", "sglang"]), help="What will serve it.")
 @json_option("the choice, its reason and the table")
 def advise_command(results: str, adapters: int, engine: str | None, as_json: bool) -> None:

@@ -18,8 +18,9 @@ from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
 from qmerge.cli.gate import not_compared
 from qmerge.cli.helping import JUDGE, MEASURE, RUNNING
 from qmerge.cli.options import json_option, measure_options, merge_options, topic
-from qmerge.cli.output import QuietCommand, Steps, result, result_json, say, warn
+from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, evaluation_of, fit_option
+from qmerge.cli.progress import Steps
 from qmerge.errors import Interrupted, Refused, UsageProblem
 from qmerge.extras import need_loader
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     click.option("--text", "texts", type=PLACE, multiple=True, metavar="[NAME=]FILE", help="Held-out text to measure on; without it a fifth of the calibration documents is held out."),
     click.option("--eval-tokens", type=int, help="Tokens per evaluation window (--tokens, capped by the model's context)."),
     click.option("--allow-overlap", is_flag=True, help="Do not refuse evaluation text that the calibration text holds too."),
-    click.option("--also", default="", metavar="A,B", help="More arms: original, rtn."),
+    click.option("--also", default="", metavar="A,B", help="Other models to measure beside it: original (merged into the float base), rtn (plain round-to-nearest NF4)."),
 )
 @measure_options
 @topic(
@@ -57,7 +58,10 @@ def run_command(
     context: click.Context, /, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None, allow_task_code: bool,
     budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, resume: bool, unchecked: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
 ) -> None:
-    """Merge, then measure the result against base + separate adapter, judge it, and write a report to OUT.eval/."""
+    """Merge, then measure the result against base + separate adapter, judge it by a budget, and write a report to OUT.eval/.
+
+    Exit 0: OUT is whole and inside the budget. 3: OUT is whole and lost more than the budget allows.
+    """
     from qmerge.pipeline.recipe import build_recipe
 
     recipe = build_recipe(recipe_file, settings, flags)

@@ -15,12 +15,15 @@ from qmerge.errors import CheckFailed
 @click.argument("out", type=PLACE)
 @click.option("--base", type=PLACE, metavar="PATH", help="The base it was made from: then every tensor is derived again.")
 @click.option("--adapter", "adapters", type=PLACE, metavar="PATH", multiple=True, help="The adapter it was made from; several in the order of the merge.")
-@click.option("--allow-pickle", is_flag=True, help="Read an adapter_model.bin, in a child process with weights_only.")
+@click.option("--allow-pickle", is_flag=True, help="Read an adapter_model.bin (a pickle can run code): in a child process with weights_only.")
 @click.option("--signature", type=PLACE, metavar="FILE", help="A signature of OUT by model-transparency (docs/signing.md).")
 @click.option("--public-key", type=PLACE, metavar="FILE", help="The key that it has to be of.")
 @json_option("out, passed, checks")
 def verify_command(out: str, base: str | None, adapters: tuple[str, ...], allow_pickle: bool, signature: str | None, public_key: str | None, as_json: bool) -> None:
-    """Re-hash OUT, unpack its codes, check its configs; with --base and --adapter also derive it again from them. Exit 1 where a check fails, 4 where there is nothing to check."""
+    """Is OUT what its manifest says? Files are hashed again, codes unpacked, configs checked; with --base and --adapter every tensor is derived again from them.
+
+    Exit 1 where a check fails, 4 where there is nothing to check.
+    """
     check_pairs(base, adapters, signature, public_key, "qmerge verify")
     from qmerge.pipeline.verify import verify
 

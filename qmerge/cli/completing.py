@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from qmerge.cli.output import QuietCommand, result, say
 
+if TYPE_CHECKING:
+    ParamType = click.ParamType[str]
+else:  # generic since click 8.5 only
+    ParamType = click.ParamType
 VARIABLE = "_QMERGE_COMPLETE"
 """the environment variable by which the shell's function asks; click derives it from the command's name"""
 SHELLS = {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/completions/qmerge.fish"}
 """shell -> the file that it reads at its start"""
 
 
-class Offered(click.ParamType):
+class Offered(ParamType):
     """Text like any other, with words that are offered; ``files``: or files, where no word begins so."""
 
     name = "text"

@@ -54,8 +54,9 @@ test-slow: $(STAMP) ## the longer checks
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n $(JOBS) --dist worksteal -rs
 	@$(BIN)/python -m pytest -m "slow and alone" -rs
 
-check: $(STAMP) ## ruff
+check: $(STAMP) ## ruff, and mypy's strict rules on the package
 	@$(BIN)/ruff check qmerge tests scripts
+	@$(BIN)/mypy qmerge
 
 wheel: $(STAMP) ## build dist/, and try the wheel in a new environment without extras (minutes, 2 to 7 GB below /tmp); ARGS='torch==…'
 	@$(BIN)/python scripts/check_wheel.py --out dist $(ARGS)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 from qmerge.errors import Refused
@@ -24,7 +26,15 @@ CHILD = Path(__file__).with_name("unpickle_child.py")
 _KEPT = ("PATH", "LD_LIBRARY_PATH")
 
 
-def as_safetensors(pickle: Path) -> tuple[Path, tempfile.TemporaryDirectory[str]]:
+class Folder:
+    """A new temporary folder at ``name``, removed with its last holder, or when the process ends."""
+
+    def __init__(self) -> None:
+        self.name = tempfile.mkdtemp(prefix="qmerge-")
+        self.remove = weakref.finalize(self, shutil.rmtree, self.name, ignore_errors=True)
+
+
+def as_safetensors(pickle: Path) -> tuple[Path, Folder]:
     """``(file, folder)``: the same tensors as safetensors, in a temporary folder that vanishes with the second value. Refused where torch will not load it, and where this
     system lets no process be cut off the network."""
     check_contained(pickle.parent, pickle.name)
@@ -32,10 +42,11 @@ def as_safetensors(pickle: Path) -> tuple[Path, tempfile.TemporaryDirectory[str]
         open_plain(pickle).close()
     except OSError as problem:
         raise Refused("The pickle cannot be read.", where=pickle.name, found=problem.strerror) from None
-    folder = tempfile.TemporaryDirectory(prefix="qmerge-")
+    folder = Folder()
     target = Path(folder.name) / "adapter_model.safetensors"
     said = _ask(pickle.resolve(), target, folder.name)
     if said is not None:
+        folder.remove()
         raise Refused("The pickle could not be read safely.", where=pickle.name, expected="a dictionary of tensors", found=said,
                       fix="save the adapter as safetensors where it was trained; there is no weaker way to read it")
     return target, folder

@@ -205,7 +205,7 @@ def _check_values(recipe: Recipe, faults: list[str]) -> None:
         faults.append("--original was given without --on original")
     _check_adapters(recipe, faults)
     if recipe.rtn and recipe.calibration:
-        faults.append("--rtn uses no calibration text, and --calibration was given: leave one of them out")
+        faults.append("--rtn uses no calibration text, and calibration was given (by --calibration or in the recipe): leave one of them out")
 
 
 def _check_grid(recipe: Recipe, faults: list[str]) -> None:

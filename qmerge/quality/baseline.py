@@ -29,6 +29,8 @@ KL_SHARE, FLOOR_SHARE = 0.05, 0.1
 SECTIONS = ("perplexity", "generation", "suite")
 """parts of a fingerprint that belong to measurements of their own: compared where both runs made them"""
 SIDES = ("these results", "the baseline")
+MOST_TOLD = 8
+"""differences of two fingerprints that a message lists"""
 NOT_GIVEN = "no per-token numbers were given"
 NOT_KEPT = "this measure is not kept per token"
 DROPPED = ("linears", "path", "loader", "kl_quantiles", "kl_by_confidence", "window_nll_delta", "samples")
@@ -80,9 +82,24 @@ def check_fingerprints(results: Mapping[str, Any], baseline: Mapping[str, Any], 
         only_versions = all(key.startswith("versions.") for key in keys)
         raise Refused(
             "the results and the baseline were not measured the same way, so they cannot be compared",
-            where="fingerprint", expected="equal fingerprints", found="differing: " + ", ".join(keys),
-            fix="--ignore-versions, or measure the baseline again" if only_versions else "measure the baseline again",
+            where="fingerprint", expected="equal fingerprints", found="differing: " + _told(new, old),
+            fix="--ignore-versions, or measure the baseline again" if only_versions else "measure these results as the baseline was, or accept them: qmerge compare RESULTS --save-baseline FILE",
         )
+
+
+def _told(new: Mapping[str, Any], old: Mapping[str, Any]) -> str:
+    """At what two fingerprints differ, with both values, so that a log alone says which side to change."""
+    rows = list(_differences(new, old, ""))
+    return "; ".join(rows[:MOST_TOLD]) + (f"; and {len(rows) - MOST_TOLD} more" if len(rows) > MOST_TOLD else "")
+
+
+def _differences(new: Any, old: Any, path: str) -> Iterator[str]:
+    if isinstance(new, Mapping) and isinstance(old, Mapping):
+        for key in sorted({*new, *old}):
+            yield from _differences(new.get(key), old.get(key), f"{path}.{key}" if path else str(key))
+    elif new != old:
+        sides = [SIDES[i] for i, side in enumerate((new, old)) if side is not None]
+        yield f"{path} is only in {sides[0]}" if len(sides) < 2 else f"{path}: {str(new)[:40]} here, {str(old)[:40]} in the baseline"
 
 
 def _text_checks(name: str, text: str, rows: tuple[dict[str, Any], dict[str, Any]], tokens: _Tokens | str, floor: float) -> Iterator[dict[str, Any]]:

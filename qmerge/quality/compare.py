@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +34,17 @@ def load_budget(name_or_path: str | Path) -> dict[str, Any]:
 
     A metric that the file leaves out is not checked. Raises ``UsageProblem`` with every fault of the file at once.
     """
-    shipped = Path(__file__).parent / "budgets" / f"{name_or_path}.yaml"
+    budgets = Path(__file__).parent / "budgets"
+    shipped = budgets / f"{name_or_path}.yaml"
     file = shipped if shipped.is_file() else Path(name_or_path)
     try:
         content = read_yaml(file)
     except OSError as error:
-        known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.yaml")))
+        known = ", ".join(sorted(p.stem for p in budgets.glob("*.yaml")))
         raise UsageProblem("no such budget", where=str(name_or_path), expected=f"{known}, or a YAML file", found=error.strerror or str(error), fix="qmerge run --budget default, or the path of a YAML file; eval/budgets and docs/evidence.md show one") from error
     except BadYaml as error:
-        raise UsageProblem("the budget is not YAML", where=file.name, found=str(error)) from error
-    return _checked(file.stem, content, file.name)
+        raise UsageProblem("the budget is not YAML", where=str(name_or_path), found=str(error)) from error
+    return _checked(file.stem, content, str(name_or_path))
 
 
 def budget_of(given: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def budget_of(given: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(name: str, limits: Any, where: str) -> dict[str, Any]:
     if faults := _budget_faults(limits):
-        raise UsageProblem("the budget is malformed", where=where, expected="metric: {max: number} or {min: number}", found="; ".join(faults))
+        raise UsageProblem("the budget is malformed", where=where, expected="metric: {max: number} or {min: number}", found="; ".join(faults), fix="docs/evidence.md lists the metrics with their direction and unit")
     return {"name": name, "limits": limits}
 
 
@@ -184,7 +186,8 @@ def _budget_faults(content: Any) -> list[str]:
     faults = []
     for key, limit in content.items():
         if key not in DIRECTIONS:
-            faults.append(f"unknown metric {repr(key)[:80]} (known: {', '.join(DIRECTIONS)})")
+            near = get_close_matches(str(key)[:80], DIRECTIONS, 1)
+            faults.append(f"unknown metric {repr(key)[:80]} ({f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(DIRECTIONS)})")
         elif not isinstance(limit, dict) or list(limit) != [DIRECTIONS[key]]:
             faults.append(f"{key} wants {{{DIRECTIONS[key]}: number}}, found {repr(limit)[:120]}")
         elif isinstance(limit[DIRECTIONS[key]], bool) or not isinstance(limit[DIRECTIONS[key]], (int, float)) or not abs(limit[DIRECTIONS[key]]) < 1e300:

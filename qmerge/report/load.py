@@ -30,22 +30,23 @@ def load_results(path: str | Path, whole: bool = False) -> dict[str, Any]:
         raise UsageProblem("This is a folder, not results.", where=str(path), expected="a results.json", found="a folder", fix=f"did you mean {given / 'results.json'}?")
     found = next((place for place in tried if place.is_file()), None)
     if found is None:
-        raise UsageProblem("There is no such results file.", where=str(path), expected="a results.json that qmerge run or qmerge eval wrote", found="nothing")
+        fix = "check the path: qmerge run writes OUT.eval/results.json, and qmerge compare RESULTS --save-baseline FILE a baseline"
+        raise UsageProblem("There is no such results file.", where=str(path), expected="a results.json that qmerge run or qmerge eval wrote", found="nothing", fix=fix)
     if found.stat().st_size > MAX_BYTES:
-        raise Refused("This results.json is too large to be one.", where=found.name, expected=f"at most {MAX_BYTES} bytes")
+        raise Refused("This results.json is too large to be one.", where=str(path), expected=f"at most {MAX_BYTES} bytes")
     try:
         text = found.read_text("utf-8")
         results = json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
         if "\\ud" in text.lower():  # half a character, which JSON can spell and no file can hold
             json.dumps(results, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise Refused("This file is not JSON.", where=found.name, expected="a results.json that qmerge run or qmerge eval wrote", found=str(error), fix=AGAIN) from error
+        raise Refused("This file is not JSON.", where=str(path), expected="a results.json that qmerge run or qmerge eval wrote", found=str(error), fix=AGAIN) from error
     version = results.get("schema_version") if isinstance(results, dict) else None
     if not isinstance(results, dict) or version != SCHEMA_VERSION:
         fix = "Use the qmerge that wrote it, or evaluate again."
-        raise Refused("These results have another layout.", where=found.name, expected=f"schema_version {SCHEMA_VERSION}", found="none" if version is None else version, fix=fix)
+        raise Refused("These results have another layout.", where=str(path), expected=f"schema_version {SCHEMA_VERSION}", found="none" if version is None else version, fix=fix)
     if whole:
-        check_whole(results, found)
+        check_whole(results, path)
     return results
 
 
@@ -66,4 +67,4 @@ def _whole(word: str) -> int:
 def check_whole(results: dict[str, Any], path: str | Path) -> None:
     """``Refused`` where ``results``, read from ``path``, leave results.schema.json."""
     if wrong := faults(results):
-        raise Refused("These results are damaged or incomplete.", where=Path(path).name, expected="results.schema.json", found="; ".join(clean(fault) for fault in wrong[:5]), fix="evaluate again")
+        raise Refused("These results are damaged or incomplete.", where=str(path), expected="results.schema.json", found="; ".join(clean(fault) for fault in wrong[:5]), fix="evaluate again")

@@ -185,7 +185,8 @@ def check_overlap(calibration: Sequence[Document], text: Sequence[Document], *, 
         docs = len({o.b_doc for o in found})
         raise Refused(
             "calibration and evaluation text overlap", expected=f"no shared run of {n} words",
-            found=f"{len(found)} in {docs} evaluation documents, the first: {found[0].ngram!r}", fix="use other text, or pass --allow-overlap",
+            found=f"{len(found)} in {docs} of {len(text)} evaluation documents, the first: {found[0].ngram!r}",
+            fix="take those documents out of one of the two, or use other text; --allow-overlap where it is a template, or a few by chance",
         )
     return found
 

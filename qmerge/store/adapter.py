@@ -123,6 +123,9 @@ def open_files(path_or_id: str | Path, revision: str | None = None, allow_pickle
     if not (folder / CONFIG).is_file() and (names := _adapters_below(folder)):
         raise Refused("The folder holds several adapters, and none was named.", where=name, expected="one of " + ", ".join(f"{text}#{item}" for item in names),
                       found=text, fix=f"--adapter '{text}#{names[0]}'")
+    if not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
+        raise Refused("adapter_config.json is missing: this is a model, not an adapter.", where=name, expected=CONFIG, found="config.json, as models have it",
+                      fix="are --base and --adapter in each other's place? qmerge inspect tells them apart")
     check_contained(folder, CONFIG)
     stamps = stamps_of([folder / CONFIG, folder / (WEIGHTS if (folder / WEIGHTS).is_file() else PICKLE)])
     config = read_object(folder / CONFIG, what="the adapter's config")

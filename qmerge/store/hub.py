@@ -84,4 +84,4 @@ def _download(repo: str, revision: str | None, also: Sequence[str]) -> str:
     except Exception:  # noqa: BLE001
         raise Refused("There is no such folder, and the hub cannot be reached.", where=wanted, expected="a folder, or a network",
                       found=f"{reason}, and nothing of this model in the local cache",
-                      fix="download the model on a machine with a network and name its folder") from None
+                      fix="check the spelling; if it is a hub id, download the model on a machine with a network and name its folder") from None

@@ -288,7 +288,8 @@ def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
     parts = name.split(":")
     looks_local = name.startswith((".", "/", "~")) or Path(name).suffix.lower() in SUFFIXES or parts[0].count("/") > 1 or len(parts) > 3
     if looks_local or not all(parts):
-        raise Refused("no such file or folder", where=name, expected="a file, a folder, or a hub dataset as name[[:config]:split]", found="nothing there")
+        raise Refused("no such file or folder", where=name, expected="a file, a folder, or a hub dataset as name[[:config]:split]", found="nothing there",
+                      fix="check the spelling, and that the path is right from the folder that qmerge was started in")
     repo, config, split = parts[0], parts[1] if len(parts) == 3 else None, parts[-1] if len(parts) > 1 else None
     try:
         import datasets

@@ -78,6 +78,14 @@ def eval_line(recipe: Recipe, out: str | Path) -> str:
     return f"{shlex.join([*words, '--candidate', str(out)])} --text FILE --out results.json"
 
 
+def brief_verdict(verdict: dict[str, Any]) -> None:
+    """For a log whose stdout went into a file: the state and what decided it, on stderr."""
+    say(f"{verdict['state'].upper()} (budget {verdict.get('budget', 'default')})")
+    for check in verdict["checks"]:
+        if verdict["state"] != "pass" and check["state"] == verdict["state"]:
+            say(f"  {check['reason']}")
+
+
 def show_verdict(verdict: dict[str, Any]) -> None:
     """The state and every reason, one per line, on stdout."""
     result(f"{verdict['state'].upper()} (budget {verdict.get('budget', 'default')})")

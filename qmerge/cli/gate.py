@@ -10,7 +10,7 @@ import click
 from qmerge.api.judging import judge
 from qmerge.api.targets import check_file, check_results_file
 from qmerge.cli.completing import BUDGET, PLACE
-from qmerge.cli.evidence import show_verdict
+from qmerge.cli.evidence import brief_verdict, show_verdict
 from qmerge.cli.options import json_option
 from qmerge.cli.output import QuietCommand, result_json, say, warn
 from qmerge.errors import Refused
@@ -51,11 +51,12 @@ def compare_command(
         accept(judged, save_baseline)
     if as_json:
         result_json(verdict)
+        brief_verdict(verdict)
     else:
         show_verdict(verdict)
     if save_baseline and verdict["state"] == "fail":
         raise Refused("these results failed, so they do not become a baseline", where=save_baseline, found=verdict["reasons"][0], fix="a budget that they hold, if that is meant: --budget FILE")
-    say(f"Next: qmerge report {results} --out DIR")
+    say(f"Next: commit {save_baseline}, and hold later runs against it with --baseline {save_baseline}" if save_baseline else f"Next: qmerge report {results} --out DIR")
     context.exit(exit_code(verdict, strict))
 
 

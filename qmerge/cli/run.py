@@ -14,7 +14,7 @@ from qmerge.api.measuring import named_texts
 from qmerge.api.merging import foreseen, to_plan
 from qmerge.api.targets import check_file, check_results_file
 from qmerge.cli.completing import BUDGET, PLACE
-from qmerge.cli.evidence import eval_line, evaluate_to, show_verdict
+from qmerge.cli.evidence import brief_verdict, eval_line, evaluate_to, show_verdict
 from qmerge.cli.gate import not_compared
 from qmerge.cli.helping import JUDGE, MEASURE, RUNNING
 from qmerge.cli.options import json_option, measure_options, merge_options, topic
@@ -139,7 +139,7 @@ def run_command(
             nf4_recipe=recipe.nf4_recipe, suite=suite, tasks=tasks, allow_task_code=allow_task_code, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity, generate=generate, new_tokens=new_tokens,
         )
     except KeyboardInterrupt:
-        raise Interrupted("interrupted while measuring", written=f"{done.out} is whole; of what was measured, nothing", fix=eval_line(recipe, done.out)) from None
+        raise Interrupted("interrupted while measuring", written=f"{done.out} is whole; of what was measured, nothing", fix=f"the same command with --resume, or {eval_line(recipe, done.out)}") from None
     from qmerge.report.tables import terminal_table
     from qmerge.report.write import write_json, write_junit, write_report
 
@@ -158,11 +158,12 @@ def run_command(
         raise Refused(refused.what, where=refused.where, expected=refused.expected, found=refused.found, fix=refused.fix, written=f"{done.out} and {evidence}: the checkpoint and its results are whole, and judged by the budget alone")
     if as_json:
         result_json({"verdict": results["verdict"], "out": str(done.out), "results": str(evidence / "results.json"), "report": pages})
+        brief_verdict(results["verdict"])
     else:
         result(terminal_table(results))
         show_verdict(results["verdict"])
         result("\n".join(f"{label:<12}{path}" for label, path in zip(("checkpoint", "report.md", "report.html"), [str(done.out), *pages], strict=True)))
-    say(f"Next: open {pages[1]}, or serve {done.out}")
+    say(f"Next: open {pages[1]}" + ("" if results["verdict"]["state"] == "fail" else f", or serve {done.out}"))
     context.exit(exit_code(results["verdict"], strict))
 
 

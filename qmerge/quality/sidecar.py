@@ -56,7 +56,7 @@ def write_results(results: dict[str, Any], scores: Scores, path: str | Path, ans
 def read_scores(path: str | Path) -> Scores:
     """The arrays of a sidecar. ``Refused`` where the file is not one."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as stored:  # numpy leaves a file open that it opened and cannot read
             arrays = dict(stored)
     except _UNREADABLE as error:
         found = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

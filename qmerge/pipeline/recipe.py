@@ -214,18 +214,15 @@ def _check_grid(recipe: Recipe, faults: list[str]) -> None:
     if recipe.bits not in bits:
         others = [name for name, held in BITS.items() if recipe.bits in held]
         faults.append(f"--bits {recipe.bits}: format {fmt} {'has' if fmt in BITS else 'takes no --bits, or'} {', '.join(map(str, bits))}" + (f"; {' and '.join(others)} can" if others else ""))
-    faults += [_not_free(fmt, setting, value, getattr(recipe, setting)) for setting, value in FIXED.get(fmt, {}).items() if setting != "bits" and getattr(recipe, setting) != value]
+    for setting, only in FIXED.get(fmt, {}).items():
+        found, others = getattr(recipe, setting), " or ".join(name for name in BITS if FIXED.get(name, {}).get(setting) != only)
+        if found != only and setting == "symmetric":
+            faults.append(f"{'--sym' if found else '--asym'}: format {fmt} is {'symmetric' if only else 'asymmetric'}; use --format {others}")
+        elif found != only and setting != "bits":  # of which `BITS` has spoken
+            faults.append(f"--{setting.replace('_', '-')} {found}: format {fmt} has {only} alone; use --format {others}")
     for flag, value in (("--block-size", recipe.block_size), ("--double-quant", recipe.double_quant)):
         if value is not None and fmt not in BLOCK_SIZES:
             faults.append(f"{flag} belongs to --format {' and '.join(BLOCK_SIZES)}" + ("; here it is --group-size" if fmt in BITS and flag == "--block-size" else ""))
-
-
-def _not_free(fmt: str, setting: str, only: Any, found: Any) -> str:
-    """What is said of a ``setting`` of the grid that ``fmt`` has settled (`FIXED`) and that was asked for otherwise."""
-    others = " or ".join(name for name in BITS if FIXED.get(name, {}).get(setting) != only)
-    if setting == "symmetric":
-        return f"{'--sym' if found else '--asym'}: format {fmt} is {'symmetric' if only else 'asymmetric'}; use --format {others}"
-    return f"--{setting.replace('_', '-')} {found}: format {fmt} has {only} alone; use --format {others}"
 
 
 def _check_quantizing(recipe: Recipe, faults: list[str]) -> None:

@@ -39,6 +39,12 @@ def test_front_matter_names_both_base_models() -> None:
     assert set(front["tags"]) >= {"qmerge", "gptq", "4-bit"} and front["library_name"] == "transformers"
 
 
+def test_bits_where_the_config_says_them_group_by_group() -> None:
+    """Catches 8 bits of compressed-tensors called 4-bit."""
+    front = _front(render_card(_facts(config={"quantization_config": {"quant_method": "compressed-tensors"}}, manifest=MANIFEST | {"recipe": {"bits": 8}})))
+    assert "8-bit" in front["tags"] and "4-bit" not in front["tags"]
+
+
 def test_what_is_not_known_is_left_out() -> None:
     """Catches an invented licence or hub id, and figures for a checkpoint that was not measured."""
     card = render_card(_facts(base=Origin("base-nf4"), adapters=[Origin("adapter")], results=None, arm=None))

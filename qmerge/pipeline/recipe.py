@@ -87,7 +87,7 @@ class Recipe:
         if self.format in BLOCK_SIZES:
             return Grid(self.format, 4, self.block_size or 64, True, self.double_quant is not False)
         # gptq's first version stores zero - 1, so a zero of 0 would borrow from its neighbour
-        return Grid("int", self.bits, self.group_size, self.symmetric and self.format != "awq", least_zero=1 if self.format == "gptq" else 0)
+        return Grid("int", self.bits, self.group_size, FIXED.get(self.format, {}).get("symmetric", self.symmetric), least_zero=1 if self.format == "gptq" else 0)
 
     def to_json(self) -> dict[str, Any]:
         """The fields that decide the result: no paths, no device."""
@@ -214,8 +214,12 @@ def _check_grid(recipe: Recipe, faults: list[str]) -> None:
     if recipe.bits not in bits:
         others = [name for name, held in BITS.items() if recipe.bits in held]
         faults.append(f"--bits {recipe.bits}: format {fmt} {'has' if fmt in BITS else 'takes no --bits, or'} {', '.join(map(str, bits))}" + (f"; {' and '.join(others)} can" if others else ""))
-    if fmt == "awq" and recipe.symmetric:
-        faults.append("--sym: format awq is asymmetric; use --format gptq or compressed-tensors")
+    for setting, only in FIXED.get(fmt, {}).items():
+        found, others = getattr(recipe, setting), " or ".join(name for name in BITS if FIXED.get(name, {}).get(setting) != only)
+        if found != only and setting == "symmetric":
+            faults.append(f"{'--sym' if found else '--asym'}: format {fmt} is {'symmetric' if only else 'asymmetric'}; use --format {others}")
+        elif found != only and setting != "bits":  # of which `BITS` has spoken
+            faults.append(f"--{setting.replace('_', '-')} {found}: format {fmt} has {only} alone; use --format {others}")
     for flag, value in (("--block-size", recipe.block_size), ("--double-quant", recipe.double_quant)):
         if value is not None and fmt not in BLOCK_SIZES:
             faults.append(f"{flag} belongs to --format {' and '.join(BLOCK_SIZES)}" + ("; here it is --group-size" if fmt in BITS and flag == "--block-size" else ""))

@@ -13,7 +13,7 @@ COMBINATIONS = ("svd", "linear", "cat", "ties", "ties_svd", "dare_linear", "dare
 """PEFT's names; `qmerge.adapters.combine` refuses two of them with the reason"""
 POLISH = ("blocks", "distill")
 FIXED: dict[str, dict[str, Any]] = {"awq": {"symmetric": False}}
-"""what a format settles where the user said nothing"""
+"""settings of its grid that a format leaves no choice of; a recipe that asks for another value is refused"""
 
 WORDS: dict[str, tuple[str | int, ...]] = {
     "format": BUILT, "on": ("dequantized", "original"), "combine": ("sum", *COMBINATIONS), "compute": COMPUTES, "low_traffic": ("pooled", "rtn"), "group_size": GROUP_SIZES,

@@ -30,6 +30,8 @@ NF4_DEFAULT: dict[str, Any] = {"block_size": 64, "double_quant": True, "dtype": 
 """``dtype`` is what the float weights were cast to before they were rounded; None: as the file holds them. ``skip``: transformers' ``llm_int8_skip_modules``"""
 PACKED = ("bitsandbytes", "gptq", "awq")
 """quantized bases that an adapter can be put on"""
+MEASURED = ("none", *PACKED, "compressed-tensors")
+"""how a checkpoint may be quantized that is measured"""
 
 
 @dataclass
@@ -130,8 +132,8 @@ def check_method(path: str) -> str:
     headers and configs alone."""
     method = quantization_method(path)
     check_model_folder(path)
-    if method not in ("none", *PACKED, "compressed-tensors"):
-        raise Refused("evaluation does not know this quantization", where=label(path), expected=f"none, {', '.join(PACKED)}, compressed-tensors", found=method)
+    if method not in MEASURED:
+        raise Refused("evaluation does not know this quantization", where=label(path), expected=", ".join(MEASURED), found=method)
     need_loader(method)
     return method
 

@@ -74,7 +74,8 @@ def front_matter(facts: Facts) -> str:
     """The card's YAML. ``base_model_relation`` is one of the hub's own: ``merge`` of base and adapters, ``finetune`` where only one of them has an id."""
     kind = _kind(facts)
     ids = list(dict.fromkeys(origin.hub_id for origin in (facts.base, *facts.adapters) if origin.hub_id))
-    bits = fields.as_dict(facts.config.get("quantization_config")).get("bits", 4)
+    asked = fields.as_dict(facts.manifest.get("recipe")).get("bits", 4)  # compressed-tensors' config says it group by group
+    bits = fields.as_dict(facts.config.get("quantization_config")).get("bits", asked)
     tags = ["qmerge", "qlora", "merge", *([format_name(kind)] if kind not in FLOAT else []), *([f"{bits}-bit"] if kind not in FLOAT and isinstance(bits, int) else [])]
     data: dict[str, Any] = {}
     if ids:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_quality_arms import build
 
+from qmerge.cli.run import _apart
 from qmerge.errors import Refused, UsageProblem
 from qmerge.quality import arms
 from qmerge.quality.compare import compare, load_budget
@@ -141,6 +142,22 @@ def test_overlap_is_refused_unless_allowed():
         check_overlap(docs, docs)
     assert len(check_overlap(docs, docs, allow=True)) == 8
     assert check_overlap(docs, [Document("something else")]) == []
+
+
+def test_the_refusal_counts_every_document_that_overlaps():
+    """A system prompt in all documents, counted once because the first holds each of its n-grams: "1 of 3" looks like chance."""
+    prompt = " ".join(f"word{i}" for i in range(20))
+    with pytest.raises(Refused) as caught:
+        check_overlap([Document(prompt)], [Document(f"{prompt} {i}") for i in range(3)])
+    assert "3 of 3 evaluation documents" in str(caught.value)
+
+
+@pytest.mark.parametrize(("shared", "left"), [(0, 10), (2, 8), (9, 10)], ids=["none", "few", "nearly all"])
+def test_held_out_documents_that_overlap_by_chance_are_left_out(shared, left):
+    """One training set, split by qmerge itself, and refused for one sentence in a thousand; or a template's text thinned to its odd rows, unsaid."""
+    prompt = " ".join(f"word{i}" for i in range(20))
+    kept = [Document(f"{prompt} {i}" if i < shared else f"another text, number {i}") for i in range(10)]
+    assert len(_apart([Document(prompt)], kept)) == left
 
 
 @pytest.fixture(scope="module")

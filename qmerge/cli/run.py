@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,6 +167,18 @@ def run_command(
     context.exit(exit_code(results["verdict"], strict))
 
 
+def _apart(calibration: Sequence[Document], kept: list[Document]) -> list[Document]:
+    """The held-out documents that share no 13 words in a row with the calibration text. All of them where that would leave less than half: such text has a
+    template or copies, what is left would be a choice of the unusual, and the overlap is to be refused."""
+    from qmerge.store.texts import overlapping
+
+    shared = set(overlapping([one.text for one in calibration], [one.text for one in kept]))
+    if not shared or 2 * len(shared) > len(kept):
+        return kept
+    warn(f"{len(shared)} of the {len(kept)} held-out documents share 13 words in a row with the calibration text, and are not measured on")
+    return [one for index, one in enumerate(kept) if index not in shared]
+
+
 def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool, requests: Iterable[Any] = ()) -> tuple[Any, list[Document]]:
     """(calibration or None where the format needs none, documents held out for evaluation where no text was given). Refuses overlap before any work,
     also with the texts of ``requests``, the perplexities, and those that fill no window."""
@@ -187,11 +199,12 @@ def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool, reques
         documents, kept = hold_out(read_documents(recipe.calibration, template=recipe.template, tokenizer=tokenizer), recipe.seed)
         warn(f"no --text: {len(kept)} of the {len(kept) + len(documents)} calibration documents are held out to measure on")
     calibration = calibration_for(found, documents)
+    if calibration and kept and not allow_overlap:
+        kept = _apart(calibration.documents, kept)
     if calibration:
         shared = check_overlap(calibration.documents, (evaluated or kept) + others, allow=allow_overlap)
         if shared:
-            touched = len({one.b_doc for one in shared})
-            warn(f"calibration and evaluation text share {len(shared)} run(s) of 13 words, in {touched} evaluation document(s); the more, the more the figures flatter the merged model")
+            warn(f"calibration and evaluation text share {len(shared)} run(s) of 13 words; the more, the more the figures flatter the merged model")
     return calibration, kept
 
 

@@ -45,7 +45,17 @@ from qmerge.quality.tasks import Answers as ItemAnswers
 from qmerge.quality.tasks import OpenSuite, items_digest, open_tasks, run_suite
 from qmerge.quality.tokenizers import check_tokenizers
 from qmerge.store.foreign import check_tokenizer_folder
-from qmerge.store.texts import Document, Overlap, TokenDoc, Windows, ngram_overlap, pack_windows, read_documents, tokenize_documents
+from qmerge.store.texts import (
+    Document,
+    Overlap,
+    TokenDoc,
+    Windows,
+    ngram_overlap,
+    overlapping,
+    pack_windows,
+    read_documents,
+    tokenize_documents,
+)
 
 SCHEMA_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -182,7 +192,7 @@ def check_overlap(calibration: Sequence[Document], text: Sequence[Document], *, 
     """13-grams that calibration and evaluation share. ``Refused`` where there are any, unless ``allow``: a model calibrated on its test looks better than it is."""
     found = ngram_overlap([d.text for d in calibration], [d.text for d in text], n)
     if found and not allow:
-        docs = len({o.b_doc for o in found})
+        docs = len(overlapping([d.text for d in calibration], [d.text for d in text], n))
         raise Refused(
             "calibration and evaluation text overlap", expected=f"no shared run of {n} words",
             found=f"{len(found)} in {docs} of {len(text)} evaluation documents, the first: {found[0].ngram!r}",

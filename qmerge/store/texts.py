@@ -150,6 +150,12 @@ def ngram_overlap(a_docs: Sequence[str], b_docs: Sequence[str], n: int = 13) -> 
     return list(found.values())
 
 
+def overlapping(a_docs: Sequence[str], b_docs: Sequence[str], n: int = 13) -> list[int]:
+    """Which of ``b_docs`` hold an n-gram of ``a_docs``: all of them, where `ngram_overlap` names the first for each n-gram."""
+    seen = {hash(gram) for text in a_docs for gram in _ngrams(text, n)}
+    return [index for index, text in enumerate(b_docs) if any(hash(gram) in seen for gram in _ngrams(text, n))]
+
+
 def text_fingerprint(docs: Sequence[Document], token_docs: Sequence[TokenDoc], tokenizer: Any) -> dict[str, Any]:
     """What must be equal for two measurements to be on the same text: sha256 of the documents (texts and scored spans) and of
     their token ids and masks, the counts, and whether BOS and EOS are added."""

@@ -29,6 +29,19 @@ def loss(weight: torch.Tensor, target: torch.Tensor, metric: torch.Tensor, matri
     return float(torch.trace(metric.double() @ error @ matrix.double() @ error.T))
 
 
+def test_one_direction_that_is_most_of_the_curvature():
+    """A merge on little calibration text that ends because bf16 rounded more off the curvature than its damping adds."""
+    rows = 256
+    gradient = 0.05 * torch.randn(40, rows, generator=draws(31))
+    gradient[0] += 30 * torch.randn(rows, generator=draws(32))
+    found = Curvature(rows, 2**14)
+    found.add(gradient)
+    packed = found.pack()
+    assert float(torch.linalg.eigvalsh(packed.damped()[0].double())[0]) < 0, "no longer an example"
+    part = Coupling(packed).parts[0]
+    assert bool(part.feed.isfinite().all()) and float(torch.linalg.eigvalsh(part.metric.double())[0]) > 0
+
+
 def test_rounding_is_gptq_on_the_whole_kronecker_system():
     """The oracle knows nothing of rows: one long vector, one Hessian G ⊗ H, every element's error fed into all that are still free."""
     rows, columns = 5, 8

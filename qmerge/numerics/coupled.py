@@ -12,7 +12,7 @@ import torch
 
 from qmerge.errors import CheckFailed
 from qmerge.numerics import gptq
-from qmerge.numerics.curvature import Curvature
+from qmerge.numerics.curvature import DAMP, Curvature
 from qmerge.numerics.gptq import ElementGrid
 from qmerge.numerics.hessian import Factor
 from qmerge.numerics.polish import damped
@@ -24,6 +24,8 @@ TILE = 32
 DEVICE_TILE = 128
 """rows that count as independent of one another on a device without the compiled loops"""
 BLOCK = 64
+MOST_DAMP = 100.0
+"""in means of G's diagonal"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ class Coupling:
 
 def _rows(span: slice, metric: torch.Tensor) -> Rows:
     order = torch.argsort(metric.diagonal(), descending=True, stable=True)
-    upper = inverse_root(metric[order][:, order].double())
+    upper, more = inverse_root(metric[order][:, order].double()), DAMP
+    while upper is None and more <= MOST_DAMP:  # bf16 rounds off more than the damping where one direction is most of G, as it is on few tokens
+        metric.diagonal().add_(more)
+        upper, more = inverse_root(metric[order][:, order].double()), more * 10
     if upper is None:
         raise CheckFailed("the curvature of a linear's outputs could not be factored", fix="--curvature-tokens 0 leaves it out")
     feed = torch.triu(upper / upper.diagonal().unsqueeze(1), 1).float()  # what row k takes over from row r

@@ -48,7 +48,7 @@ def loads(engine: str, kind: object) -> bool:
 def snippets(kind: str) -> list[tuple[str, str, str]]:
     """(engine, language, code) for every engine that loads ``kind``."""
     needed = " ".join(filter(None, ("transformers accelerate", EXTRAS.get(kind))))
-    found = [("transformers", "python", f"# pip install torch {needed}\n{TRANSFORMERS}")] if loads("transformers", kind) else []
+    found = [("transformers", "python", f"# pip install torch {needed}\n{TRANSFORMERS}")]
     if loads("vllm", kind):
         found.append(("vLLM", "sh", "vllm serve MODEL"))
     if loads("sglang", kind):

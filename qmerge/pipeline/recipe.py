@@ -215,11 +215,11 @@ def _check_grid(recipe: Recipe, faults: list[str]) -> None:
         others = [name for name, held in BITS.items() if recipe.bits in held]
         faults.append(f"--bits {recipe.bits}: format {fmt} {'has' if fmt in BITS else 'takes no --bits, or'} {', '.join(map(str, bits))}" + (f"; {' and '.join(others)} can" if others else ""))
     for setting, only in FIXED.get(fmt, {}).items():
-        found, others = getattr(recipe, setting), " or ".join(name for name in BITS if FIXED.get(name, {}).get(setting) != only)
+        found, free = getattr(recipe, setting), " or ".join(name for name in BITS if FIXED.get(name, {}).get(setting) != only)
         if found != only and setting == "symmetric":
-            faults.append(f"{'--sym' if found else '--asym'}: format {fmt} is {'symmetric' if only else 'asymmetric'}; use --format {others}")
+            faults.append(f"{'--sym' if found else '--asym'}: format {fmt} is {'symmetric' if only else 'asymmetric'}; use --format {free}")
         elif found != only and setting != "bits":  # of which `BITS` has spoken
-            faults.append(f"--{setting.replace('_', '-')} {found}: format {fmt} has {only} alone; use --format {others}")
+            faults.append(f"--{setting.replace('_', '-')} {found}: format {fmt} has {only} alone; use --format {free}")
     for flag, value in (("--block-size", recipe.block_size), ("--double-quant", recipe.double_quant)):
         if value is not None and fmt not in BLOCK_SIZES:
             faults.append(f"{flag} belongs to --format {' and '.join(BLOCK_SIZES)}" + ("; here it is --group-size" if fmt in BITS and flag == "--block-size" else ""))

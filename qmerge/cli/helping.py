@@ -12,6 +12,7 @@ NEEDED, OPTIONS = "Needed", "Options"
 INPUTS, RECIPE, FORMAT, CALIBRATION = "Needed, here or in the recipe", "Recipe", "Format", "Calibration"
 SOLVER, BASE, SEVERAL, MEASURE, JUDGE, RUNNING = "Solver", "Which base", "Several adapters", "Measuring", "Judging", "Running"
 ORDER = (NEEDED, INPUTS, CALIBRATION, FORMAT, RECIPE, SOLVER, MEASURE, JUDGE, BASE, SEVERAL, RUNNING, OPTIONS)
+HELP_OPTIONS = ["-h", "--help"]
 MANY = 12
 """options beside the needed ones, from which on topics are easier to read than one list"""
 
@@ -21,6 +22,7 @@ class HelpfulCommand(click.Command):
 
     def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.context_settings.setdefault("help_option_names", HELP_OPTIONS)  # click keeps the option as it is first asked for, by whatever context
         self.example = example.strip()
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
@@ -44,6 +46,7 @@ class HelpfulGroup(click.Group):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.context_settings.setdefault("help_option_names", HELP_OPTIONS)
         self.parts: dict[str, str] = {}
 
     def add_part(self, title: str, *commands: click.Command) -> None:

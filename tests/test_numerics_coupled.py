@@ -8,7 +8,7 @@ from test_numerics_polish import CASES, OUT, draws, hessian, option
 
 from qmerge.errors import CheckFailed
 from qmerge.numerics import coupled, gptq
-from qmerge.numerics.coupled import Coupling
+from qmerge.numerics.coupled import ROUNDED, Coupling
 from qmerge.numerics.curvature import DAMP, Curvature
 from qmerge.numerics.hessian import factor
 from qmerge.numerics.polish import damped
@@ -40,6 +40,15 @@ def test_one_direction_that_is_most_of_the_curvature():
     assert float(torch.linalg.eigvalsh(packed.damped()[0].double())[0]) < 0, "no longer an example"
     part = Coupling(packed).parts[0]
     assert bool(part.feed.isfinite().all()) and float(torch.linalg.eigvalsh(part.metric.double())[0]) > 0
+    assert DAMP < part.damp <= 2 * ROUNDED * (1 + DAMP) * rows, "no more than rounding can have taken, and it is told"
+
+
+def test_what_rounding_cannot_have_done_is_no_curvature():
+    """Damping that grows until anything passes: a matrix that is wrong, and rows that then count alone without a word."""
+    wrong = torch.eye(8)
+    wrong[0, 1] = wrong[1, 0] = 3.0
+    with pytest.raises(CheckFailed, match="could not be factored"):
+        Coupling(Curvature(8, 8, [wrong]))
 
 
 def test_rounding_is_gptq_on_the_whole_kronecker_system():

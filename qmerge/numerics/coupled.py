@@ -24,8 +24,9 @@ TILE = 32
 DEVICE_TILE = 128
 """rows that count as independent of one another on a device without the compiled loops"""
 BLOCK = 64
-MOST_DAMP = 100.0
-"""in means of G's diagonal"""
+ROUNDED = 2**-7
+"""of G's trace, at most: what is added to its diagonal where rounding left it indefinite. G is rounded twice to bf16 (the sum's products, `Curvature.pack`), by 2⁻⁹ of each element; what that moves an eigenvalue by
+is at most as much of the Frobenius norm, which is at most the trace. Twice the sum of both."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Rows:
     """rows (within the block) as they are rounded: by descending diagonal"""
     feed: torch.Tensor
     """fp32 ``[n, n]``, strictly upper, in that order: row r's error times ``feed[r, k]`` is taken off row k's target"""
+    damp: float
+    """in means of G's diagonal: the usual one, and more where rounding asked for it"""
 
 
 class Coupling:
@@ -63,6 +66,11 @@ class Coupling:
         return self.weigh(error) / self.diagonal.unsqueeze(1) - error
 
     @property
+    def damp(self) -> float:
+        """The largest of the blocks'."""
+        return max(part.damp for part in self.parts)
+
+    @property
     def diagonal(self) -> torch.Tensor:
         """fp32 ``[out]``."""
         return torch.cat([part.metric.diagonal() for part in self.parts])
@@ -70,14 +78,14 @@ class Coupling:
 
 def _rows(span: slice, metric: torch.Tensor) -> Rows:
     order = torch.argsort(metric.diagonal(), descending=True, stable=True)
-    upper, more = inverse_root(metric[order][:, order].double()), DAMP
-    while upper is None and more <= MOST_DAMP:  # bf16 rounds off more than the damping where one direction is most of G, as it is on few tokens
-        metric.diagonal().add_(more)
-        upper, more = inverse_root(metric[order][:, order].double()), more * 10
+    upper, damp, most = inverse_root(metric[order][:, order].double()), DAMP, ROUNDED * float(metric.diagonal().sum())
+    while upper is None and damp < most:  # where one direction is most of G, as it is on few tokens
+        metric.diagonal().add_(damp)
+        upper, damp = inverse_root(metric[order][:, order].double()), 2 * damp
     if upper is None:
         raise CheckFailed("the curvature of a linear's outputs could not be factored", fix="--curvature-tokens 0 leaves it out")
     feed = torch.triu(upper / upper.diagonal().unsqueeze(1), 1).float()  # what row k takes over from row r
-    return Rows(span, metric, order, feed)
+    return Rows(span, metric, order, feed, damp)
 
 
 def solve(target: torch.Tensor, factor: Factor, grid: ElementGrid, coupling: Coupling, tile: int | None = None) -> torch.Tensor:

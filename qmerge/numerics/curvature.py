@@ -51,7 +51,7 @@ class Curvature:
         return torch.cat([block.diagonal() for block in self.blocks])
 
     def pack(self) -> Curvature:
-        """In bf16 and main memory, in units of the mean of G's diagonal: G is damped by far more than that rounds off. Zeros stay zeros (a dead linear). Raises `CheckFailed` where a gradient was not finite."""
+        """In bf16 and main memory, in units of the mean of G's diagonal: where G is much more than its largest eigenvector, damping is far more than that rounds off; else `coupled` adds to it. Zeros stay zeros (a dead linear). Raises `CheckFailed` where a gradient was not finite."""
         mean = float(self.squares().double().mean())
         if not math.isfinite(mean):
             raise CheckFailed("the gradients of the calibration text are not finite", fix="check the base and the adapter for NaN or overflow; --curvature-tokens 0 takes no gradients")

@@ -68,11 +68,16 @@ class Choice:
     residual_shift: float
     scales: str
     polished: bool
-    coupled: bool
+    row_damp: float
+    """of the curvature that rows count together by, in means of its diagonal; 0 where each row counts for itself"""
     held_out: float
 
+    @property
+    def coupled(self) -> bool:
+        return self.row_damp > 0
+
     def to_json(self) -> dict[str, Any]:
-        return {"damp": self.damp, "own_shift": self.own_shift, "residual_shift": self.residual_shift, "scales": self.scales, "polished": self.polished, "coupled": self.coupled}
+        return {"damp": self.damp, "own_shift": self.own_shift, "residual_shift": self.residual_shift, "scales": self.scales, "polished": self.polished, "coupled": self.coupled, "row_damp": self.row_damp}
 
 
 @dataclass(frozen=True)
@@ -237,7 +242,7 @@ def _finish(job: _Job, parts: list[Rows], known: Known, blocks: int, steps: Step
     weight = torch.empty_like(linear.merged)
     for rows in job.stretches():
         weight[rows] = gptq.values(codes[rows], option.element.some(rows))
-    choice = Choice(known.factor(damp).damp, *shift, option.label, best > 0, job.coupling is not None, value)
+    choice = Choice(known.factor(damp).damp, *shift, option.label, best > 0, 0.0 if job.coupling is None else job.coupling.damp, value)
     return _solved(option.build(codes, option.scales), weight, choice, linear)
 
 
@@ -272,5 +277,5 @@ def round_to_nearest(linear: Linear, grid: Grid, model_dtype: torch.dtype, nf4_l
     option = options(linear, grid, torch.ones(linear.merged.shape[1], device=linear.merged.device), model_dtype, nf4_like)[0]
     codes = gptq.nearest(linear.merged.T.contiguous(), option.element)[0].T.contiguous()
     weight = gptq.values(codes, option.element)
-    choice = Choice(0.0, 0.0, 0.0, "searched, round to nearest", False, False, 0.0)
+    choice = Choice(0.0, 0.0, 0.0, "searched, round to nearest", False, 0.0, 0.0)
     return _solved(option.build(codes, option.scales), weight, choice, linear)

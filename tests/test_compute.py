@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles.dequantized import divergence, load_public, logits, separate_model
 
-from qmerge.device import pick_compute, quick_at_bf16
+from qmerge.device import exact_products, leaves_vectors_unused, pick_compute, quick_at_bf16
 from qmerge.numerics.curvature import Curvature
 from qmerge.numerics.hessian import Statistics
 from qmerge.numerics.products import add_product
@@ -110,3 +110,21 @@ def test_another_word_is_refused(zoo, cli, tmp_path):
     answer = cli("merge", "--base", zoo.nf4("llama"), "--adapter", zoo.adapter("llama"), "--out", tmp_path / "out", "--calibration", zoo.calibration, "--compute", "fp16")
     assert answer.code == 2 and "--compute fp16: expected one of auto, fp32, mixed, bf16" in answer.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("vendor", "flags", "unused"), [("AuthenticAMD", "avx2 avx512bw", True), ("AuthenticAMD", "avx2", False), ("GenuineIntel", "avx512bw amx_bf16", False), ("", "", False)])
+def test_mkl_is_left_only_where_it_is_slow(vendor, flags, unused):
+    """oneDNN asked on a processor where it may round factors to bf16."""
+    assert leaves_vectors_unused(f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n") is unused
+
+
+def test_products_stay_fp32_and_the_setting_goes_back():
+    """Products of a merge in bf16 or TF32; or a user's own process that multiplies in another way after a merge than before it, even one that failed."""
+    left, right = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), torch.randn(512, 64, generator=torch.Generator().manual_seed(1))
+    before = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(KeyError), exact_products():
+        error = (left @ right).double() - left.double() @ right.double()
+        assert float(error.abs().max()) < 2e-4  # bf16 gives some 0.1, TF32 0.01
+        raise KeyError
+    assert (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.allow_tf32) == before
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qmerge import formats
-from qmerge.device import exact_matmuls, own_device, peak_rss_bytes, pick_device
+from qmerge.device import exact_products, own_device, peak_rss_bytes, pick_device
 from qmerge.errors import Refused
 from qmerge.formats import dense, nf4, registry
 from qmerge.pipeline import outputs
@@ -63,6 +63,7 @@ def quiet(_: str) -> None:
     """No progress."""
 
 
+@exact_products()
 def run(
     plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: Calibration | None = None, count: Callable[[str, int, int], None] | None = None, steps: Steps | None = None,
     resume: Resume | None = None, stop: Stop | None = None, say: Callable[[str], None] = quiet, ranks: Ranks = ALONE,
@@ -78,7 +79,6 @@ def run(
     check_adapters(plan)
     recipe = plan.recipe
     device = pick_device(own_device(recipe.device, ranks.local_rank, ranks.local_size))
-    exact_matmuls()
     if calibration is None:
         calibration = calibration_for(plan)
     check_shared([plan], calibration, steps, ranks)
@@ -146,6 +146,7 @@ def _follow_dense(plans: list[MergePlan], device: torch.device, same: SameBytes,
     return [RunReport(Path(plan.recipe.out), 0.0, peak_rss_bytes(), (), {}) for plan in plans]
 
 
+@exact_products()
 def run_dense(
     plans: list[MergePlan], progress: Callable[[str], None] = quiet, count: Callable[[str, int, int], None] | None = None, resume: Resume | None = None, stop: Stop | None = None,
     say: Callable[[str], None] = quiet, ranks: Ranks = ALONE,
@@ -156,7 +157,6 @@ def run_dense(
     for plan in plans:
         check_adapters(plan)
     device = pick_device(own_device(plans[0].recipe.device, ranks.local_rank, ranks.local_size))
-    exact_matmuls()
     check_shared(plans, None, None, ranks)
     same, stop = SameBytes(plans, ranks), stop or Stop()
     if not ranks.first:

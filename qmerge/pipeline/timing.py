@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qmerge.device import COMPUTE, Compute, in_parallel
+from qmerge.device import COMPUTE, Compute, exact_products, in_parallel
 from qmerge.pipeline import memory
 from qmerge.pipeline.streams import TAPE_BYTES
 from qmerge.pipeline.workload import Linears, Workload
@@ -51,6 +51,7 @@ class Rates:
             return cls(USUAL_FLOPS * max(1, threads), USUAL_HASHING, guessed=True)
 
     @classmethod
+    @exact_products()
     def _measured(cls, threads: int, compute: Compute) -> Rates:
         data, jobs = bytes(4 << 20), list(range(max(1, threads)))
 

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from qmerge.adapters.adapter import Adapter
 from qmerge.adapters.edits import Edit
 from qmerge.adapters.several_adapters import AdapterSet
+from qmerge.device import exact_products
 from qmerge.errors import Refused, UsageProblem
 from qmerge.formats.training import recipe_from_adapter
 from qmerge.quality import arms as loading
@@ -76,6 +77,7 @@ class Evaluation:
     answers: dict[str, ItemAnswers]
 
 
+@exact_products()
 def evaluate_in_full(
     base: str,
     adapter: str | AdapterSet,

@@ -64,7 +64,7 @@ def exact_products() -> Iterator[None]:
     only where it may take them in bf16; whether it does is tried out on one that bf16 would spoil, and where it does MKL stays. torch's older name for the setting
     (``get_float32_matmul_precision``) cannot be asked meanwhile.
     """
-    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     tf32, before = cuda.allow_tf32, cpu.fp32_precision
     cuda.allow_tf32 = False
     try:

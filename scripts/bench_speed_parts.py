@@ -73,8 +73,8 @@ def merge(rounds: int) -> Rows:
 
 
 def requantize(rounds: int) -> Rows:
-    """`qmerge merge --format gptq` of the demo on 128 windows of 256 tokens against gptqmodel's defaults on the same merged model and windows, fresh processes, imports not counted;
-    and against the operations that it cannot do without, at this machine's own measured rate of matrix products."""
+    """`qmerge merge --format gptq` of the demo on 128 windows of 256 tokens, and the same with `--quick`, against gptqmodel's and llm-compressor's defaults on the same merged model and windows, fresh processes,
+    imports not counted; and against the operations that they cannot do without, at this machine's own measured rate of matrix products."""
     from bench_quality_arms import OURS, PEERS
     from bench_quality_cases import CACHE, SAMPLES, WINDOW, all_cases
     from bench_quality_make import Maker
@@ -93,32 +93,55 @@ def requantize(rounds: int) -> Rows:
             return row["seconds"]
 
         timed("ours-gptq-int4")  # compiled loops are cached, files are in the page cache
-        found = in_turn(rounds, {"ours": lambda: timed("ours-gptq-int4"), "gptqmodel": lambda: timed("gptqmodel"), "floor": lambda: floor_seconds(case.base, SAMPLES * WINDOW)})
-    return [
-        ratio("requantize/gptqmodel", "gptq int4 of the demo / by gptqmodel", found["ours"], found["gptqmodel"], 0.5),
-        ratio("requantize/floor", "gptq int4 of the demo / its FLOP at the rate of a 2048³ product", found["ours"], found["floor"], 2.5),
-    ]
+        names = {"whole": "ours-gptq-int4", "quick": "ours-gptq-int4-quick", "gptqmodel": "gptqmodel", "llm-compressor": "llmcompressor"}
+        calls: dict[str, Callable[[], float | None]] = {arm: (lambda name=name: timed(name)) for arm, name in names.items()}
+        try:
+            timed("llmcompressor")
+        except LookupError as lost:  # make bench-peers installs it
+            say(f"skipped: {lost.args[0]}")
+            del calls["llm-compressor"]
+        found = in_turn(rounds, calls | {f"{way} floor": (lambda way=way: floor_seconds(case.base, SAMPLES * WINDOW, way == "quick")) for way in ("whole", "quick")})
+    labels, rows = {"whole": "gptq int4 of the demo", "quick": "the same, --quick"}, []
+    for way, label in labels.items():
+        rows += [ratio(f"requantize/{way}/{peer}", f"{label} / by {peer}", found[way], found[peer], 0.5) for peer in ("gptqmodel", "llm-compressor") if peer in found]
+        rows.append(ratio(f"requantize/{way}/floor", f"{label} / its FLOP at the rate of a 2048³ product", found[way], found[f"{way} floor"], 2.5))
+    return rows
 
 
-def floor_seconds(base: Path, tokens: int) -> float:
-    """Two streams forward (4 FLOP per weight and token), and per linear the lower half of H and the whole of E[(x̃ - x) xᵀ] (in² and 2 in² per token, once per input): at the rate of one large product."""
+GRADIENTS, TRIALS = 8192, 10
+"""tokens that gradients are taken on; candidates: scales and shifts tried on 128 rows, the whole counted once"""
+
+
+def floor_seconds(base: Path, tokens: int, quick: bool) -> float:
+    """The operations of the method, each once, at the rate of one large fp32 product. Streams: 2 FLOP per weight and token each. Statistics, once per input: the lower half of H (in² per token) and, with a teacher, the
+    whole of E[(x̃ - x) xᵀ] (2 in²) and where a linear is added to the residual of that with it (2 out in). With gradients: three products per weight, the head's three, and the lower half of G (out²). Solving: H factored and inverted
+    (in³), columns updated (out in²), and as much for each candidate's rows."""
     import torch
 
+    from qmerge.device import exact_products
     from qmerge.pipeline.skeleton import build_skeleton
     from qmerge.store.checkpoint import open_checkpoint
 
     skeleton = build_skeleton(open_checkpoint(str(base)))
     block = skeleton.blocks[0]
     shapes = {name: tuple(module.weight.shape) for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
-    weights = sum(out * width for out, width in shapes.values())
-    inputs = {(name.rpartition(".")[0], width): width for name, (_, width) in shapes.items() if not name.endswith(("o_proj", "down_proj"))} | {
-        name: width for name, (_, width) in shapes.items() if name.endswith(("o_proj", "down_proj"))
-    }
-    work = len(skeleton.blocks) * tokens * (4 * weights + sum(3 * width * width for width in inputs.values()))
+    writers = {name for name in shapes if name.endswith(("o_proj", "down_proj"))}
+    inputs = {name if name in writers else (name.rpartition(".")[0], width): width for name, (_, width) in shapes.items()}
+    weights, streams = sum(out * width for out, width in shapes.values()), 1 if quick else 2
+    work = tokens * (2 * streams * weights + sum((1 if quick else 3) * width**2 for width in inputs.values()))
+    work += sum(width**3 for width in inputs.values()) + sum(out * width**2 + (1 if quick else TRIALS) * min(128, out) * width**2 for out, width in shapes.values())
+    ends = 0
+    if not quick:
+        embedding = skeleton.model.get_input_embeddings().weight
+        work += tokens * sum(2 * out * width for name, (out, width) in shapes.items() if name in writers)
+        work += GRADIENTS * (6 * weights + sum(out**2 for out, _ in shapes.values()))
+        ends = GRADIENTS * 6 * embedding.numel()
     size = 2048
     one, two = torch.randn(size, size), torch.randn(size, size)
-    torch.mm(one, two)
-    return work * seconds_of(lambda: torch.mm(one, two))() / (2 * size**3)
+    with exact_products():
+        torch.mm(one, two)
+        rate = 2 * size**3 / min(seconds_of(lambda: torch.mm(one, two))() for _ in range(3))
+    return (len(skeleton.blocks) * work + ends) / rate
 
 
 def evaluate(rounds: int) -> Rows:

@@ -225,6 +225,11 @@ def test_model_answers_better_than_rounded(shop, zoo):
     assert divergence(wanted, logits(solved, ids)) < divergence(wanted, logits(plain, ids))
 
 
+def test_quick_takes_experts_too(shop):
+    """A teacher's tokens that are asked for where no teacher runs."""
+    assert read_manifest(shop.output("qwen3_moe", "gptq", "--quick").folder)["recipe"]["quick"] is True
+
+
 def test_same_bytes_whatever_the_threads(shop):
     """Sums over an expert's tokens whose order depends on how many threads there are."""
     threads = torch.get_num_threads()

@@ -72,9 +72,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 KINDS = [
     ("gptq", ()), ("nf4", ()), ("gptq", ("--polish", "blocks")), ("nf4", ("--polish", "distill")), ("compressed-tensors", ("--bits-per-weight", 9, "--quantize-head", "--group-size", 32)),
-    ("gptq", ("--asym", "--curvature-tokens", 0)), ("nf4", ("--shard-size", "5GB")),
+    ("gptq", ("--asym", "--curvature-tokens", 0)), ("nf4", ("--shard-size", "5GB")), ("gptq", ("--quick",)),
 ]  # fmt: skip
-QUICK = [(*KINDS[0], 1e9), (*KINDS[0], -1.0), (*KINDS[1], 1e9), (*KINDS[3], -1.0), (*KINDS[4], 1e9), (*KINDS[5], -1.0), (*KINDS[6], 1e9)]
+QUICK = [(*KINDS[0], 1e9), (*KINDS[0], -1.0), (*KINDS[1], 1e9), (*KINDS[3], -1.0), (*KINDS[4], 1e9), (*KINDS[5], -1.0), (*KINDS[6], 1e9), (*KINDS[7], -1.0)]
 CASES = [
     pytest.param(*case, id=" ".join(map(str, (case[0], *case[1], "with activations" if case[2] > 0 else "without"))), marks=[] if case in QUICK else [pytest.mark.slow])
     for case in ((*kind, share) for kind in KINDS for share in (1e9, -1.0))

@@ -48,6 +48,7 @@ class Settings(TypedDict, total=False):
     samples: int
     tokens: int
     curvature_tokens: int
+    quick: bool
     seed: int
     rtn: bool
     on: str

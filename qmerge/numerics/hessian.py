@@ -44,6 +44,8 @@ class Statistics:
     """rows of the residual's product, where that is summed"""
     compute: torch.dtype = torch.float32
     """what factors are rounded to before they are multiplied; products are summed in fp32"""
+    drifts: bool = True
+    """is D summed? Not where there is no teacher; it is None then"""
     _open: list[torch.Tensor | None] = field(default_factory=lambda: [None] * 3, init=False, repr=False)
     """H (its lower half), D and R of a slot that is not complete; None while there is none"""
     _closed: list[torch.Tensor | None] = field(default_factory=lambda: [None] * 3, init=False, repr=False)
@@ -94,19 +96,19 @@ class Statistics:
 
     def _factors(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(x, x̃ - x, r) as they are multiplied; None for zeros. Differences are taken before anything is rounded."""
-        same = runtime is teacher or torch.equal(runtime, teacher)
+        same = not self.drifts or runtime is teacher or torch.equal(runtime, teacher)
         moved = None if same else (teacher.float() - runtime.float()).to(self.compute)
         return runtime.to(self.compute), moved, None if residual is None else residual.to(self.compute)
 
     def _filled(self, sums: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Zeros where nothing is yet."""
-        rows = (self.features, self.features, self.outputs)
+        rows = (self.features, self.features if self.drifts else 0, self.outputs)
         return [torch.zeros(count, self.features, device=self.device) if total is None and count else total for total, count in zip(sums, rows, strict=True)]
 
     def _strips(self) -> list[tuple[int, slice, slice]]:
         """(which sum, rows, columns) of what has to be summed."""
         found = []
-        for which, count in enumerate((self.features, self.features, self.outputs)):
+        for which, count in enumerate((self.features, self.features if self.drifts else 0, self.outputs)):
             for start in range(0, count, STRIP):
                 rows = slice(start, min(start + STRIP, count))
                 found.append((which, rows, slice(0, rows.stop if which == 0 else self.features)))  # H is symmetric
@@ -143,7 +145,7 @@ class Statistics:
 
     @property
     def drift(self) -> torch.Tensor | None:
-        """None once it is forgotten."""
+        """None once it is forgotten, or where it is not summed."""
         return self._mean(1)
 
     @property

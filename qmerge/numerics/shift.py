@@ -11,7 +11,6 @@ import torch
 
 from qmerge.numerics.coupled import Coupling
 from qmerge.numerics.hessian import Factor, Statistics
-from qmerge.types import known
 
 
 def shifts(moved: torch.Tensor | None, residual: torch.Tensor | None, factor: Factor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -51,5 +50,5 @@ class Judge:
 
 def wanted(weight: torch.Tensor, held_out: Statistics) -> torch.Tensor:
     """``W D + R`` fp32 ``[out, in]``, for the `Judge`."""
-    found = weight @ known(held_out.drift)
+    found = torch.zeros_like(weight) if held_out.drift is None else weight @ held_out.drift
     return found if held_out.residual is None else found.add_(held_out.residual)

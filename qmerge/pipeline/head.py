@@ -126,21 +126,22 @@ def solve_head(
     The head is the largest matrix: the solver holds some eight copies of it in fp32. ``spread``: ``ends`` are of this rank's batches; the last rank solves.
     """
     skeleton, device = plan.tree, merged.device
-    name = known(skeleton.output_embedding)
+    name, quick = known(skeleton.output_embedding), plan.recipe.quick
     with torch.no_grad(), Tail(skeleton) as tail:
-        aims = in_parallel(lambda end: tail.head_input(end[0]), ends, device)
+        aims = [] if quick else in_parallel(lambda end: tail.head_input(end[0]), ends, device)
         _as_stored(skeleton, model_dtype)
         inputs = in_parallel(lambda end: tail.head_input(end[1]), ends, device)
+        aims = aims or inputs
     weight, spread = merged.weight(name), spread or Spread()
     owner, sums = spread.ranks.size - 1, list[Statistics | None]()
     for held_out in (False, True):
         here = [((x.flatten(0, -2), aim.flatten(0, -2), None), slot) for x, aim, (_, _, held, slot) in zip(inputs, aims, ends, strict=True) if held is held_out]
         if spread.ranks.alone:
-            own = Statistics(weight.shape[1], device, compute=COMPUTE[plan.recipe.compute].sums)
+            own = Statistics(weight.shape[1], device, compute=COMPUTE[plan.recipe.compute].sums, drifts=not quick)
             own.add_all([part for part, _ in here], [slot for _, slot in here], complete=True)
             sums.append(own)
         else:
-            sums.append(spread.sums(held_out, here, weight.shape[1], 0, device, [owner], COMPUTE[plan.recipe.compute].sums))
+            sums.append(spread.sums(held_out, here, weight.shape[1], 0, device, [owner], COMPUTE[plan.recipe.compute].sums, not quick))
     found = {}
     if spread.ranks.rank == owner:
         linear = Linear(name, weight, merged.four_bit(name), merged.delta(name))

@@ -29,7 +29,7 @@ class Known:
         """``spent``: nobody needs the sums afterwards."""
         self.train, self.held_out, self.by_activation = train, held_out, by_activation
         self.hessian, self.seen, self.residual = train.hessian, held_out.hessian, train.residual  # asked for here, before threads do: this turns sums into means
-        self.drifts = any(bool(rows.any()) for rows in known(train.drift).split(STRIP))
+        self.drifts = train.drift is not None and any(bool(rows.any()) for rows in train.drift.split(STRIP))
         """do the teacher's inputs differ from the run-time ones?"""
         self.usual = min(MOST_DAMP, max(LEAST_DAMP, len(self.hessian) / max(1, train.tokens)))
         self.damps = DAMPS if chosen_damp else (self.usual,)

@@ -194,13 +194,16 @@ def _blocks(work: Workload, pending: dict[str, int]) -> list[Phase]:
     hidden, together = _hidden(work, work.calibration_tokens), 1 if work.accelerator else min(work.threads, -(-work.calibration_tokens // TOKENS_PER_BATCH))
     batch = min(max(TOKENS_PER_BATCH, work.tokens), work.calibration_tokens)
     passing = together * (FP32 * batch * (3 * work.inner + 4 * work.hidden) + _scores(work, batch))
-    once = _captured(work) if taped else 0
-    walked = 0 if work.accelerator else once
+    once = _captured(work) if taped and not work.quick else 0
+    walked = _captured(work) if taped and not work.accelerator else 0
+    streams = (3 if taped else 2) - work.quick
+    kept_streams = (not work.quick) + (not work.accelerator)
+    """streams whose inputs of linears are kept"""
     held = {"what lies around the blocks": FP32 * _around(work)}
     host = pending | {"curvatures of a block": 2 * curvature_rows(work) if work.curvature_tokens else 0}
     several = work.blocks > 1
     entering = held | {
-        "two streams of hidden states": (3 if taped else 2) * hidden, "inputs of linears": once + (2 * walked if several else walked),
+        "streams of hidden states": streams * hidden, "inputs of linears": once + (2 * walked if several else walked),
         "a pass forwards": passing, "blocks in fp32": FP32 * work.block * (3 if several else 1),
     }
     found = [_phase("entering a block", host | {"codes": work.solved if several else 0}, entering)]
@@ -212,7 +215,7 @@ def _blocks(work: Workload, pending: dict[str, int]) -> list[Phase]:
         passed = FP32 * work.calibration_tokens * sum(other.inputs for other in work.groups[:number] if other.copies == 1) if taped else 0
         tokens = work.train * work.tokens if taped else together * batch
         moving = FP32 * tokens * (group.inputs + (work.hidden if group.writer else 0)) + (0 if taped else passing)
-        parts = held | {"two streams of hidden states": (3 if taped else 2) * hidden, "inputs of linears": once + walked - passed * (1 if work.accelerator else 2), "a block in fp32, its codes, deltas of a group": weights}
+        parts = held | {"streams of hidden states": streams * hidden, "inputs of linears": once + walked - passed * kept_streams, "a block in fp32, its codes, deltas of a group": weights}
         here = _phase("solving", host, parts | _group(work, group, moving))
         if best is None or here.ram(False) > best.ram(False):
             best = here
@@ -221,10 +224,12 @@ def _blocks(work: Workload, pending: dict[str, int]) -> list[Phase]:
 
 def _group(work: Workload, group: Linears, moving: int) -> dict[str, int]:
     """The fuller of two moments: while statistics are summed, and while the group is solved."""
-    return _largest(({"statistics": _sums(group), "slots and strips that are open": _slot(work, group), "differences of inputs": moving}, _solving(work, group)))
+    return _largest(({"statistics": _sums(work, group), "slots and strips that are open": _slot(work, group), "differences of inputs": moving}, _solving(work, group)))
 
 
-def _sums(group: Linears) -> int:
+def _sums(work: Workload, group: Linears) -> int:
+    if work.quick:  # H alone
+        return STATISTICS // 2 * group.inputs**2
     residual = 2 * FP32 * group.elements if group.writer else 0
     return STATISTICS * group.inputs**2 + residual
 
@@ -235,15 +240,15 @@ def _slot(work: Workload, group: Linears) -> int:
     strips = work.threads * FP32 * 3 * min(STRIP, group.inputs) * group.inputs
     if batches <= SLOTS or (inside_bytes(work) <= TAPE_BYTES and not work.accelerator):
         return strips
-    return strips + STATISTICS // 2 * group.inputs**2 + (FP32 * group.elements if group.writer else 0)
+    return strips + STATISTICS // (4 if work.quick else 2) * group.inputs**2 + (FP32 * group.elements if group.writer and not work.quick else 0)
 
 
 def _solving(work: Workload, group: Linears) -> dict[str, int]:
     """The fullest of three moments: W D is formed; H is factored; rows of the linears are solved, as many stretches at a time as there are threads."""
-    squares, known = group.inputs**2, _sums(group)
+    squares, known = group.inputs**2, _sums(work, group)
     small = [out <= group.inputs for out in group.outputs]
     aims = AIM * group.inputs * sum(out * (2 if less else 1) for out, less in zip(group.outputs, small, strict=True))
-    left = known - (STATISTICS // 2 * squares if all(small) and group.copies == 1 else 0)  # D is needed no more
+    left = known - (STATISTICS // 2 * squares if all(small) and group.copies == 1 and not work.quick else 0)  # D is needed no more
     grids = INT_GRID if work.format not in formats_of_books() else BOOK_GRID * (2 if work.base_4bit else 1)
     width = work.curvature_width if work.curvature_tokens and group.copies == 1 and group is not work.head else 0
     coupled = sum(out * min(out, width) for out in group.outputs)

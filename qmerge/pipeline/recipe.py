@@ -27,7 +27,8 @@ class Recipe:
 
     ``bits``, ``group_size`` and ``symmetric`` are those of int formats; ``block_size`` and ``double_quant`` those of nf4 and fp4, None for what the base has
     (64 and double where it has none). ``bits_per_weight`` is a budget for stored bits, spent where the measured loss says so. ``curvature_tokens``: calibration tokens, about, that
-    tell how errors of a linear's outputs count together; 0: they count one by one. A budget measures on 16384 of its own, which then tell this too. ``compute``: in what the matrix
+    tell how errors of a linear's outputs count together; 0: they count one by one. ``quick``: each linear is solved on what it receives in the requantized model alone, which is GPTQ as it was
+    published: no teacher runs beside it, and no gradients are taken (``curvature_tokens`` is 0). A budget measures on 16384 of its own, which then tell this too. ``compute``: in what the matrix
     products of the calibration text's passes are taken; a plan has made of ``auto`` what suits the machine.
     """
 
@@ -52,6 +53,7 @@ class Recipe:
     samples: int = 128
     tokens: int = 2048
     curvature_tokens: int = 8192
+    quick: bool = False
     seed: int = 0
     rtn: bool = False
     on: str = "dequantized"
@@ -92,7 +94,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The fields that decide the result: no paths, no device."""
         quantizing = {"bits", "group_size", "symmetric", "bits_per_weight"} if self.format in BITS else {"block_size", "double_quant"} if self.format in BLOCK_SIZES else set()
-        quantizing |= {name for name in ("quantize_head", "pad") if getattr(self, name)}
+        quantizing |= {name for name in ("quantize_head", "pad", "quick") if getattr(self, name)}
         calibrated = {"template", "generic_share", "samples", "tokens", "curvature_tokens", "seed", "polish", "low_traffic", "compute"} if self.format in QUANTIZING and not self.rtn else set()
         combined = {"combine", "density", "combine_rank", "seed"} if self.combine != SUM else set()
         wanted = {"format", "on", "nf4_recipe", "rtn", "residual_base"} | quantizing | calibrated | combined
@@ -175,6 +177,8 @@ def _check(given: dict[str, Any], faults: list[str]) -> Recipe:
             del given[key]
     if given.get("format") in FIXED:
         given = FIXED[given["format"]] | given
+    if given.get("quick") is True:
+        given = {"curvature_tokens": 0} | given
     recipe = replace(Recipe(), **{key: value for key, value in given.items() if key in known})
     for key in NEEDED:
         if not getattr(recipe, key):
@@ -242,6 +246,11 @@ def _check_quantizing(recipe: Recipe, faults: list[str]) -> None:
         faults.append("--pad with --polish: polishing moves the scales of whole groups, which padded rows need not have; leave one of them out")
     if recipe.pad and fmt not in PADDED:
         faults.append(f"--pad belongs to --format {' and '.join(PADDED)}")
+    needing = {"--polish": recipe.polish, "--bits-per-weight": budget, "--curvature-tokens": recipe.curvature_tokens}
+    if recipe.quick and (others := [flag for flag, value in needing.items() if value]):
+        faults.append(f"--quick with {' and '.join(others)}: it measures nothing against the adapter kept separate; leave one of them out")
+    if recipe.quick and recipe.rtn:
+        faults.append("--quick solves on calibration text, and --rtn uses none: leave one of them out")
     for flag, value in (("--polish", recipe.polish), ("--bits-per-weight", budget)):
         if value and recipe.rtn:
             faults.append(f"{flag} measures on calibration text, and --rtn uses none: leave one of them out")

@@ -1,7 +1,7 @@
 """How do the teacher's and the run-time activations go through the model, block by block, while it is requantized?
 
 Two streams start at the embeddings. The teacher stream runs through the separate model (in fp32 the same function as the merged one), the run-time
-stream through the model as requantized so far. Within a block the groups of linears are requantized in the order in which they run.
+stream through the model as requantized so far (``quick``: it alone). Within a block the groups of linears are requantized in the order in which they run.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def requantize_blocks(
         experts = {f"{weight.module.removeprefix(prefix + '.')}.{ARRIVALS}": weight.module for weight in routed}
         record: dict[str, Any] | None = None
         alone: dict[str, Linear] = {}
-        with _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype, routed), batches, index, [*wanted, *experts], spread, merged.device, COMPUTE[plan.recipe.compute].sums) as pair:
+        with _BlockPair(*_load_block(empty, prefix, merged, skeleton.linears, model_dtype, routed), batches, index, [*wanted, *experts], spread, merged.device, COMPUTE[plan.recipe.compute].sums, plan.recipe.quick) as pair:
             for group in pair.groups:
                 if group.modules[0] in experts:
                     here = [weight for weight in routed if weight.module == experts[group.modules[0]]]
@@ -144,7 +144,7 @@ def requantize_blocks(
                 if tuned is not None:
                     tuned.append(record)
             pair.advance(again)
-        progress(_line(index, len(skeleton.blocks), batches, ranks))
+        progress(_line(index, len(skeleton.blocks), batches, ranks, plan.recipe.quick))
         if kept is not None:
             kept.commit(index, solved, traffic, record)
             if index + 1 < units:
@@ -184,8 +184,8 @@ def _run_forwards(plan: MergePlan, merged: Merged, index: int, solved: Mapping[s
         else:  # a budget left it float
             set_weight(runtime, inner, teacher.get_parameter(inner).to(model_dtype).float())
     calls = [batch.calls[index] for batch in batches]
-    aims = in_parallel(lambda part: run_block(teacher, part[0].teacher, part[1]), list(zip(batches, calls, strict=True)), merged.device)
     ahead = in_parallel(lambda part: run_block(runtime, part[0].runtime, part[1]), list(zip(batches, calls, strict=True)), merged.device)
+    aims = ahead if plan.recipe.quick else in_parallel(lambda part: run_block(teacher, part[0].teacher, part[1]), list(zip(batches, calls, strict=True)), merged.device)
     for batch, aim, found in zip(batches, aims, ahead, strict=True):
         batch.teacher, batch.runtime = aim, found
 
@@ -197,8 +197,8 @@ class _BlockPair:
     the activations fit into ``TAPE_BYTES`` each stream passes the block once. Else passes are repeated up to each group, to the same bits.
     """
 
-    def __init__(self, teacher: nn.Module, runtime: nn.Module, batches: list[Batch], index: int, linears: list[str], spread: Spread, device: torch.device, compute: torch.dtype) -> None:  # compute: of the sums
-        self.teacher, self.runtime, self.batches, self.index, self.spread, self.device, self.compute = teacher, runtime, batches, index, spread, device, compute
+    def __init__(self, teacher: nn.Module, runtime: nn.Module, batches: list[Batch], index: int, linears: list[str], spread: Spread, device: torch.device, compute: torch.dtype, quick: bool) -> None:  # compute: of the sums
+        self.teacher, self.runtime, self.batches, self.index, self.spread, self.device, self.compute, self.quick = teacher, runtime, batches, index, spread, device, compute, quick
         inside, groups = 0, []
         if batches:
             probe = batches[0]
@@ -212,7 +212,7 @@ class _BlockPair:
     def __enter__(self) -> _BlockPair:
         calls = [batch.calls[self.index] for batch in self.batches]
         teachers = list(zip(self.batches, calls, strict=True))
-        self.tape = in_parallel(lambda part: all_inputs(self.teacher, self.groups, part[0].teacher, part[1]), teachers, self.device) if self.taped else []
+        self.tape = in_parallel(lambda part: all_inputs(self.teacher, self.groups, part[0].teacher, part[1]), teachers, self.device) if self.taped and not self.quick else []
         self.walk = Walk(self.runtime, self.groups, [(batch.runtime, call) for batch, call in teachers], worker_threads(self.device)) if self.walked else None
         if self.walk is not None:
             self.walk.__enter__()
@@ -235,7 +235,7 @@ class _BlockPair:
         if not self.spread.ranks.alone:
             rows, columns = self.teacher.get_submodule(group.modules[0]).get_parameter("weight").shape
             features, outputs = (rows, columns) if turned else (columns, rows)
-            here = [self.spread.sums(held_out, self._parts(group, held_out, reached), features, outputs if group.residual else 0, self.device, solvers, self.compute) for held_out in (False, True)]
+            here = [self.spread.sums(held_out, self._parts(group, held_out, reached), features, outputs if group.residual and not self.quick else 0, self.device, solvers, self.compute, not self.quick) for held_out in (False, True)]
             return here[0], here[1]
         together = len(self.batches) if reached is not None else worker_threads(self.device)
         for start in range(0, len(self.batches), together):  # a few batches' inputs at a time
@@ -245,7 +245,7 @@ class _BlockPair:
                 chosen = [(part, self.batches[number].slot) for number, part in zip(numbers, parts, strict=True) if self.batches[number].held_out is held_out]
                 if chosen:
                     complete = all((batch.held_out, batch.slot) != (held_out, chosen[-1][1]) for batch in self.batches[numbers.stop :])
-                    sums.setdefault(held_out, Statistics(chosen[0][0][0].shape[1], self.device, compute=self.compute)).add_all([part for part, _ in chosen], [slot for _, slot in chosen], complete)
+                    sums.setdefault(held_out, Statistics(chosen[0][0][0].shape[1], self.device, compute=self.compute, drifts=not self.quick)).add_all([part for part, _ in chosen], [slot for _, slot in chosen], complete)
             if held_out in sums:  # the windows to solve on come first, and are through
                 sums[False].close()
         return sums[False], sums[True]
@@ -272,13 +272,15 @@ class _BlockPair:
             yield from zip(parts, [self.batches[number].slot for number in here], strict=True)
 
     def _inputs(self, group: Group, number: int, reached: list[dict[str, torch.Tensor]] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(run-time inputs, the teacher's, the teacher's residual minus the run-time one) of one batch."""
+        """(run-time inputs, the teacher's, the teacher's residual minus the run-time one) of one batch; where no teacher runs, its inputs are the run-time ones."""
         batch = self.batches[number]
         call = batch.calls[self.index]
-        aims = self.tape[number][0] if self.taped else group_inputs(self.teacher, group, batch.teacher, call)
-        aim, aim_residual = split_inputs(group, aims, batch.teacher)
         found = reached[number] if reached is not None else group_inputs(self.runtime, group, batch.runtime, call)
         x, residual = split_inputs(group, found, batch.runtime)
+        if self.quick:
+            return x, x, None
+        aims = self.tape[number][0] if self.taped else group_inputs(self.teacher, group, batch.teacher, call)
+        aim, aim_residual = split_inputs(group, aims, batch.teacher)
         return x, aim, None if residual is None else known(aim_residual) - residual
 
     def experts(self, group: Group, weights: list[ExpertWeight], merged: Merged, plan: MergePlan, model_dtype: torch.dtype, solve: Callable[..., Any], nearest: Callable[..., Any]) -> ExpertSolver:
@@ -311,9 +313,11 @@ class _BlockPair:
     def advance(self, again: bool = False) -> None:
         """Both streams go on to the next block. ``again``: weights changed after the waiting pass had gone by them."""
         parts = [(batch, batch.calls[self.index]) for batch in self.batches]
-        self._answer()
+        if not self.quick:
+            self._answer()
         ahead = self.walk.finish() if self.walk is not None and not again else in_parallel(lambda part: run_block(self.runtime, part[0].runtime, part[1]), parts, self.device)
-        for batch, (_, teacher), runtime in zip(self.batches, self.tape, ahead, strict=True):
+        answers = ahead if self.quick else [answer for _, answer in self.tape]
+        for batch, teacher, runtime in zip(self.batches, answers, ahead, strict=True):
             batch.teacher, batch.runtime = teacher, runtime
         self.tape = []
 
@@ -350,7 +354,9 @@ def _load_block(empty: nn.Module, prefix: str, merged: Merged, linears: dict[str
     return teacher, runtime
 
 
-def _line(index: int, count: int, batches: list[Batch], ranks: Ranks) -> str:
+def _line(index: int, count: int, batches: list[Batch], ranks: Ranks, quick: bool) -> str:
+    if quick:
+        return f"block {index + 1}/{count}"
     own = [(batch.number, float((batch.runtime - batch.teacher).square().sum()), float(batch.teacher.square().sum())) for batch in batches if batch.held_out]
     rows = sorted(tuple(row) for rows in ranks.hear(own) for row in rows)
     error, size = sum(row[1] for row in rows), sum(row[2] for row in rows)

@@ -98,16 +98,16 @@ def text_operations(work: Workload) -> tuple[float, float]:
     """Those of them that grow with the text: both streams' passes; statistics and gradients."""
     tokens, blocks = work.calibration_tokens, work.blocks
     passes = 1 if memory.inside_bytes(work) <= TAPE_BYTES else 1 + len(work.groups) / 2
-    forwards = 2 * passes * 2 * tokens * (work.block + 2 * work.tokens * work.hidden)
+    forwards = (1 if work.quick else 2) * passes * 2 * tokens * (work.block + 2 * work.tokens * work.hidden)
     gradients = memory.gradient_tokens(work) * (8 * work.block + 2 * memory.curvature_rows(work)) if work.curvature_tokens else 0
-    sums = sum(_statistics(group, tokens) * group.copies for group in work.groups)
-    head = _statistics(work.head, tokens) if work.head is not None else 0
+    sums = sum(_statistics(work, group, tokens) * group.copies for group in work.groups)
+    head = _statistics(work, work.head, tokens) if work.head is not None else 0
     ends = 6 * memory.gradient_tokens(work) * work.hidden * work.vocabulary if work.curvature_tokens else 0
     return blocks * forwards, blocks * (gradients + sums) + head + ends
 
 
-def _statistics(group: Linears, tokens: int) -> float:
-    return tokens * (3 * group.inputs**2 + (2 * group.elements if group.writer else 0))
+def _statistics(work: Workload, group: Linears, tokens: int) -> float:
+    return tokens * (group.inputs**2 if work.quick else 3 * group.inputs**2 + (2 * group.elements if group.writer else 0))
 
 
 def _solving(work: Workload, group: Linears) -> float:

@@ -66,6 +66,8 @@ class Workload:
     """elements of the largest tensor that the base cannot be read from by rows; 0 where there is none"""
     largest: int
     """elements of the largest tensor that an adapter changes or that is requantized"""
+    quick: bool = False
+    """does the requantized model run alone, without a teacher?"""
 
     @property
     def windows(self) -> int:
@@ -97,7 +99,7 @@ def measure_plan(plan: MergePlan, device: torch.device, windows: tuple[int, int]
         base_4bit=any(plan.base.is_4bit(piece.source) for piece in table.values() if piece.source is not None),
         train=train if calibrated else 0, held_out=held_out if calibrated else 0, tokens=tokens,
         curvature_tokens=recipe.curvature_tokens if calibrated else 0,
-        curvature_width=curvature_width(plan) if calibrated else 0,
+        curvature_width=curvature_width(plan) if calibrated else 0, quick=recipe.quick,
         quantized=sum(sizes[name] for name in plan.requantized), total=sum(sizes.values()), whole=max(whole, default=0),
         largest=max((sizes[name] for name in {*plan.requantized, *plan.changed}), default=0), **facts,
     )  # fmt: skip

@@ -19,6 +19,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from synthetic_llama import Shape, write_adapter, write_base
 
@@ -26,12 +27,20 @@ DEMO = Path(__file__).parents[1] / "examples" / "demo"
 WHOLE = 32
 """blocks of the model that this stands for"""
 CHILD = """
-import sys
+import json, sys
+from sampled import Sampled
 from qmerge.pipeline import gradients
 gradients.CURVATURE_BYTES = int(gradients.CURVATURE_BYTES * float(sys.argv[1]))  # as narrow as in the whole model
 from qmerge.cli.main import main
-sys.argv = ["qmerge", *sys.argv[2:]]
-sys.exit(main())
+parts, sys.argv = sys.argv[2], ["qmerge", *sys.argv[3:]]
+with Sampled() as where:
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+with open(parts, "w") as file:
+    json.dump({"wall_s": where.wall_s, "thread_s": where.seconds}, file)
+sys.exit(code)
 """
 
 
@@ -44,6 +53,8 @@ class Taken:
     elapsed_s: float
     ended: int | None
     load_before: float
+    parts: dict[str, Any] | None = None
+    """`sampled.Sampled`: wall time, and seconds of threads by part of the run"""
 
 
 def make(home: Path, shape: Shape) -> tuple[Path, Path]:
@@ -63,9 +74,9 @@ def resident(process: int, key: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
 
 
-def watch(words: list[str], share: float, limit_s: float) -> Taken:
+def watch(words: list[str], share: float, limit_s: float, parts: Path) -> Taken:
     load, began = os.getloadavg()[0], time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(share), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(share), str(parts), *words], env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[tuple[float, int, str]] = []
     seen = [0, 0]
     """the most since the last line, and of all"""
@@ -86,16 +97,18 @@ def watch(words: list[str], share: float, limit_s: float) -> Taken:
         child.kill()
     child.wait()
     reader.join()
-    return Taken(lines, seen[1], round(time.perf_counter() - began, 1), ended, load)
+    found = json.loads(parts.read_text(encoding="utf-8")) if parts.is_file() else None
+    return Taken(lines, seen[1], round(time.perf_counter() - began, 1), ended, load, found)
 
 
 def page(shape: Shape, taken: Taken, command: str) -> str:
     rows = "\n".join(f"| {at:.0f} | {held / 1e9:.2f} | {text} |" for at, held, text in taken.lines)
     end = "the run ended by itself" if taken.ended == 0 else f"the run ended with {taken.ended}" if taken.ended is not None else "the run was cut off, so the peak is of what it came to"
-    blocks = [(at, text) for at, _, text in taken.lines if text.lstrip().startswith("block ")]
-    first = next((at for at, _, text in taken.lines if text.startswith("gradients:") and "tokens" in text), 0.0)
-    each = (blocks[-1][0] - first) / len(blocks) if blocks else None
-    scaled = f"A block was solved in {each:.0f} s, so {WHOLE} of them take {WHOLE * each / 60:.0f} min." if each else "No block was finished in the time that it was given."
+    solved, gradients = seconds_each(taken, "  block "), seconds_each(taken, "gradients: block ")
+    scaled = (
+        f"A block took {gradients:.0f} s for its gradients and {solved:.0f} s to be solved, so {WHOLE} of them take {WHOLE * (solved + gradients) / 3600:.1f} h on these {os.cpu_count()} cores."
+        if solved and gradients else "No block was finished in the time that it was given."
+    )  # fmt: skip
     return f"""# Large shapes
 
 `{command}`: hidden {shape.hidden}, inner {shape.ffn}, vocabulary {shape.vocab}, {shape.layers} blocks of random NF4 weights, merged to GPTQ by a fresh process on {os.cpu_count()} cores (load {taken.load_before:.1f}
@@ -103,12 +116,32 @@ before the start, n = 1). Curvatures are as narrow as they are in a model of {WH
 
 Peak resident memory **{taken.peak_bytes / 1e9:.2f} GB**; {end}, after {taken.elapsed_s:.0f} s. {scaled}
 
+{breakdown(taken)}
+
 | s | GB at most since the line above | what it says |
 |---|---|---|
 {rows}
 
 With more blocks the hidden states between them are added while gradients are taken, and the block before is held while the next one is solved (`--dry-run` counts both).
 """
+
+
+def seconds_each(taken: Taken, word: str) -> float | None:
+    """Between the lines that tell of a block, the first one's begin being the line before it."""
+    at = [number for number, (_, _, text) in enumerate(taken.lines) if word in text]
+    return (taken.lines[at[-1]][0] - taken.lines[at[0] - 1][0]) / len(at) if at else None
+
+
+def breakdown(taken: Taken) -> str:
+    if taken.parts is None:
+        return "Where the time went is not known: the run did not end by itself."
+    whole, wall = sum(taken.parts["thread_s"].values()), taken.parts["wall_s"]
+    rows = "\n".join(f"| {part} | {spent:.0f} | {spent / whole:.0%} |" for part, spent in taken.parts["thread_s"].items())
+    return f"""Where the threads were (`scripts/sampled.py`, five looks a second; {whole:.0f} s of threads in {wall:.0f} s, so {whole / wall:.2f} of {os.cpu_count()} cores were busy):
+
+| part | s of threads | share |
+|---|---|---|
+{rows}"""
 
 
 def main() -> None:
@@ -127,7 +160,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         base, adapter = (asked.made / "base", asked.made / "adapter") if asked.made else make(Path(home), shape)
         words = ["merge", "--base", base, "--adapter", adapter, "--format", "gptq", "--calibration", DEMO / "calibration.jsonl", "--samples", asked.samples, "--tokens", asked.tokens, "--out", f"{home}/out"]
-        taken = watch(list(map(str, words)), asked.blocks / WHOLE, asked.limit)
+        taken = watch(list(map(str, words)), asked.blocks / WHOLE, asked.limit, Path(home) / "parts.json")
     command = " ".join(["scripts/bench_8b.py", *sys.argv[1:]])
     text = page(shape, taken, command)
     print(text)

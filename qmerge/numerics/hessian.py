@@ -18,7 +18,9 @@ from qmerge.numerics.triangles import invert_flipped_
 from qmerge.types import known
 
 STRIP = 512
-"""rows of a sum that are formed together: a product of few rows spends its time on bringing the other factor into shape"""
+"""rows of a sum that are formed together, at most: a product of few rows spends its time on bringing the other factor into shape"""
+NARROW, NARROW_STRIP = 2048, 128
+"""up to this many features that takes no time, and fewer rows leave less of the upper half to be formed, and more strips for threads to share"""
 SLOTS = 16
 """A sum over batches is formed in at most so many partial sums of consecutive batches, which are then added in order. So the bits do not depend on how many processes share the batches:
 each forms whole partial sums, up to ``SLOTS`` of them at work. More would cost communication, one matrix each."""
@@ -107,10 +109,10 @@ class Statistics:
 
     def _strips(self) -> list[tuple[int, slice, slice]]:
         """(which sum, rows, columns) of what has to be summed."""
-        found = []
+        found, step = [], NARROW_STRIP if self.features <= NARROW else STRIP
         for which, count in enumerate((self.features, self.features if self.drifts else 0, self.outputs)):
-            for start in range(0, count, STRIP):
-                rows = slice(start, min(start + STRIP, count))
+            for start in range(0, count, step):
+                rows = slice(start, min(start + step, count))
                 found.append((which, rows, slice(0, rows.stop if which == 0 else self.features)))  # H is symmetric
         return found
 

@@ -48,7 +48,7 @@ class Judge:
         return float((weighed * gap).sum(dtype=torch.float64))
 
 
-def wanted(weight: torch.Tensor, held_out: Statistics) -> torch.Tensor:
-    """``W D + R`` fp32 ``[out, in]``, for the `Judge`."""
+def wanted(weight: torch.Tensor, held_out: Statistics, rows: slice | None = None) -> torch.Tensor:
+    """``W D + R`` fp32 ``[out, in]``, for the `Judge`; ``rows``: those of the linear that ``weight`` has, where not all."""
     found = torch.zeros_like(weight) if held_out.drift is None else weight @ held_out.drift
-    return found if held_out.residual is None else found.add_(held_out.residual)
+    return found if held_out.residual is None else found.add_(held_out.residual if rows is None else held_out.residual[rows])

@@ -57,9 +57,9 @@ class Known:
             self._damped = damp, self.hessian if self._in_place else damped(self.hessian, level), raised
         return self._damped[1:]
 
-    def moved(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """``W D`` fp32 ``[out, in]``, where that is no larger than D itself: once all linears have theirs, D can go. Decided linear by linear, so it is the same for any number of ranks."""
-        return weight @ known(self.train.drift) if self.drifts and weight.shape[0] <= weight.shape[1] else None
+    def keeps_moved(self, weight: torch.Tensor) -> bool:
+        """Is ``W D`` ``[out, in]`` kept, as it is no larger than D itself? Once all linears have theirs, D can go. Decided linear by linear, so it is the same for any number of ranks."""
+        return self.drifts and weight.shape[0] <= weight.shape[1]
 
     def forget_drifts(self) -> None:
         self.train.forget_drift()

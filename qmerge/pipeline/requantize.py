@@ -17,7 +17,7 @@ from qmerge.numerics import gptq
 from qmerge.numerics.coupled import Coupling
 from qmerge.numerics.distances import fit
 from qmerge.numerics.grids import Search
-from qmerge.numerics.hessian import Statistics
+from qmerge.numerics.hessian import STRIP, Statistics
 from qmerge.numerics.lora import delta_survival
 from qmerge.numerics.shift import Judge, aim, wanted
 from qmerge.pipeline.candidates import BASES, FULL_RANGE, Linear, Option, options, positions
@@ -27,6 +27,8 @@ from qmerge.types import Grid, QuantizedWeight, QuantState
 from qmerge.types import known as given
 
 SHIFTS = (0.0, 0.5, 1.0)
+TOGETHER = 4
+"""shifts that are tried in one go by one thread"""
 TRIAL_ROWS = 128
 """rows of a linear, about, on which damping, grid and shifts are chosen: rows are solved one by one, so these speak for the rest"""
 STRETCH = 1 << 22
@@ -119,7 +121,8 @@ def requantize_group(
     steps = steps or Steps()
     known = Known(train, held_out, steps.act_order, steps.chosen_damp, spent)
     device = known.hessian.device
-    jobs = in_parallel(lambda linear: _Job(linear, known), linears, device)
+    jobs = [_Job(linear, known) for linear in linears]
+    in_parallel(lambda part: part[0].learn(part[1], known), [(job, rows) for job in jobs for rows in job.strips()], device)
     if spent and all(job.apart for job in jobs):
         known.forget_drifts()
     importance = known.factor(known.usual).costs() if steps.weighted_scales else torch.ones_like(torch.diagonal(known.hessian))
@@ -132,7 +135,8 @@ def requantize_group(
     if lost := next((job.linear.name for job in jobs if job.value == float("inf")), None):
         raise CheckFailed("no candidate has a finite error on the held-out tokens", where=lost, fix="check the base and the adapter for NaN or overflow")
     if len(tried) > 1:
-        others = [(job.choice[0], [(job, job.choice[1], shift) for shift in tried[1:]]) for job in jobs]
+        some = [tried[start : start + TOGETHER] for start in range(1, len(tried), TOGETHER)]
+        others = [(job.choice[0], [(job, job.choice[1], shift) for shift in shifts]) for job in jobs for shifts in some]
         _settle(in_parallel(lambda trial: _try(*trial, known), others, device))
     for job in jobs:  # once, and not by each thread for itself
         known.damped(job.choice[0])
@@ -147,14 +151,28 @@ class _Job:
 
     def __init__(self, linear: Linear, known: Known) -> None:
         self.linear = linear
-        self.moved = known.moved(linear.merged)
-        self.wanted = wanted(linear.merged, known.held_out)
+        self.moved = torch.empty_like(linear.merged) if known.keeps_moved(linear.merged) else None
+        self.wanted = torch.empty_like(linear.merged)
         self.options: list[Option] = []
         self.coupling: Coupling | None = None
         self.rows = slice(None, None, max(1, linear.merged.shape[0] // TRIAL_ROWS))
         self.value = float("inf")
         self.choice: tuple[float, int, tuple[float, float]] = (0.0, 0, (0.0, 0.0))
         """(damping, which option, (own, residual) shift)"""
+        self.shifts: dict[float, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        """of the rows that trials are made with, by damping"""
+
+    def strips(self) -> list[slice]:
+        """Rows whose products with a group's sums are taken together, by one thread."""
+        outputs = self.linear.merged.shape[0]
+        return [slice(start, min(start + STRIP, outputs)) for start in range(0, outputs, STRIP)]
+
+    def learn(self, rows: slice, known: Known) -> None:
+        """``W D`` of some rows, and what the judge wants of them."""
+        weight = self.linear.merged[rows]
+        if self.moved is not None:
+            torch.mm(weight, given(known.train.drift), out=self.moved[rows])
+        self.wanted[rows] = wanted(weight, known.held_out, rows)
 
     @property
     def apart(self) -> bool:
@@ -204,13 +222,11 @@ def _shifts(known: Known, steps: Steps) -> list[tuple[float, float]]:
 def _try(damp: float, trials: list[Trial], known: Known) -> list[tuple[float, float, Trial]]:
     """Solve some rows of each trial's linear at one damping, side by side: (held-out objective, damping, trial)."""
     level = known.factor(damp)
-    found: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
     targets, grids = [], []
     for job, number, (own, residual) in trials:
-        if id(job) not in found:
-            asked = [shift for other, _, shift in trials if other is job]
-            found[id(job)] = known.shifts(job, level, job.rows, any(a for a, _ in asked), any(b for _, b in asked))
-        targets.append(aim(job.linear.merged[job.rows], found[id(job)], own, residual))
+        if damp not in job.shifts:  # by the first shift, which has all that there is of both
+            job.shifts[damp] = known.shifts(job, level, job.rows, bool(own), bool(residual))
+        targets.append(aim(job.linear.merged[job.rows], job.shifts[damp], own, residual))
         grids.append(job.options[number].element.some(job.rows))
     codes = gptq.solve(torch.cat(targets), level, gptq.joined(grids)).split([target.shape[0] for target in targets])
     return [(trial[0].trial(known)(gptq.values(part, grid)), damp, trial) for trial, part, grid in zip(trials, codes, grids, strict=True)]

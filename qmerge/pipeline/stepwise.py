@@ -25,7 +25,9 @@ class Walk:
     def __init__(self, block: nn.Module, groups: list[Group], inputs: list[tuple[torch.Tensor, Call]], threads: int) -> None:
         self.block, self.groups, self.inputs = block, groups, inputs
         self._cores = threading.Semaphore(threads)
-        self._moved = threading.Condition()
+        lock = threading.Lock()
+        self._moved, self._opened = threading.Condition(lock), threading.Condition(lock)
+        """a batch has come somewhere; batches may go on"""
         self._open = 0
         """groups below this number are solved"""
         self._abandoned = False
@@ -49,7 +51,7 @@ class Walk:
     def __exit__(self, *_: object) -> None:
         with self._moved:
             self._abandoned = True
-            self._moved.notify_all()
+            self._opened.notify_all()
         for thread in self._threads:
             thread.join()
         for handle in self._handles:
@@ -71,7 +73,7 @@ class Walk:
     def _go_on(self, number: int) -> None:
         with self._moved:
             self._open = number
-            self._moved.notify_all()
+            self._opened.notify_all()
             self._moved.wait_for(lambda: all(at >= number or isinstance(result, BaseException) for at, result in zip(self._at, self._results, strict=True)))
         for result in self._results:
             if isinstance(result, BaseException):
@@ -93,7 +95,7 @@ class Walk:
         with self._moved:
             self._at[batch] = number
             self._moved.notify_all()
-            self._moved.wait_for(lambda: self._open > number or self._abandoned)
+            self._opened.wait_for(lambda: self._open > number or self._abandoned)
         self._cores.acquire()
         if self._abandoned:
             raise _Abandoned

@@ -72,7 +72,7 @@ def arguments() -> argparse.Namespace:
     names = [case.name for case in all_cases()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", choices=names, help="only this case; repeatable")
-    parser.add_argument("--arm", action="append", help="only arms whose name starts so (references always); repeatable")
+    parser.add_argument("--arm", action="append", help="only arms whose name starts so, or is so where it ends in $ (references always); repeatable")
     parser.add_argument("--docs", type=int, default=400, help="measure so many in-domain documents; 0: all (default 400)")
     parser.add_argument(
         "--skip-docs",

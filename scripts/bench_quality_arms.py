@@ -96,13 +96,13 @@ LABELS = REFERENCES | {arm.name: arm.label for arm in (*OURS, *PEERS)}
 
 
 def arms_of(case: str, wanted: list[str] | None) -> list[Arm]:
-    """Of one case, those whose name starts with one of ``wanted`` (None: all)."""
+    """Of one case, those whose name starts with one of ``wanted`` (None: all); of a word that ends in ``$`` the one whose name is the rest."""
     found = [arm for arm in (*OURS, *PEERS) if not arm.only or case in arm.only]
     if case == ODD:
         found = [replace(arm, options=arm.options | {"pad": True}) if arm.options.get("format") in PADDED else arm for arm in found]
     else:
         found = [arm for arm in found if not arm.name.endswith("-channel")]
-    return [arm for arm in found if wanted is None or arm.name.startswith(tuple(wanted))]
+    return [arm for arm in found if wanted is None or any(arm.name == word[:-1] if word.endswith("$") else arm.name.startswith(word) for word in wanted)]
 
 
 def without(name: str, step: str | None) -> Arm:

@@ -61,10 +61,6 @@ class Coupling:
         """``G E`` for ``error`` fp32 ``[out, in]``."""
         return torch.cat([part.metric @ error[part.span] for part in self.parts])
 
-    def pulled(self, error: torch.Tensor) -> torch.Tensor:
-        """What the other rows' errors ask of each row's target, fp32 ``[out, in]``: row i of ``(G E)_i / G_ii - E_i``."""
-        return self.weigh(error) / self.diagonal.unsqueeze(1) - error
-
     @property
     def damp(self) -> float:
         """The largest of the blocks'."""

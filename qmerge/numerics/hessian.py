@@ -154,6 +154,10 @@ class Statistics:
     def residual(self) -> torch.Tensor | None:
         return self._mean(2)
 
+    def round_hessian(self) -> None:
+        """H in what factors are multiplied in, from now on: in bf16 half as large. For those who sum over all that they multiply it with."""
+        self._closed[0] = self.hessian.to(self.compute)
+
     def forget_drift(self) -> None:
         """Free D, once all that is needed of it has been multiplied."""
         self._mean(1)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import torch
 
 from qmerge.numerics.gptq import ElementGrid, nearest, values
+from qmerge.numerics.products import times
 
 
 class Lean:
@@ -23,8 +24,8 @@ class Lean:
     """
 
     def __init__(self, delta: torch.Tensor, hessian: torch.Tensor, raised: float = 0.0) -> None:
-        """``delta`` ΔW fp32 ``[out, in]``, ``hessian`` ``[in, in]``, which may have λ = ``raised`` on its diagonal: that does not count."""
-        self.delta, self.seen = delta, (delta @ hessian).sub_(delta, alpha=raised)
+        """``delta`` ΔW fp32 ``[out, in]``, ``hessian`` fp32 or bf16 ``[in, in]``, which may have λ = ``raised`` on its diagonal: that does not count."""
+        self.delta, self.seen = delta, times(delta, hessian).sub_(delta, alpha=raised)
         self.size = (self.seen * delta).sum(1, keepdim=True)
         """the effect's size ``<ΔW, ΔW>_H``, ``[out, 1]``"""
 
@@ -134,15 +135,16 @@ def refit(
     matrix: torch.Tensor,
     storable: Callable[[torch.Tensor], torch.Tensor],
     size: int,
+    pull: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Scales fp32 ``[out, groups]`` that lower ``tr(E M Eᵀ)`` with codes fixed: Q = scales × ``units`` ``[out, in]`` (code - zero, or the level), group after group, ``size`` columns in each but the last.
 
     Each group's scale moves to its closed-form optimum given the others, rounded by ``storable`` ``[out, groups] -> [out, groups]`` to what the file holds,
-    and only where that lowers the objective.
+    and only where that lowers the objective. ``pull``: E M where it is known; that of the result when this returns.
     """
     groups, columns = scales.shape[1], units.shape[1]
     scales = scales.clone()
-    gradient = (scales.repeat_interleave(size, dim=1)[:, :columns] * units - target) @ matrix
+    gradient = (scales.repeat_interleave(size, dim=1)[:, :columns] * units - target) @ matrix if pull is None else pull
     for group in range(groups):
         span = slice(group * size, min((group + 1) * size, columns))
         part = units[:, span]
@@ -153,6 +155,6 @@ def refit(
         change = storable(wanted)[:, group] - scales[:, group]
         change = torch.where(change * slope + 0.5 * change.square() * bend < 0, change, torch.zeros_like(change))
         scales[:, group] += change
-        if groups > 1:
+        if groups > 1 or pull is not None:
             gradient += (change.unsqueeze(1) * part) @ matrix[span]
     return scales

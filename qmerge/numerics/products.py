@@ -19,3 +19,8 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, ex
     total.add_(first)
     if exact:
         total.add_(torch.addmm(first, left, right, beta=-1))
+
+
+def times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ right`` fp32 for ``left`` fp32 ``[m, k]``. Where ``right`` ``[k, n]`` is bf16, so are both factors and what comes out: 2⁻⁹ of each element, which averages out where many of them are summed."""
+    return left @ right if right.dtype == torch.float32 else (left.to(right.dtype) @ right).float()

@@ -11,6 +11,7 @@ import torch
 
 from qmerge.numerics.coupled import Coupling
 from qmerge.numerics.hessian import Factor, Statistics
+from qmerge.numerics.products import times
 
 
 def shifts(moved: torch.Tensor | None, residual: torch.Tensor | None, factor: Factor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -41,7 +42,7 @@ class Judge:
     def __call__(self, candidate: torch.Tensor) -> float:
         """``candidate`` fp32 ``[out, in]``."""
         error = candidate - self.weight
-        gap = (error @ self.hessian).sub_(self._aim, alpha=2)
+        gap = times(error, self.hessian).sub_(self._aim, alpha=2)
         weighed = error if self._coupling is None else self._coupling.weigh(error)
         if self._each is not None:
             weighed = weighed * self._each.unsqueeze(1)

@@ -28,6 +28,8 @@ class Known:
     def __init__(self, train: Statistics, held_out: Statistics, by_activation: bool, chosen_damp: bool, spent: bool = False) -> None:
         """``spent``: nobody needs the sums afterwards."""
         self.train, self.held_out, self.by_activation = train, held_out, by_activation
+        if spent:  # the judge sums over it
+            held_out.round_hessian()
         self.hessian, self.seen, self.residual = train.hessian, held_out.hessian, train.residual  # asked for here, before threads do: this turns sums into means
         self.drifts = train.drift is not None and any(bool(rows.any()) for rows in train.drift.split(STRIP))
         """do the teacher's inputs differ from the run-time ones?"""

@@ -60,8 +60,8 @@ def solve_rows(job: _Job, rows: slice, known: Known, steps: Steps) -> Rows:
     way = descend if coupling is None else partial(coupled.descend, coupling=coupling)
     for turn in range(1 + (LEAN_ROUNDS if delta is not None and (steps.descent or fitting) else 0)):
         if fitting and turn == 0:
-            towards = goal if coupling is None else goal - coupling.pulled(gptq.values(codes, option.element) - goal)
-            option = option.with_scales(refit(option.scales, option.units(codes), towards, matrix, given(option.storable), option.size))
+            pull = (gptq.values(codes, option.element) - goal) @ matrix
+            option, pull = _fitted(option, codes, goal, matrix, pull, coupling)
             found.scales = option.scales
         if steps.descent:
             pull = (gptq.values(codes, option.element) - goal) @ matrix if pull is None else pull
@@ -73,3 +73,14 @@ def solve_rows(job: _Job, rows: slice, known: Known, steps: Steps) -> Rows:
             if pull is not None:  # the error grows by what the goal loses
                 pull += share * (there.seen + raised * delta)
     return found
+
+
+def _fitted(option: Option, codes: torch.Tensor, goal: torch.Tensor, matrix: torch.Tensor, pull: torch.Tensor, coupling: coupled.Coupling | None) -> tuple[Option, torch.Tensor]:
+    """Scales refitted, and E M of what then is; ``pull`` is that of what was. A row answers what the others' errors ask of it too: its own E M, where rows count together, is that of all, weighed by G / G_ii."""
+    if coupling is None:
+        asked = pull
+    else:
+        asked = coupling.weigh(pull).div_(coupling.diagonal.unsqueeze(1))
+        pull -= asked
+    fitted = option.with_scales(refit(option.scales, option.units(codes), goal, matrix, given(option.storable), option.size, asked))
+    return fitted, asked if coupling is None else pull.add_(asked)

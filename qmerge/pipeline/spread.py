@@ -45,7 +45,7 @@ class Spread:
 
     def sums(self, held_out: bool, parts: Iterable[tuple[Part, int]], features: int, outputs: int, device: torch.device, solvers: Sequence[int], compute: torch.dtype = torch.float32, drifts: bool = True) -> Statistics | None:
         """The sum over all ranks' batches on the ``solvers``, None elsewhere. ``parts``: this rank's, with their slots, in order. ``outputs``: rows of the residual's product, or 0; ``drifts``: is D summed?"""
-        reduced = _Reduced(self, held_out, features, outputs, device, drifts)
+        reduced = _Reduced(self, held_out, features, outputs, device, compute, drifts)
         partial, current = None, None
         for part, slot in parts:
             if partial is not None and slot != current:
@@ -63,7 +63,8 @@ class Spread:
 class _Reduced:
     """A sum under way. In each turn every rank brings a slot of its own, as long as there are some; all add up a share of every piece in the order of the slots."""
 
-    def __init__(self, spread: Spread, held_out: bool, features: int, outputs: int, device: torch.device, drifts: bool) -> None:
+    def __init__(self, spread: Spread, held_out: bool, features: int, outputs: int, device: torch.device, compute: torch.dtype, drifts: bool) -> None:
+        self.compute = compute
         self.spread, self.held_out, self.ranks, self.device = spread, held_out, spread.ranks, device
         self.features, self.outputs, self.drifts, self.turn, self.tokens = features, outputs, drifts, 0, 0
         self.shares: list[torch.Tensor] = []
@@ -93,7 +94,7 @@ class _Reduced:
     def whole(self, solvers: Sequence[int]) -> Statistics | None:
         tokens = sum(self.ranks.hear(self.tokens))
         here, size = self.ranks.rank in solvers, self.ranks.size
-        found = Statistics(self.features, self.device, tokens, self.outputs, drifts=self.drifts) if here else None
+        found = Statistics(self.features, self.device, tokens, self.outputs, self.compute, self.drifts) if here else None
         pieces = _pieces(found.strips()) if found is not None else [None] * len(self.shares)
         for share, strips in zip(self.shares, pieces, strict=True):
             received = torch.empty(len(share) * size if here else 0, device=self.device)

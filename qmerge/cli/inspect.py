@@ -50,6 +50,6 @@ def _rows(facts: dict[str, Any], indent: str = "") -> list[str]:
             rows += [f"{indent}{key.replace('_', ' ')}:{'' if value else ' none'}"] + _rows(value, indent + "  ")
         elif isinstance(value, list):
             rows += [f"{indent}{key.replace('_', ' ')}: {'none' if not value else ''}".rstrip()] + [f"{indent}  {item}" for item in value]
-        else:
+        elif value is not None:
             rows.append(f"{indent}{key.replace('_', ' ')}: {value}")
     return rows

@@ -79,16 +79,16 @@ def _check_token_indices(value: Any, where: str) -> None:
     tables = list(value.values()) if isinstance(value, dict) else [value or []]
     if all(isinstance(table, list) and all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in table) for table in tables):
         return
-    raise Refused("trainable_token_indices is malformed.", where=where, expected="a list of token numbers, or one per module", found=repr(value)[:120])
+    raise Refused("trainable_token_indices is malformed.", where=where, expected="a list of token numbers, or one per module", found=repr(value)[:120], fix="correct adapter_config.json, or save the adapter again with PEFT")
 
 
 def _check_replication(value: Any, where: str) -> None:
     spans = value or []
     if not isinstance(spans, list) or sum(span[1] - span[0] for span in spans if isinstance(span, list) and len(span) == 2 and all(isinstance(end, int) for end in span)) > MOST_LAYERS:
-        raise Refused("layer_replication is malformed.", where=where, expected=f"[[start, end], …], at most {MOST_LAYERS} layers", found=repr(value)[:120])
+        raise Refused("layer_replication is malformed.", where=where, expected=f"[[start, end], …], at most {MOST_LAYERS} layers", found=repr(value)[:120], fix="correct adapter_config.json, or save the adapter again with PEFT")
     for span in spans:
         if not (isinstance(span, (list, tuple)) and len(span) == 2 and all(isinstance(end, int) for end in span) and 0 <= span[0] < span[1] <= MOST_LAYERS):
-            raise Refused("layer_replication is malformed.", where=where, expected="[[start, end], …]", found=repr(value)[:120])
+            raise Refused("layer_replication is malformed.", where=where, expected="[[start, end], …]", found=repr(value)[:120], fix="correct adapter_config.json, or save the adapter again with PEFT")
 
 
 def _is_number(value: Any) -> bool:
@@ -114,7 +114,7 @@ def _check_kinds(config: dict[str, Any], where: str) -> None:
             raise Refused("A pattern of the adapter's config is malformed.", where=where, expected=f"{field}: an object", found=repr(table)[:120])
         for pattern, value in table.items():
             if not accepts(value):
-                raise Refused("A pattern of the adapter's config has a malformed value.", where=f"{field}[{pattern[:80]!r}] in {where}", found=repr(value)[:120])
+                raise Refused("A pattern of the adapter's config has a malformed value.", where=f"{field}[{pattern[:80]!r}] in {where}", found=repr(value)[:120], fix="correct adapter_config.json, or save the adapter again with PEFT")
             check_pattern(pattern, f"{field}[{pattern[:80]!r}] in {where}")
             check_compiles(_wrapped(pattern), f"{field}[{pattern[:80]!r}] in {where}")
     saved = config.get("modules_to_save") or []

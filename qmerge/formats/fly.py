@@ -39,7 +39,7 @@ class Nf4Recipe:
         try:
             return any(re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(pattern) for pattern in self.skip)
         except re.error as problem:
-            raise UsageProblem("a pattern of llm_int8_skip_modules is no regular expression", found=f"{problem.pattern!r}: {problem.msg}") from problem
+            raise UsageProblem("a pattern of llm_int8_skip_modules is no regular expression", found=f"{problem.pattern!r}: {problem.msg}", fix="correct it: names of modules, or regular expressions of them") from problem
 
 
 def quantize(weight: torch.Tensor, recipe: Nf4Recipe, device: Device = "cpu") -> tuple[torch.Tensor, QuantState]:

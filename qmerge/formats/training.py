@@ -37,7 +37,7 @@ def recipe_from_file(path: str | Path) -> Nf4Recipe:
         raise UsageProblem("the NF4 recipe cannot be read", where=str(path), expected="double, single, or a JSON or YAML file",
                            found=problem.strerror, fix="--nf4-recipe double or single says it without a file") from problem
     except BadYaml as problem:
-        raise UsageProblem("the NF4 recipe is neither JSON nor YAML", where=str(path), found=str(problem)) from problem
+        raise UsageProblem("the NF4 recipe is neither JSON nor YAML", where=str(path), found=str(problem), fix="double, single, or a file with the quantization settings of the training") from problem
     if not isinstance(content, dict):
         raise UsageProblem("the NF4 recipe is not a mapping", where=str(path), expected=ACCEPTED, found=type(content).__name__, fix="--nf4-recipe double or single says it without a file")
     return recipe_from_mapping(content, str(path))

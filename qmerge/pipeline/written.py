@@ -32,7 +32,7 @@ class Written:
         self.checkpoint = checkpoint
         settings = checkpoint.config.get("quantization_config") or {}
         if not isinstance(settings, dict):
-            raise Refused("the config's quantization_config is no object", where="config.json", found=type(settings).__name__)
+            raise Refused("the config's quantization_config is no object", where="config.json", found=type(settings).__name__, fix="take config.json from where the checkpoint came from, or merge again")
         self.settings: dict[str, Any] = settings
         self.format = registry.of_settings(settings)
         if settings and self.format is None:

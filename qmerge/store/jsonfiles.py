@@ -65,5 +65,5 @@ def read_object(path: Path, *, what: str) -> dict[str, Any]:
         raise Refused(f"{path.name} is missing ({what}).", where=str(path.parent), expected=path.name, found="no such file",
                       fix="check the folder, or download it again") from None
     except OSError as error:
-        raise Refused(f"{path.name} cannot be read ({what}).", where=where, found=error.strerror) from None
+        raise Refused(f"{path.name} cannot be read ({what}).", where=where, found=error.strerror, fix="see that it may be read (ls -l), then run the same command again") from None
     return parse_object(raw, where)

@@ -58,7 +58,7 @@ def list_files(folder: Path) -> list[str]:
     """Every file and link under ``folder``, as sorted relative names with ``/``, without the manifest. Refused where a folder in it cannot be listed."""
 
     def unreadable(error: OSError) -> None:
-        raise Refused("A folder cannot be listed.", where=Path(error.filename or folder).name, found=error.strerror)
+        raise Refused("A folder cannot be listed.", where=Path(error.filename or folder).name, found=error.strerror, fix="see that the folder may be read and listed (ls -la), then run the same command again")
 
     names = []
     for root, folders, files in os.walk(folder, onerror=unreadable):
@@ -75,7 +75,7 @@ def digest_files(folder: Path, known: Mapping[str, dict[str, Any]] | None = None
     known = known or {}
     for name in list_files(folder):
         if not (folder / name).is_file() or (folder / name).is_symlink():
-            raise Refused("An output folder may hold regular files only.", where=name, found="a link or a special file")
+            raise Refused("An output folder may hold regular files only.", where=name, found="a link or a special file", fix="put a copy of the file in its place")
     return {name: known.get(name) or digest_file(folder / name) for name in list_files(folder)}
 
 

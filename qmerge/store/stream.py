@@ -96,10 +96,10 @@ class ShardStream:
         """``done``: shard number, from 0 -> digest, of the shards that another stream has left finished in ``folder``. ``own``: numbers of those that this stream writes (where they are not
         done), when others write the rest meanwhile; all of them without it."""
         if not tensors:
-            raise Refused("There are no tensors to write.", where=Path(folder).name)
+            raise Refused("There are no tensors to write.", where=Path(folder).name, fix="this is a fault of qmerge: please report it with the command and the base's name")
         names = [tensor.name for tensor in tensors]
         if len(set(names)) != len(names):
-            raise Refused("A tensor would be written twice.", where=next(name for name in names if names.count(name) > 1))
+            raise Refused("A tensor would be written twice.", where=next(name for name in names if names.count(name) > 1), fix="this is a fault of qmerge: please report it with the command and the base's name")
         self.folder, self.metadata = Path(folder), metadata
         self.order = in_order(tensors)
         self.shards = cut(self.order, max_shard_bytes)

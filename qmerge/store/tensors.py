@@ -60,5 +60,5 @@ def read_bytes(folder: Path, spec: TensorSpec, start: int, stop: int) -> torch.T
     except OSError as error:
         if error.errno in GONE:
             raise Interrupted("A weight file cannot be read any more.", where=where, found=error.strerror, fix="see that the disk is there and works, then run the same command again") from None
-        raise Refused("A weight file cannot be read.", where=where, found=error.strerror) from None
+        raise Refused("A weight file cannot be read.", where=where, found=error.strerror, fix="see that it may be read (ls -l), then run the same command again") from None
     return raw

@@ -203,7 +203,7 @@ def _read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise Refused("the file is not UTF-8 text", where=str(file), expected="UTF-8", found=f"byte {error.start}: {error.reason}", fix="iconv -f latin1 -t utf-8 FILE, if it is in Latin-1") from error
     except OSError as error:
-        raise Refused("the file cannot be read", where=str(file), found=error.strerror) from error
+        raise Refused("the file cannot be read", where=str(file), found=error.strerror, fix="see that it may be read (ls -l), then run the same command again") from error
     if not text.strip():
         raise Refused("the file is empty", where=str(file), expected="text", found=f"{file.stat().st_size} bytes without text")
     return text
@@ -218,7 +218,7 @@ def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
         try:
             rows = pyarrow.parquet.read_table(file).to_pylist()
         except Exception as error:  # pyarrow has no one base class for what a broken file can raise
-            raise Refused("the Parquet file cannot be read", where=str(file), found=str(error).splitlines()[0]) from error
+            raise Refused("the Parquet file cannot be read", where=str(file), found=str(error).splitlines()[0], fix="see that it is whole: download or write it again; JSONL and plain text are read too") from error
         yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
         return
     if suffix not in SUFFIXES:

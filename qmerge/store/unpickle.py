@@ -41,7 +41,7 @@ def as_safetensors(pickle: Path) -> tuple[Path, Folder]:
     try:
         open_plain(pickle).close()
     except OSError as problem:
-        raise Refused("The pickle cannot be read.", where=pickle.name, found=problem.strerror) from None
+        raise Refused("The pickle cannot be read.", where=pickle.name, found=problem.strerror, fix="see that it may be read (ls -l), then run the same command again") from None
     folder = Folder()
     target = Path(folder.name) / "adapter_model.safetensors"
     said = _ask(pickle.resolve(), target, folder.name)

@@ -62,7 +62,7 @@ class ShardWriter:
         if name in self._done:
             return
         if not name or name == "__metadata__" or name in self._names:
-            raise Refused("A tensor would be written twice." if name in self._names else "A tensor has no usable name.", where=f"tensor {name!r}")
+            raise Refused("A tensor would be written twice." if name in self._names else "A tensor has no usable name.", where=f"tensor {name!r}", fix="this is a fault of qmerge: please report it with the command and the base's name")
         dtype_name(tensor.dtype)
         nbytes = tensor.numel() * tensor.element_size()
         if self._pending.specs and self._pending.nbytes + nbytes > self.max_shard_bytes:
@@ -76,7 +76,7 @@ class ShardWriter:
         if self._finished:
             raise RuntimeError("the writer is finished")
         if not self._names:
-            raise Refused("There are no tensors to write.", where=self.folder.name)
+            raise Refused("There are no tensors to write.", where=self.folder.name, fix="this is a fault of qmerge: please report it with the command and the base's name")
         self._flush()
         self._finished = True
         count = len(self._shards)

@@ -46,7 +46,7 @@ def test_other_formats_take_it(written, cli, fmt, flags):
     assert cli("verify", out, "--base", written.zoo.nf4("llama"), "--adapter", written.zoo.adapter("llama")).code == 0
 
 
-@pytest.mark.parametrize("flags", [("--polish", "blocks"), ("--curvature-tokens", 512), ("--rtn",), ("--bits-per-weight", 6, "--format", "compressed-tensors")], ids=lambda flags: flags[0])
+@pytest.mark.parametrize("flags", [("--polish", "blocks"), ("--rtn",), ("--bits-per-weight", 6, "--format", "compressed-tensors")], ids=lambda flags: flags[0])
 def test_what_needs_a_teacher_is_refused_with_it(zoo, cli, tmp_path, flags):
     """A setting that is silently without effect."""
     text = () if flags == ("--rtn",) else ("--calibration", zoo.calibration)

@@ -28,7 +28,7 @@ class Recipe:
     ``bits``, ``group_size`` and ``symmetric`` are those of int formats; ``block_size`` and ``double_quant`` those of nf4 and fp4, None for what the base has
     (64 and double where it has none). ``bits_per_weight`` is a budget for stored bits, spent where the measured loss says so. ``curvature_tokens``: calibration tokens, about, that
     tell how errors of a linear's outputs count together; 0: they count one by one. ``quick``: each linear is solved on what it receives in the requantized model alone, which is GPTQ as it was
-    published: no teacher runs beside it, and no gradients are taken (``curvature_tokens`` is 0). A budget measures on 16384 of its own, which then tell this too. ``compute``: in what the matrix
+    published: no teacher runs beside it, and ``curvature_tokens`` is 0 unless it is given. A budget measures on 16384 of its own, which then tell this too. ``compute``: in what the matrix
     products of the calibration text's passes are taken; a plan has made of ``auto`` what suits the machine.
     """
 
@@ -246,7 +246,7 @@ def _check_quantizing(recipe: Recipe, faults: list[str]) -> None:
         faults.append("--pad with --polish: polishing moves the scales of whole groups, which padded rows need not have; leave one of them out")
     if recipe.pad and fmt not in PADDED:
         faults.append(f"--pad belongs to --format {' and '.join(PADDED)}")
-    needing = {"--polish": recipe.polish, "--bits-per-weight": budget, "--curvature-tokens": recipe.curvature_tokens}
+    needing = {"--polish": recipe.polish, "--bits-per-weight": budget}
     if recipe.quick and (others := [flag for flag, value in needing.items() if value]):
         faults.append(f"--quick with {' and '.join(others)}: it measures nothing against the adapter kept separate; leave one of them out")
     if recipe.quick and recipe.rtn:

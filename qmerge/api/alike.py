@@ -25,7 +25,7 @@ def check_settings(ranks: Ranks, settings: Mapping[str, Any]) -> None:
 
 def check_folders(ranks: Ranks, folders: Mapping[str, str | Path]) -> None:
     """Raises Refused, on all ranks alike, where code, versions, processor or a file of ``folders`` (what it is -> place) is another. Byte for byte, unless all ranks read the very same files."""
-    files = {role: sorted(path for path in Path(folder).iterdir() if path.suffix in KINDS and path.is_file()) for role, folder in folders.items()}
+    files = {role: sorted(path for path in Path(folder).glob("*") if path.suffix in KINDS and path.is_file()) for role, folder in folders.items()}
     facts: dict[str, Any] = {"version": versions(), "code of qmerge": solver_digest((*SOLVER, "quality")), "processor": processor()}
     agreed(ranks, facts | {"file": {role: {path.name: look(path) for path in paths} for role, paths in files.items()}}, differences, other_inputs)
     everybody = ranks.hear(identities([path for paths in files.values() for path in paths]))

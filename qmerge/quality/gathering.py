@@ -39,7 +39,7 @@ def gathered(found: Found, ranks: Ranks) -> Found | None:
 
 def _packed(found: Found) -> Record:
     tensors: dict[str, torch.Tensor] = {}
-    texts, numbers = [], []
+    texts, numbers = list[Any](), list[Any]()
     for text, arms in found.batches.items():
         for arm, batches in arms.items():
             order = sorted(batches.rows)

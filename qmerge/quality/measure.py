@@ -114,7 +114,7 @@ def measure_share(
     ref, cand = (model if isinstance(model, Answers) else Answers(model) for model in (reference, candidate))
     for model in (ref, cand):
         model.prepare(windows.ids[0][None].to(device))
-    width, done, rows = min(ref.width, cand.width), 0, {}
+    width, done, rows = min(ref.width, cand.width), 0, dict[int, dict[str, np.ndarray]]()
     room = LOGIT_BYTES // (4 * width) if ref.whole or cand.whole else batch_tokens(device)
     mine = {number: batch for number, batch in enumerate(windows_by_batch(windows, room)) if share.has(number)}
     for number, batch in mine.items():

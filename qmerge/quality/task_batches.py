@@ -52,7 +52,7 @@ def written(requests: Sequence[tuple[str, dict[str, Any]]], size: int | str, tok
     groups: dict[str, list[int]] = {}
     for place, (_, settings) in enumerate(requests):
         groups.setdefault(repr(sorted(settings.items())), []).append(place)
-    found = []
+    found = list[list[int]]()
     for places in groups.values():
         ordered = sorted(places, key=lambda place: (-len(tokens(requests[place][0])), requests[place][0]))
         found += _cut([[place] for place in ordered], size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +69,9 @@ def measure(
 ) -> Evaluation:  # fmt: skip
     """Evaluate and, with ``out``, write results.json there with what goes beside it. ``candidates``: folders or ids, under the names of their folders or those given; ``limits``: a budget, read;
     ``measures``: ``perplexity``, ``generate`` and ``new_tokens``. ``ranks`` share the work: the first writes and gives the results, the others give none. Raises as `evaluate`."""
-    from qmerge.api.alike import check_fingerprint, check_folders, check_settings, told
     from qmerge.device import own_device, pick_device
     from qmerge.pipeline.recipe import read_nf4_recipe
     from qmerge.quality.evaluate import candidate_names, evaluate_in_full
-    from qmerge.quality.protocols import parse_requests
     from qmerge.quality.sidecar import write_results
     from qmerge.quality.suites import load_suite, split_names
     from qmerge.store.hub import resolve
@@ -85,7 +84,12 @@ def measure(
     folders = [str(resolve(place)[0]) for place in places]
     named = dict(zip(candidates, folders, strict=True)) if isinstance(candidates, Mapping) else candidate_names(folders)
     on_device, source, chosen = pick_device(own_device(device, ranks.local_rank, ranks.local_size)), str(resolve(base)[0]), str(resolve(original)[0]) if original else None
+    agree = None
     if not ranks.alone:
+        from qmerge.api.alike import check_fingerprint, check_folders, check_settings, told
+        from qmerge.quality.protocols import parse_requests
+
+        agree = partial(check_fingerprint, ranks)
         check_settings(ranks, told(adapter, {"candidates": named, "texts": texts, "also": also, "perplexity": parse_requests(measures.get("perplexity", ()))}, {
             "tokens": tokens, "template": template, "original": original is not None, "on": on, "nf4 recipe": recipe.to_json() if recipe else None, "suite": benchmarks.content if benchmarks else None,
             "budget": limits, "device": on_device.type, "generate": measures.get("generate", 0), "new tokens": measures.get("new_tokens"),
@@ -95,7 +99,7 @@ def measure(
     done = evaluate_in_full(
         source, adapter, named, texts, tokens, on=on, nf4_recipe=recipe.to_json() if recipe else None,
         original=chosen, also=also, template=template, device=str(on_device), suite=benchmarks, budget=limits,
-        results_dir=out.parent if out is not None else None, keep_tail=True, progress=count, agree=lambda fingerprint: check_fingerprint(ranks, fingerprint), ranks=ranks, **measures,
+        results_dir=out.parent if out is not None else None, keep_tail=True, progress=count, agree=agree, ranks=ranks, **measures,
     )  # fmt: skip
     if not ranks.first:
         return done

@@ -84,7 +84,8 @@ def content(out: Path) -> dict[str, Any]:
 
 
 def same(one: Path, other: Path) -> None:
-    assert json.dumps(content(one)) == json.dumps(content(other)), "also the order of the arms and metrics"
+    apart = [f"{ours} | {theirs}" for ours, theirs in zip(*(json.dumps(content(out), indent=0).splitlines() for out in (one, other)), strict=False) if ours != theirs]
+    assert content(one) == content(other) and not apart, apart[:3]  # also the order of arms and metrics
     ours, theirs = np.load(one.with_suffix(".npz")), np.load(other.with_suffix(".npz"))
     assert ours.files == theirs.files
     for name in ours.files:

@@ -5,7 +5,7 @@ Settings, versions, code, processors and files are compared before a model is lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def check_fingerprint(ranks: Ranks, fingerprint: Mapping[str, Any]) -> None:
     agreed(ranks, fingerprint, differences, other_inputs)
 
 
-def told(adapter: Any, names: Mapping[str, Sequence[str]], rest: Mapping[str, Any]) -> dict[str, Any]:
+def told(adapter: Any, names: Mapping[str, Iterable[str]], rest: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an evaluation as JSON. ``adapter``: an `AdapterSet`, of which the places are left out."""
     combination = {key: getattr(adapter.combination, key) for key in ("how", "density", "rank", "seed")}
     about = {"weights": adapter.weights, "combination": combination, "residual base": adapter.residual_base, "pickles": adapter.allow_pickle}

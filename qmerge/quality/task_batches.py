@@ -44,7 +44,8 @@ def scored(requests: Sequence[tuple[Any, list[int], list[int]]], size: int | str
         _, context, continuation = requests[max(places, key=lambda place: len(requests[place][2]))]
         return -len(context + continuation), context + continuation
 
-    return _cut(sorted(groups.values(), key=order), size)
+    ordered = sorted(groups.values(), key=order)
+    return _cut(ordered, size)
 
 
 def written(requests: Sequence[tuple[str, dict[str, Any]]], size: int | str, tokens: Callable[[str], list[int]]) -> list[list[int]]:

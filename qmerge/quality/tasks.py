@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,11 +134,11 @@ def run_suite(opened: OpenSuite, model: torch.nn.Module, tokenizer: Any, ranks: 
             return write_chat(chats, chat_history, add_generation_prompt)
 
         def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **how: Any) -> list[tuple[float, bool]]:
-            ask = super()._loglikelihood_tokens
+            ask: Callable[..., list[tuple[float, bool]]] = super()._loglikelihood_tokens
             return ask(requests, *args, **how) if ranks.alone else turns.answers(requests, task_batches.scored(requests, self.batch_size), lambda some: ask(some, *args, **how))
 
         def generate_until(self, requests: list[Any], *args: Any, **how: Any) -> list[str]:
-            ask = super().generate_until
+            ask: Callable[..., list[str]] = super().generate_until
             if ranks.alone:
                 return ask(requests, *args, **how)
             return turns.answers(requests, task_batches.written([request.args for request in requests], self.batch_size, self.tok_encode), lambda some: ask(some, *args, **how))

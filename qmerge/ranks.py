@@ -116,6 +116,25 @@ class Ranks:
             found[name] = part
         return facts, found
 
+    def gather(self, record: Record) -> list[Record]:
+        """Every rank's facts and tensors (contiguous, on the CPU), by rank: on the first one. The others get nothing."""
+        if self.alone:
+            return [record]
+        import torch
+
+        facts, tensors = record
+        everybody = self.hear([facts, [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]])
+        found: list[Record] = []
+        for source, (told, table) in enumerate(everybody):
+            parts = {}
+            for name, text, shape in table:
+                dtype = getattr(torch, text)
+                part = self.move(tensors[name] if self.rank == source else None, shape, dtype, source, 0) if 0 not in shape else torch.empty(shape, dtype=dtype)
+                if part is not None:
+                    parts[name] = part
+            found.append((told, parts))
+        return found if self.first else []
+
     def move(self, tensor: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype, source: int, target: int) -> torch.Tensor | None:
         """Rank ``source``'s tensor (contiguous, on the CPU), on rank ``target``; None on the others. All ranks make the call, and know ``shape`` and ``dtype``."""
         import torch

@@ -63,7 +63,7 @@ def is_lost(problem: BaseException) -> bool:
 
 
 def lost(found: str) -> Interrupted:
-    return Interrupted(GONE, found=found, fix="see what ended it (memory? its host?), then run the same command again with --resume, with as many ranks as you like")
+    return Interrupted(GONE, found=found, fix="see what ended it (memory? its host?), then run the same command again, with as many ranks as you like; a merge goes on with --resume")
 
 
 class Watch:

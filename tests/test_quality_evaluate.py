@@ -12,7 +12,8 @@ from qmerge.cli.run import _apart
 from qmerge.errors import Refused, UsageProblem
 from qmerge.quality import arms
 from qmerge.quality.compare import compare, load_budget
-from qmerge.quality.evaluate import candidate_names, check_overlap, evaluate, evaluate_in_full, public_path
+from qmerge.quality.evaluate import candidate_names, check_overlap, evaluate, evaluate_in_full
+from qmerge.quality.running import public_path
 from qmerge.quality.sidecar import read_scores, recompute, write_results
 from qmerge.report.schema import faults
 from qmerge.store.texts import Document

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -192,3 +196,23 @@ def test_the_exponential_is_exact_over_its_range():
     state = fused.new_state(len(rows), fused.ONE_STATE)
     fused.loss_tile(np.ascontiguousarray(rows), 0, np.zeros(len(rows), np.int64), state)
     np.testing.assert_allclose(state[:, 1] - 1, np.exp(logits[:, 0].astype(np.float64)), rtol=3e-7, atol=1e-7)
+
+
+def test_bits_do_not_depend_on_what_was_compiled_before(tmp_path):
+    """A loop that another one calls has a copy inside it and one of its own: the process that compiled both took the second, which is summed in another order; later ones the first."""
+    work = """
+import hashlib, numpy as np
+from qmerge.quality import fused
+dice = np.random.default_rng(0)
+ref = (dice.normal(size=(64, 1000)) * 3).astype(np.float32)
+cand = ref + (dice.normal(size=ref.shape) * 0.05).astype(np.float32)
+state, alone, targets = fused.new_state(64), fused.new_state(64, fused.ONE_STATE), dice.integers(0, 1000, 64)
+for first in range(0, 1000, 250):
+    here = slice(first, first + 250)
+    fused.compare_tile(np.ascontiguousarray(ref[:, here]), np.ascontiguousarray(cand[:, here]), first, targets, state)
+    fused.loss_tile(np.ascontiguousarray(ref[:, here]), first, targets, alone)
+print(hashlib.sha256(state.tobytes() + alone.tobytes()).hexdigest())
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    first, again = (subprocess.run([sys.executable, "-c", work], env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert first == again and len(list(tmp_path.rglob("*.nbc"))) == 2

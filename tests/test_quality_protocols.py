@@ -12,7 +12,7 @@ import yaml
 from oracles import perplexity_slow as slow
 
 from qmerge.errors import Refused, UsageProblem
-from qmerge.quality import perplexity
+from qmerge.quality import measure, perplexity
 from qmerge.quality.compare import compare, load_budget
 from qmerge.quality.perplexity import Perplexities, metrics, window_losses
 from qmerge.quality.protocols import DEFAULTS, Request, context_length, parse_requests, plan, read_request
@@ -134,7 +134,7 @@ def test_windows_alone_and_together_lose_the_same(how, model, file, monkeypatch)
     """Batches that mix up their rows, or chunks that drop the last positions."""
     cut = cut_for(model, how, file)
     together = window_losses(Answers(model), cut, "cpu")
-    monkeypatch.setattr(perplexity, "BATCH_TOKENS", 1), monkeypatch.setattr(perplexity, "CHUNK_BYTES", 5 * 4 * len(WORDS))
+    monkeypatch.setattr(measure, "BATCH_TOKENS", 1), monkeypatch.setattr(perplexity, "CHUNK_BYTES", 5 * 4 * len(WORDS))
     np.testing.assert_allclose(window_losses(Answers(model), cut, "cpu"), together, rtol=2e-6)
 
 

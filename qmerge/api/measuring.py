@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from qmerge.api.merging import Adapters, Hear, Place, adapter_words
 from qmerge.api.targets import check_results_file
 from qmerge.api.values import EvalResult, MergeResult, eval_result
 from qmerge.errors import UsageProblem
+from qmerge.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from qmerge.adapters.several_adapters import AdapterSet
@@ -63,11 +65,11 @@ def load_results(path: Place) -> EvalResult:
 
 def measure(
     out: Path | None, candidates: Mapping[str, str] | Sequence[str], texts: dict[str, str], *, base: str, adapter: AdapterSet, tokens: int, template: str | None, also: Sequence[str], original: str | None, on: str,
-    nf4_recipe: str | None, suite: str | None, tasks: str | None, allow_task_code: bool, limits: dict[str, Any], device: str, count: Callable[[str, int, int], None], **measures: Any,
+    nf4_recipe: str | None, suite: str | None, tasks: str | None, allow_task_code: bool, limits: dict[str, Any], device: str, count: Callable[[str, int, int], None], ranks: Ranks = ALONE, **measures: Any,
 ) -> Evaluation:  # fmt: skip
     """Evaluate and, with ``out``, write results.json there with what goes beside it. ``candidates``: folders or ids, under the names of their folders or those given; ``limits``: a budget, read;
-    ``measures``: ``perplexity``, ``generate`` and ``new_tokens``. Raises as `evaluate`."""
-    from qmerge.device import pick_device
+    ``measures``: ``perplexity``, ``generate`` and ``new_tokens``. ``ranks`` share the work: the first writes and gives the results, the others give none. Raises as `evaluate`."""
+    from qmerge.device import own_device, pick_device
     from qmerge.pipeline.recipe import read_nf4_recipe
     from qmerge.quality.evaluate import candidate_names, evaluate_in_full
     from qmerge.quality.sidecar import write_results
@@ -75,17 +77,32 @@ def measure(
     from qmerge.store.hub import resolve
 
     places = list(candidates.values()) if isinstance(candidates, Mapping) else list(candidates)
-    if out is not None:
+    if out is not None and ranks.first:
         check_results_file(out, "--out", (base, *(one.place.partition("#")[0] for one in adapter.choices), *places))
     benchmarks = load_suite(suite, split_names(tasks), allow_task_code) if suite or tasks else None
     recipe = read_nf4_recipe(nf4_recipe)
     folders = [str(resolve(place)[0]) for place in places]
     named = dict(zip(candidates, folders, strict=True)) if isinstance(candidates, Mapping) else candidate_names(folders)
+    on_device, source, chosen = pick_device(own_device(device, ranks.local_rank, ranks.local_size)), str(resolve(base)[0]), str(resolve(original)[0]) if original else None
+    agree = None
+    if not ranks.alone:
+        from qmerge.api.alike import check_fingerprint, check_folders, check_settings, told
+        from qmerge.quality.protocols import parse_requests
+
+        agree = partial(check_fingerprint, ranks)
+        check_settings(ranks, told(adapter, {"candidates": named, "texts": texts, "also": also, "perplexity": parse_requests(measures.get("perplexity", ()))}, {
+            "tokens": tokens, "template": template, "original": original is not None, "on": on, "nf4 recipe": recipe.to_json() if recipe else None, "suite": benchmarks.content if benchmarks else None,
+            "budget": limits, "device": on_device.type, "generate": measures.get("generate", 0), "new tokens": measures.get("new_tokens"),
+        }))  # fmt: skip
+        adapters = {f"adapter {number}": one.path for number, one in enumerate(adapter.open(), 1)}
+        check_folders(ranks, {"base": source, **adapters, **{f"candidate {name}": folder for name, folder in named.items()}, **({"original": chosen} if chosen else {})})
     done = evaluate_in_full(
-        str(resolve(base)[0]), adapter, named, texts, tokens, on=on, nf4_recipe=recipe.to_json() if recipe else None,
-        original=str(resolve(original)[0]) if original else None, also=also, template=template, device=str(pick_device(device)), suite=benchmarks, budget=limits,
-        results_dir=out.parent if out is not None else None, keep_tail=True, progress=count, **measures,
+        source, adapter, named, texts, tokens, on=on, nf4_recipe=recipe.to_json() if recipe else None,
+        original=chosen, also=also, template=template, device=str(on_device), suite=benchmarks, budget=limits,
+        results_dir=out.parent if out is not None else None, keep_tail=True, progress=count, agree=agree, ranks=ranks, **measures,
     )  # fmt: skip
+    if not ranks.first:
+        return done
     done.results["measured_at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")  # what a history is sorted by
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ from qmerge.cli.helping import BASE, JUDGE, MEASURE, RUNNING
 from qmerge.cli.options import adapter_options, adapter_set, json_option, measure_options, topic
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.cli.progress import Steps
+from qmerge.cli.several import several
+from qmerge.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from qmerge.adapters.several_adapters import AdapterSet
@@ -43,9 +45,14 @@ if TYPE_CHECKING:
 @topic(RUNNING, click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:N or auto."))
 @json_option("the results, as in the file")
 def eval_command(candidates: tuple[str, ...], texts: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
-    """Measure what a candidate lost against base + separate adapter, on text."""
-    adapter = adapter_set(options)
-    results = evaluate_to(Path(out), candidates, named_texts(texts), adapter=adapter, **options)
+    """Measure what a candidate lost against base + separate adapter, on text.
+
+    Started by torchrun or srun, several processes share the work, to the same numbers (docs/scale.md).
+    """
+    with several(options["device"]) as ranks:
+        results = evaluate_to(Path(out), candidates, named_texts(texts), adapter=adapter_set(options), ranks=ranks, **options)
+    if not ranks.first:
+        return
     if as_json:
         result_json(results)
     else:
@@ -55,13 +62,13 @@ def eval_command(candidates: tuple[str, ...], texts: tuple[str, ...], out: str, 
     say(f"wrote {out}. Next: qmerge compare {out}, or qmerge report {out} --out DIR")
 
 
-def evaluate_to(out: Path, candidates: tuple[str, ...], texts: dict[str, str], *, adapter: AdapterSet, also: str, budget: str, steps: Steps | None = None, **measures: Any) -> dict[str, Any]:
-    """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``. ``measures``: the other arguments of `qmerge.api.measuring.measure`."""
+def evaluate_to(out: Path, candidates: tuple[str, ...], texts: dict[str, str], *, adapter: AdapterSet, also: str, budget: str, steps: Steps | None = None, ranks: Ranks = ALONE, **measures: Any) -> dict[str, Any]:
+    """Evaluate and write ``out`` with its sidecar; the folder must exist or is made. Shared by ``eval`` and ``run``. Nothing comes of ``ranks`` but the first. ``measures``: the other arguments of `qmerge.api.measuring.measure`."""
     from qmerge.quality.compare import load_budget
 
     arms = tuple(part for part in also.split(",") if part)
-    done = measure(out, candidates, texts, adapter=adapter, also=arms, limits=load_budget(budget), count=(steps or Steps()).count, **measures)
-    for note in notes(done.results):
+    done = measure(out, candidates, texts, adapter=adapter, also=arms, limits=load_budget(budget), count=(steps or Steps()).count, ranks=ranks, **measures)
+    for note in notes(done.results) if ranks.first else ():
         warn(note)
     return done.results
 

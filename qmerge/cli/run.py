@@ -21,8 +21,10 @@ from qmerge.cli.options import json_option, measure_options, merge_options, topi
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, evaluation_of, fit_option
 from qmerge.cli.progress import Steps
+from qmerge.cli.several import several
 from qmerge.errors import Interrupted, Refused, UsageProblem
 from qmerge.extras import need_loader
+from qmerge.ranks import Ranks
 
 if TYPE_CHECKING:
     from qmerge.store.texts import Document
@@ -54,14 +56,25 @@ if TYPE_CHECKING:
 @fit_option
 @json_option("verdict, out, results, report (paths); with --dry-run the plan and the estimate")
 @click.pass_context
-def run_command(
-    context: click.Context, /, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None, allow_task_code: bool,
-    budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, resume: bool, unchecked: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
-) -> None:
+def run_command(context: click.Context, /, strict: bool, **options: Any) -> None:
     """Merge, then measure the result against base + separate adapter, judge it by a budget, and write a report to OUT.eval/.
 
     Exit 0: OUT is whole and inside the budget. 3: OUT is whole and lost more than the budget allows.
+    Started by torchrun or srun, several processes share the work (docs/scale.md).
     """
+    with several(options["device"]) as ranks:
+        verdict = _run(ranks, strict=strict, **options)
+    if verdict is not None:
+        from qmerge.quality.compare import exit_code
+
+        context.exit(exit_code(verdict, strict))
+
+
+def _run(
+    ranks: Ranks, *, recipe_file: str | None, settings: tuple[str, ...], texts: tuple[str, ...], eval_tokens: int | None, also: str, suite: str | None, tasks: str | None, allow_task_code: bool,
+    budget: str, baseline: str | None, ignore_versions: bool, junit: str | None, allow_overlap: bool, strict: bool, dry_run: bool, resume: bool, unchecked: bool, as_json: bool, perplexity: tuple[str, ...], generate: int, new_tokens: int, **flags: Any,
+) -> dict[str, Any] | None:
+    """The verdict; None where nothing was judged, and on ranks but the first."""
     from qmerge.pipeline.recipe import build_recipe
 
     recipe = build_recipe(recipe_file, settings, flags)
@@ -74,7 +87,7 @@ def run_command(
     from qmerge.pipeline.plan import describe_plan, plan
     from qmerge.quality.arms import check_method
     from qmerge.quality.attach import check_separate
-    from qmerge.quality.compare import exit_code, load_budget
+    from qmerge.quality.compare import load_budget
     from qmerge.quality.evaluate import candidate_names, check_request
     from qmerge.quality.generation import check_room
     from qmerge.quality.protocols import parse_requests
@@ -85,7 +98,7 @@ def run_command(
 
     # all that measuring would refuse, before hours of merging
     limits = load_budget(budget)
-    if baseline:
+    if baseline and ranks.first:
         check_versions(load_results(baseline, whole=True), ignore_versions)
     check_request(candidate_names((recipe.out,)), named_texts(texts) or {"held-out": ""}, [part for part in also.split(",") if part], recipe.original)
     check_separate(recipe.adapter_set)
@@ -93,15 +106,16 @@ def run_command(
     requests = parse_requests(perplexity)
     if suite or tasks:
         open_tasks(load_suite(suite, split_names(tasks), allow_task_code))
-    found = plan(recipe)
+    found = plan(recipe, ranks.first)
     for place in (recipe.base, recipe.original):
         if place:
             check_method(str(resolve(place)[0]))
     evidence = Path(recipe.out.rstrip("/") + ".eval")
-    check_results_file(evidence / "results.json", "OUT.eval/results.json")
-    for page in ("report.md", "report.html", *(["held-out.jsonl"] if not texts else [])):
-        check_file(evidence / page, f"OUT.eval/{page}")
-    if junit:
+    if ranks.first:
+        check_results_file(evidence / "results.json", "OUT.eval/results.json")
+        for page in ("report.md", "report.html", *(["held-out.jsonl"] if not texts else [])):
+            check_file(evidence / page, f"OUT.eval/{page}")
+    if junit and ranks.first:
         check_file(junit, "--junit", [recipe.base, *texts, *filter(None, (baseline, recipe_file, budget))])
     steps.step("planned")
     say(describe_plan(found))
@@ -111,35 +125,40 @@ def run_command(
         check_room(new_tokens, found.context_length)
     calibration, held_out = prepare_texts(found, named_texts(texts), allow_overlap, tuple(requests.values()))
     evaluating = evaluation_of(found, found.bytes_out, _tokens(named_texts(texts), held_out), eval_tokens or min(recipe.tokens, found.context_length or recipe.tokens))
-    expected = foreseen([found], calibration, warn, check_fit=not unchecked, resumed=resume, evaluating=evaluating)
+    expected = foreseen([found], calibration, warn, check_fit=not unchecked and ranks.first, resumed=resume, evaluating=evaluating, processes=ranks.local_size)
     if dry_run:
         if as_json:
             result_json(found.to_json() | estimate_json(expected, evaluating))
         else:
             result("\n".join((describe_plan(found), describe_estimate(expected, evaluating), detail(expected))))
         say("dry run: nothing was written. Next: the same command without --dry-run")
-        return
+        return None
     announce(expected, evaluating)
     from qmerge.pipeline.resume import Resume
     from qmerge.pipeline.run import run
     from qmerge.pipeline.stop import Stop
 
     with Stop(say) as stop:
-        done = run(found, steps.step, calibration, steps.count, resume=Resume(asked.overwrite) if resume else None, stop=stop, say=say)
+        done = run(found, steps.step, calibration, steps.count, resume=Resume(asked.overwrite) if resume else None, stop=stop, say=say, ranks=ranks)
     steps.step(f"wrote {done.out}")
     for note in done.notes:
         warn(note)
-    files = named_texts(texts) or {"held-out": str(_write_held_out(evidence, held_out))}
+    files = named_texts(texts) or {"held-out": str(_write_held_out(evidence, held_out, ranks))}
+    ranks.barrier()  # OUT is there, and what was held out
+    if not Path(done.out).is_dir():
+        raise Refused("A rank cannot see OUT, which it is to measure.", where=f"rank {ranks.rank}", expected="a file system that all ranks share", fix="put OUT on shared storage, and run the same command again with --resume; or qmerge merge on these hosts, then qmerge eval on one")
     context_length = found.context_length or recipe.tokens
     say(f"         the checkpoint is whole; should measuring it fail, this does that part again: {eval_line(recipe, done.out)}")
     try:
         results = evaluate_to(
             evidence / "results.json", (str(done.out),), files, base=recipe.base, adapter=recipe.adapter_set,
             tokens=eval_tokens or min(recipe.tokens, context_length), template=recipe.template, also=also, original=recipe.original, on=recipe.on,
-            nf4_recipe=recipe.nf4_recipe, suite=suite, tasks=tasks, allow_task_code=allow_task_code, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity, generate=generate, new_tokens=new_tokens,
+            nf4_recipe=recipe.nf4_recipe, suite=suite, tasks=tasks, allow_task_code=allow_task_code, budget=budget, device=recipe.device, steps=steps, perplexity=perplexity, generate=generate, new_tokens=new_tokens, ranks=ranks,
         )
     except KeyboardInterrupt:
         raise Interrupted("interrupted while measuring", written=f"{done.out} is whole; of what was measured, nothing", fix=f"the same command with --resume, or {eval_line(recipe, done.out)}") from None
+    if not ranks.first:
+        return None
     from qmerge.report.tables import terminal_table
     from qmerge.report.write import write_json, write_junit, write_report
 
@@ -164,7 +183,8 @@ def run_command(
         show_verdict(results["verdict"])
         result("\n".join(f"{label:<12}{path}" for label, path in zip(("checkpoint", "report.md", "report.html"), [str(done.out), *pages], strict=True)))
     say(f"Next: open {pages[1]}" + ("" if results["verdict"]["state"] == "fail" else f", or serve {done.out}"))
-    context.exit(exit_code(results["verdict"], strict))
+    found_verdict: dict[str, Any] = results["verdict"]
+    return found_verdict
 
 
 def _apart(calibration: Sequence[Document], kept: list[Document]) -> list[Document]:
@@ -224,9 +244,11 @@ def _tokens(texts: dict[str, str], held_out: list[Document]) -> int:
     return (sum(file.stat().st_size for file in files) + sum(len(document.text) for document in held_out)) // 3
 
 
-def _write_held_out(folder: Path, documents: list[Document]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+def _write_held_out(folder: Path, documents: list[Document], ranks: Ranks) -> Path:
     path = folder / "held-out.jsonl"
+    if not ranks.first:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"prompt": document.spans[0][0], "completion": document.spans[1][0]} if len(document.spans) == 2 else {"text": document.text}
         for document in documents

@@ -11,7 +11,7 @@ from qmerge.errors import UsageProblem
 from qmerge.launch import launched
 from qmerge.ranks import Ranks, together
 
-SHARED = ("merge",)
+SHARED = ("merge", "eval", "run")
 
 
 @contextmanager
@@ -29,4 +29,4 @@ def check_alone(command: str | None, streams: Streams | None) -> None:
     if launch.rank and streams is not None:
         streams.mute()
     if command not in SHARED:
-        raise UsageProblem(f"qmerge {command} is not shared among processes.", where=f"rank {launch.rank} of {launch.size}", expected="qmerge merge, or one process", fix=f"run qmerge {command} without torchrun or srun")
+        raise UsageProblem(f"qmerge {command} is not shared among processes.", where=f"rank {launch.rank} of {launch.size}", expected="qmerge merge, eval or run, or one process", fix=f"run qmerge {command} without torchrun or srun")

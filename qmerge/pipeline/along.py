@@ -32,12 +32,12 @@ def check_shared(plans: Sequence[MergePlan], calibration: Calibration | None, st
     for name in (ALONE_ONLY[part] for plan in plans for part in plan.recipe.polish if part in ALONE_ONLY):
         raise UsageProblem("This step is not shared among ranks.", where=name, found=f"{ranks.size} ranks", fix="leave it out, or run on one rank: start qmerge without torchrun or srun")
     recipes = [plan.recipe.to_json() | {"shard_size": plan.recipe.shard_bytes} for plan in plans]
-    agreed(ranks, {"setting": recipes[0] if len(recipes) == 1 else dict(enumerate(recipes)), "step": asdict(steps or Steps())}, differences, _settings)
+    agreed(ranks, {"setting": recipes[0] if len(recipes) == 1 else dict(enumerate(recipes)), "step": asdict(steps or Steps())}, differences, other_settings)
     facts: dict[str, Any] = {"version": versions(), "code of qmerge": solver_digest(), "processor": processor()}
     if calibration is not None:
         facts["calibration"] = text_facts(calibration.facts)
     facts["input"] = {role: {path.name: look(path) for path in files} for role, files in inputs_of(plans).items()}
-    agreed(ranks, facts, differences, _inputs)
+    agreed(ranks, facts, differences, other_inputs)
 
 
 def inputs_of(plans: Sequence[MergePlan]) -> dict[str, list[Path]]:
@@ -46,11 +46,13 @@ def inputs_of(plans: Sequence[MergePlan]) -> dict[str, list[Path]]:
     return {role: sorted(source.files() + source.config_files(), key=lambda path: path.name) for role, source in sources.items()}
 
 
-def _settings(rank: int, found: list[str]) -> QmergeError:
+def other_settings(rank: int, found: list[str]) -> QmergeError:
+    """For `agreed`: not one command."""
     return UsageProblem("The ranks were not started with one command.", where=f"rank {rank}", expected="what rank 0 was given", found="; ".join(found[:4]), fix="start all ranks with the same settings")
 
 
-def _inputs(rank: int, found: list[str]) -> QmergeError:
+def other_inputs(rank: int, found: list[str]) -> QmergeError:
+    """For `agreed`: not the same files, or another environment."""
     return Refused("A rank has not what rank 0 has.", where=f"rank {rank}", expected="the same files, versions and kind of processor everywhere, or the bytes would not be those of one rank", found="; ".join(found[:4]),
                    fix="give every host the same files and environment")
 
@@ -66,11 +68,11 @@ def look(path: Path) -> str:
     return f"{size} bytes, {digest.hexdigest()[:16]}"
 
 
-def identities(plans: Sequence[MergePlan]) -> list[str]:
+def identities(paths: Sequence[Path]) -> list[str]:
     """Of the very files, on this machine, as long as it runs: no two hosts have the same."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     machine = boot.read_text().strip() if boot.exists() else ""
-    stats = [path.stat() for files in inputs_of(plans).values() for path in files]
+    stats = [path.stat() for path in paths]
     whole = [f"{machine} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}" for stat in stats]
     return [hashlib.sha256(one.encode()).hexdigest()[:16] if machine else "" for one in whole]
 
@@ -81,7 +83,7 @@ class SameBytes:
     def __init__(self, plans: Sequence[MergePlan], ranks: Ranks) -> None:
         self.ranks, self.hashes, self._checked = ranks, True, ranks.alone
         if not ranks.alone:
-            everybody = ranks.hear(identities(plans))
+            everybody = ranks.hear(identities([path for files in inputs_of(plans).values() for path in files]))
             mine = everybody[ranks.rank]
             self.hashes = ranks.first or mine not in everybody[: ranks.rank] or "" in mine
 
@@ -95,4 +97,4 @@ class SameBytes:
         for rank, other in enumerate(everybody):
             for first, its in zip(everybody[0], other or everybody[0], strict=True):
                 if found := differences(first, its):
-                    raise _inputs(rank, [f"other bytes in {name}" for name in found])
+                    raise other_inputs(rank, [f"other bytes in {name}" for name in found])

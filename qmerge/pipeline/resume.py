@@ -113,10 +113,10 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     return found
 
 
-def solver_digest() -> str:
+def solver_digest(parts: tuple[str, ...] = SOLVER) -> str:
     """Of the source of everything that computes."""
     home, digest = Path(__file__).parents[1], hashlib.sha256()
-    for part in SOLVER:
+    for part in parts:
         for path in sorted([home / part] if part.endswith(".py") else (home / part).glob("*.py")):
             digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

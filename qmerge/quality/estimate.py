@@ -12,7 +12,7 @@ from qmerge.quality.reference import CACHE_BYTES
 
 FP32 = 4
 ARMS = 2
-"""models that are alive at a time (evaluate._Run)"""
+"""models that are alive at a time (running.Run)"""
 CHUNKS = 14
 """tensors of a chunk of logits: both models' logits, log-probabilities, probabilities, and KL's terms in fp64 (divergence.compare_logits)"""
 LINEAR = 40

@@ -1,12 +1,10 @@
 """What did the merge cost, against keeping the adapter separate? Runs all arms over all texts and returns results.json's content.
 
-Two models are alive at a time: the reference and one other arm. Left out: the folder that results go to and their rendering (``cli``, ``report``).
+Two models are alive at a time: the reference and one other arm (`qmerge.quality.running`). Left out: the folder that results go to and their rendering (``cli``, ``report``).
 """
 
 from __future__ import annotations
 
-import gc
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +17,6 @@ import torch
 from transformers import AutoTokenizer
 
 from qmerge.adapters.adapter import Adapter
-from qmerge.adapters.edits import Edit
 from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.device import exact_products
 from qmerge.errors import Refused, UsageProblem
@@ -30,21 +27,19 @@ from qmerge.quality.compare import REFERENCE_ARMS, compare, load_budget
 from qmerge.quality.fingerprint import protocol, text_protocol
 from qmerge.quality.generation import Generations, check_room, choose_prompts, end_tokens
 from qmerge.quality.loaders import quantization_method
-from qmerge.quality.measure import TokenScores, measure
-from qmerge.quality.merging import edited_weights, linear_rows
-from qmerge.quality.metrics import json_metric, reference_scores, text_metrics
+from qmerge.quality.merging import edited_weights
 from qmerge.quality.paired import task_rows
 from qmerge.quality.perplexity import Perplexities
 from qmerge.quality.plain import place
 from qmerge.quality.protocols import context_length, parse_requests, plan, read_request
-from qmerge.quality.reference import CACHE_BYTES, Answers
+from qmerge.quality.running import Progress, Run, Work
 from qmerge.quality.samples import name_samples
-from qmerge.quality.served import as_served
-from qmerge.quality.sidecar import Scores, text_rows
+from qmerge.quality.sidecar import Scores
 from qmerge.quality.suites import Suite, load_suite
 from qmerge.quality.tasks import Answers as ItemAnswers
-from qmerge.quality.tasks import OpenSuite, items_digest, open_tasks, run_suite
+from qmerge.quality.tasks import items_digest, open_tasks
 from qmerge.quality.tokenizers import check_tokenizers
+from qmerge.ranks import ALONE, Ranks
 from qmerge.store.foreign import check_tokenizer_folder
 from qmerge.store.texts import (
     Document,
@@ -60,7 +55,6 @@ from qmerge.store.texts import (
 
 SCHEMA_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-Progress = Callable[[str, int, int], None]
 
 
 def evaluate(base: str, adapter: str | AdapterSet, candidates: dict[str, str], texts: dict[str, str], tokens: int, **options: Any) -> dict[str, Any]:
@@ -101,12 +95,15 @@ def evaluate_in_full(
     results_dir: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    agree: Callable[[dict[str, Any]], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Measure every arm. ``candidates``: name -> checkpoint folder; ``texts``: name -> file, folder or hub dataset; ``tokens`` per window.
 
     ``on``: what the merge starts from (``dequantized`` or ``original``); ``nf4_recipe`` (``block_size``, ``double_quant``) for a float base;
     ``also``: ``rtn`` and ``original`` (which needs the ``original`` folder); ``perplexity``: requests as ``protocols`` spells them;
     ``generate``: prompts per text that are continued greedily by ``new_tokens``. Paths in the results are relative to ``results_dir``, or folder names.
+    ``ranks`` share the batches; the first gives what one alone would, the others nothing. ``agree`` hears the fingerprint before anything is measured, and may raise.
     """
     started = time.perf_counter()
     check_request(candidates, texts, also, original)
@@ -137,12 +134,17 @@ def evaluate_in_full(
     fingerprint = protocol(reference.model, tokenizer, device, options) | {"texts": prints, "suite": tasks.suite.content if tasks else None}
     fingerprint |= {extra.name: extra.fingerprint for extra in extras}
 
-    run = _Run(reference, windows, device, tokenizer, tasks, extras, results_dir, progress)
+    if agree:
+        agree(fingerprint)
+
+    run = Run(reference, Work(windows, device, tokenizer, tasks, extras, foundation, edits), results_dir, progress, ranks)
     run.add_reference()
-    for load, linears in _loaders(base, adapter, candidates, also, original, how):
-        run.add(load, (foundation, edits) if linears else None)
-    floor = run.noise_floor(base, adapter, how)
-    results: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(), "noise_floor": floor}
+    for name, load, linears in _loaders(base, adapter, candidates, also, original, how):
+        run.add(name, load, linears)
+    run.noise_floor(base, adapter, how)
+    if not run.gather():
+        return Evaluation({}, {}, {})
+    results: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(), "noise_floor": run.floor()}
     for name, note in notes.items():
         results["arms"][name]["tokenizer_note"] = note
     results["tasks"] = task_rows(run.samples, results["arms"], seed=seed) if tasks else {}
@@ -203,102 +205,11 @@ def check_overlap(calibration: Sequence[Document], text: Sequence[Document], *, 
     return found
 
 
-class _Run:
-    """One evaluation in progress: the reference stays loaded, the other arms come and go."""
-
-    def __init__(self, reference: loading.Arm, windows: dict[str, Windows], device: str, tokenizer: Any, suite: OpenSuite | None, extras: list[Any],
-                 results_dir: str | Path | None, progress: Progress | None) -> None:
-        self.reference, self.windows, self.device, self.tokenizer = reference, windows, device, tokenizer
-        self.answers = Answers(reference.model, CACHE_BYTES)
-        self.suite, self.extras, self.results_dir, self.progress = suite, extras, results_dir, progress
-        self.scores: Scores = {text: {} for text in windows}
-        self.about: dict[str, dict[str, Any]] = {}
-        self.samples: dict[str, ItemAnswers] = {}
-
-    def add_reference(self) -> None:
-        """Its scores are zeros by definition and come with the first arm that is measured; its tasks are run."""
-        self._describe(self.reference)
-        self._measure_extras("separate", self.answers)
-        if self.suite:
-            self.samples["separate"] = run_suite(self.suite, self.reference.model, self.tokenizer)
-
-    def add(self, load: Callable[[], loading.Arm], against: tuple[dict[str, torch.Tensor], dict[str, Edit]] | None = None) -> None:
-        """Load an arm, measure it and let it go. With ``against`` (weights before the merge, edits) its linears are set against ΔW."""
-        arm = load()
-        self._describe(arm)
-        if against is not None:
-            self.about[arm.name]["linears"] = linear_rows(against[0], edited_weights(arm.model, against[1]), against[1])
-        self._check_vocabulary(arm)
-        answers = Answers(place(arm.model, self.device))
-        for text in self.windows:
-            self.scores[text][arm.name] = self._measure(arm.name, answers, text)
-            self.scores[text].setdefault("separate", reference_scores(self.scores[text][arm.name]))
-        self._measure_extras(arm.name, answers)
-        for name, model in ((arm.name, answers), ("separate", self.answers)):
-            if model.whole:
-                self.about[name]["logits"] = "of whole windows: the model works on its logits in a way that is not known here"
-        if self.suite:
-            self.samples[arm.name] = run_suite(self.suite, arm.model, self.tokenizer)
-        del arm, answers
-        gc.collect()
-
-    def noise_floor(self, base: str, adapter: AdapterSet, how: dict[str, Any]) -> dict[str, Any]:
-        """Per text, the mean KL of the reference as served to the reference in the evaluation's arithmetic; ``source``: how it was served."""
-        model, source = as_served(base, adapter, device=self.device, **how)
-        floor: dict[str, Any] = {}
-        for text in self.windows:
-            self.scores[text]["served"] = self._measure("served", model, text)
-            floor[text] = json_metric(text_metrics(self.scores[text]["served"])["kl_mean"]) | {"source": source}
-        return floor
-
-    def rows(self) -> dict[str, Any]:
-        """The ``arms`` of the results: separate after base, then in the order of loading."""
-        measured = {text: text_rows(arms) for text, arms in self.scores.items()}
-        names = ["base", "separate", *(n for n in self.about if n not in ("base", "separate"))]
-        return {name: self.about[name] | {"texts": {text: rows[name] for text, rows in measured.items()}} | {extra.name: extra.row(name) for extra in self.extras} for name in names}
-
-    def _check_vocabulary(self, arm: loading.Arm) -> None:
-        """The adapter may bring tokens, and the text use them. The base knows nothing of them; a candidate must."""
-        highest = max((*(int(ids.max()) for windows in self.windows.values() for ids in windows.ids), *(extra.highest_id for extra in self.extras)), default=0)
-        rows = arm.model.get_input_embeddings().weight.shape[0]
-        if highest < rows:
-            return
-        if arm.kind != "base":
-            raise Refused("the candidate lacks tokens that the adapter's tokenizer makes of the text", where=arm.name, expected=f"more than {highest} rows in the embedding", found=rows, fix="merge again: the embedding has to be as long as that of base + adapter")
-        loading.grow(arm.model, self.reference.model.get_input_embeddings().weight.shape[0])
-        self.about[arm.name]["note"] = f"tokens from {rows} on are the adapter's; for the base they stand at the mean of the others"
-
-    def _measure_extras(self, arm: str, answers: Answers) -> None:
-        for extra in self.extras:
-            extra.add(arm, answers, self.device, lambda what: self._counter(f"{arm}, {what}"))
-
-    def _counter(self, label: str) -> Callable[[int, int], None] | None:
-        return None if self.progress is None else partial(self.progress, label)
-
-    def _measure(self, arm: str, model: torch.nn.Module | Answers, text: str) -> TokenScores:
-        return measure(self.answers, model, self.windows[text], device=self.device, progress=self._counter(f"{arm} on {text}"))
-
-    def _describe(self, arm: loading.Arm) -> None:
-        row = {"kind": arm.kind, "path": public_path(arm.path, self.results_dir), "bytes": arm.nbytes}
-        self.about[arm.name] = row | ({"bytes_note": arm.bytes_note} if arm.bytes_note else {}) | ({"loader": arm.loader} if arm.loader else {})
-
-
-def public_path(path: str | None, results_dir: str | Path | None) -> str | None:
-    """``path`` relative to the results where that stays inside their folder or its parent, else its last name: no output names local folders."""
-    if path is None:
-        return None
-    if results_dir is not None and Path(path).exists():
-        relative = os.path.relpath(Path(path).resolve(), Path(results_dir).resolve())
-        if relative.split(os.sep).count("..") <= 1:
-            return Path(relative).as_posix()
-    return Path(path).resolve().name
-
-
-def _loaders(base: str, adapter: str | AdapterSet, candidates: dict[str, str], also: Sequence[str], original: str | None, how: dict[str, Any]) -> list[tuple[Callable[[], loading.Arm], bool]]:
-    """Every arm but the reference, as a function that loads it, and whether its linears are set against ΔW."""
+def _loaders(base: str, adapter: str | AdapterSet, candidates: dict[str, str], also: Sequence[str], original: str | None, how: dict[str, Any]) -> list[tuple[str, Callable[[], loading.Arm], bool]]:
+    """Every arm but the reference: its name, a function that loads it, and whether its linears are set against ΔW."""
     extra = {"rtn": partial(loading.load_rtn, base, adapter, original=original, **how), "original": partial(loading.load_original, str(original), adapter)}
-    fixed: list[tuple[Callable[[], loading.Arm], bool]] = [(partial(loading.load_base, base, **how), False), (partial(loading.load_merged, base, adapter, original=original, **how), False)]
-    return fixed + [(extra[name], True) for name in also] + [(partial(loading.load_candidate, name, path), True) for name, path in candidates.items()]
+    fixed: list[tuple[str, Callable[[], loading.Arm], bool]] = [("base", partial(loading.load_base, base, **how), False), ("merged", partial(loading.load_merged, base, adapter, original=original, **how), False)]
+    return fixed + [(name, extra[name], True) for name in also] + [(name, partial(loading.load_candidate, name, path), True) for name, path in candidates.items()]
 
 
 def _read_texts(

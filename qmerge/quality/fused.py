@@ -72,7 +72,7 @@ def _small(d):  # noqa: ANN001, ANN202
     return p * (d * d)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True, forceinline=True)
 def _highest(bits):  # noqa: ANN001, ANN202
     """The largest of floats given by their bits, as an integer in the same order: 16 are compared at a time, as floats they would not be."""
     top, fold, sign = np.int32(-2147483648), np.int32(0x7FFFFFFF), np.int32(31)
@@ -82,7 +82,7 @@ def _highest(bits):  # noqa: ANN001, ANN202
     return top
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True, forceinline=True)
 def _top(row):  # noqa: ANN001, ANN202
     """(the largest entry, its first place); a NaN is above all or, with a sign bit, below."""
     bits = row.view(np.int32)
@@ -98,7 +98,7 @@ def _top(row):  # noqa: ANN001, ANN202
     return _float_of(wanted), place
 
 
-@njit(cache=True, nogil=True, fastmath=_LOOP)
+@njit(nogil=True, fastmath=_LOOP, forceinline=True)
 def _sums(a, b, top_a, top_b, c, kappa):  # noqa: ANN001, ANN202
     """A, B, S, T of one block, and for each model NaN where an entry is not finite."""
     zero, low, one = np.float32(0.0), np.float32(-87.0), np.float32(1.0)
@@ -151,7 +151,7 @@ def compare_tile(ref, cand, first, targets, state):  # noqa: ANN001, ANN201
             s[9], s[10] = a[target], b[target]
 
 
-@njit(cache=True, nogil=True, fastmath=_LOOP)
+@njit(nogil=True, fastmath=_LOOP, forceinline=True)
 def _weights(a, top):  # noqa: ANN001, ANN202
     """A of one block, and NaN where an entry is not finite."""
     zero, low = np.float32(0.0), np.float32(-87.0)

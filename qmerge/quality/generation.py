@@ -18,6 +18,7 @@ import torch
 from qmerge.errors import UsageProblem
 from qmerge.quality.metrics import json_metric
 from qmerge.quality.reference import Answers
+from qmerge.quality.sharing import WHOLE, Share
 from qmerge.quality.stats import cluster_quantiles, wilson
 from qmerge.store.texts import TokenDoc, Windows
 from qmerge.types import Metric
@@ -45,7 +46,8 @@ class Generations:
 
     def __init__(self, prompts: dict[str, Prompts], new_tokens: int, eos: Sequence[int]) -> None:
         self.prompts, self.new_tokens, self.eos = prompts, new_tokens, tuple(eos)
-        self.written: dict[str, dict[str, np.ndarray]] = {text: {} for text in prompts}
+        self.numbers: dict[str, dict[str, np.ndarray]] = {text: {} for text in prompts}
+        """text -> arm -> what `continuations` gives"""
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -56,14 +58,18 @@ class Generations:
     def highest_id(self) -> int:
         return max(int(ids.max()) for found in self.prompts.values() for ids in found.ids)
 
-    def add(self, arm: str, answers: Answers, device: str, progress: Callable[[str], Progress | None]) -> None:
-        for text, found in self.prompts.items():
-            self.written[text][arm] = continuations(answers.model, found.ids, self.new_tokens, self.eos, device, progress(f"continuations on {text}"))
+    def batches(self, device: str) -> int:
+        """That a model runs."""
+        return sum(-(-len(found.ids) // BATCH) for found in self.prompts.values())
+
+    def add(self, arm: str, answers: Answers, device: str, progress: Callable[[str], Progress | None], share: Share = WHOLE) -> None:
+        for turn, (text, found) in enumerate(self.prompts.items()):
+            self.numbers[text][arm] = continuations(answers.model, found.ids, self.new_tokens, self.eos, device, progress(f"continuations on {text}"), share.later(turn))
 
     def row(self, arm: str) -> dict[str, Any]:
         """``{text: {"prompts", "new_tokens", "exact_match", "first_divergence", "divergence_quantiles"}}`` of results.json."""
         rows = {}
-        for text, written in self.written.items():
+        for text, written in self.numbers.items():
             exact, median, quantiles = divergence(written[arm], written["separate"])
             rows[text] = {"prompts": len(written[arm]), "new_tokens": self.new_tokens, "exact_match": json_metric(exact), "first_divergence": json_metric(median), "divergence_quantiles": quantiles}
         return rows
@@ -98,18 +104,18 @@ def end_tokens(model: torch.nn.Module, tokenizer: Any) -> list[int]:
 
 
 @torch.inference_mode()
-def continuations(model: torch.nn.Module, prompts: Sequence[torch.Tensor], new_tokens: int, eos: Sequence[int], device: str, progress: Progress | None = None) -> np.ndarray:
-    """The most probable next token, ``new_tokens`` times: int64 ``[prompts, new_tokens]``; after an end token -1.
+def continuations(model: torch.nn.Module, prompts: Sequence[torch.Tensor], new_tokens: int, eos: Sequence[int], device: str, progress: Progress | None = None, share: Share = WHOLE) -> np.ndarray:
+    """The most probable next token, ``new_tokens`` times: int64 ``[prompts, new_tokens]``; after an end token -1. 0 for prompts of batches that are not ``share``'s.
 
     Prompts of like length go together, shorter ones padded on the left and masked; nothing of the model's own generation settings is used.
     """
-    written = np.full((len(prompts), new_tokens), -1)
+    written = np.zeros((len(prompts), new_tokens), np.int64)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
+    mine = [order[start : start + BATCH] for start in range(0, len(order), BATCH) if share.has(start // BATCH)]
+    for done, rows in enumerate(mine, 1):
         written[rows] = _continued(model, [prompts[i].to(device) for i in rows], new_tokens, eos).cpu().numpy()
         if progress:
-            progress(min(start + BATCH, len(order)), len(order))
+            progress(sum(map(len, mine[:done])), sum(map(len, mine)))
     return written
 
 

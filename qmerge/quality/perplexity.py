@@ -12,10 +12,11 @@ import torch
 
 from qmerge.errors import Refused
 from qmerge.quality.heads import answer_losses
-from qmerge.quality.measure import BATCH_TOKENS, CHUNK_BYTES, DEVICE_BATCH_TOKENS, LOGIT_BYTES, cluster_labels
+from qmerge.quality.measure import CHUNK_BYTES, LOGIT_BYTES, batch_tokens, cluster_labels
 from qmerge.quality.metrics import json_metric
 from qmerge.quality.protocols import Plan
 from qmerge.quality.reference import Answers
+from qmerge.quality.sharing import WHOLE, Share
 from qmerge.quality.stats import cluster_ratio, safe_exp, transform
 from qmerge.types import Metric
 
@@ -30,7 +31,8 @@ class Perplexities:
 
     def __init__(self, plans: dict[str, Plan]) -> None:
         self.plans = plans
-        self.sums: dict[str, dict[str, np.ndarray]] = {label: {} for label in plans}
+        self.numbers: dict[str, dict[str, np.ndarray]] = {label: {} for label in plans}
+        """label -> arm -> what `window_losses` gives"""
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -40,29 +42,33 @@ class Perplexities:
     def highest_id(self) -> int:
         return max((plan.highest_id for plan in self.plans.values()), default=0)
 
-    def add(self, arm: str, answers: Answers, device: str, progress: Callable[[str], Progress | None]) -> None:
+    def batches(self, device: str) -> int:
+        """That a model runs, about."""
+        return sum(len(list(_batches([len(ids) for ids in plan.ids], batch_tokens(device)))) for plan in self.plans.values())
+
+    def add(self, arm: str, answers: Answers, device: str, progress: Callable[[str], Progress | None], share: Share = WHOLE) -> None:
         """A model in eval mode on ``device``; ``progress`` gives a counter for a name."""
-        for label, plan in self.plans.items():
-            self.sums[label][arm] = window_losses(answers, plan, device, progress(label))
+        for turn, (label, plan) in enumerate(self.plans.items()):
+            self.numbers[label][arm] = window_losses(answers, plan, device, progress(label), share.later(turn))
 
     def row(self, arm: str) -> dict[str, Any]:
         """``{label: {"protocol", "metrics"}}`` of results.json."""
         rows = {}
         for label, plan in self.plans.items():
-            found = metrics(plan, self.sums[label][arm], self.sums[label]["separate"])
+            found = metrics(plan, self.numbers[label][arm], self.numbers[label]["separate"])
             rows[label] = {"protocol": plan.protocol, "metrics": {name: json_metric(metric) for name, metric in found.items()}}
         return rows
 
 
 @torch.inference_mode()
-def window_losses(answers: Answers, plan: Plan, device: str | torch.device, progress: Progress | None = None) -> np.ndarray:
-    """Per window the sum of its scored tokens' losses, nats, float64 ``[windows]``: fp32 log-softmax over the whole vocabulary, fp64 sums."""
+def window_losses(answers: Answers, plan: Plan, device: str | torch.device, progress: Progress | None = None, share: Share = WHOLE) -> np.ndarray:
+    """Per window the sum of its scored tokens' losses, nats, float64 ``[windows]``: fp32 log-softmax over the whole vocabulary, fp64 sums. 0 for windows of batches that are not ``share``'s."""
     sums, done = np.zeros(len(plan.ids)), 0
     if plan.ids:
         answers.prepare(plan.ids[0][None].to(device))
-    on_cpu = torch.device(device).type == "cpu"
-    room = LOGIT_BYTES // (4 * answers.width) if answers.whole else BATCH_TOKENS if on_cpu else DEVICE_BATCH_TOKENS
-    for batch in _batches([len(ids) for ids in plan.ids], room):
+    room = LOGIT_BYTES // (4 * answers.width) if answers.whole else batch_tokens(device)
+    mine = [batch for number, batch in enumerate(_batches([len(ids) for ids in plan.ids], room)) if share.has(number)]
+    for batch in mine:
         # shorter ones are filled up behind their end, which nothing before it sees
         ids = torch.nn.utils.rnn.pad_sequence([plan.ids[i] for i in batch], batch_first=True)
         if int(ids.max()) >= answers.width:
@@ -75,7 +81,7 @@ def window_losses(answers: Answers, plan: Plan, device: str | torch.device, prog
         sums[batch] = np.bincount(row.numpy(), losses, len(batch))
         done += len(batch)
         if progress:
-            progress(done, len(plan.ids))
+            progress(done, sum(map(len, mine)))
     return sums
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qmerge.errors import Refused, UsageProblem
-from qmerge.quality import local_tasks
+from qmerge.quality import local_tasks, task_batches
 from qmerge.quality.suites import Suite
+from qmerge.ranks import ALONE, Ranks
 from qmerge.store.templates import ChatWriter
 
 CORRECTNESS = ("acc_norm", "acc", "exact_match", "em")
@@ -120,21 +121,33 @@ def _evaluate(opened: OpenSuite, lm: Any) -> dict[str, Any]:
         raise Refused("lm-eval cannot run the suite", found=f"{type(error).__name__}: {error}", fix="check the tasks' settings and data") from error
 
 
-def run_suite(opened: OpenSuite, model: torch.nn.Module, tokenizer: Any) -> Answers:
-    """Every item's answer, through ``lm_eval.simple_evaluate`` on ``HFLM`` with log-softmax in fp32."""
+def run_suite(opened: OpenSuite, model: torch.nn.Module, tokenizer: Any, ranks: Ranks = ALONE) -> Answers:
+    """Every item's answer, through ``lm_eval.simple_evaluate`` on ``HFLM`` with log-softmax in fp32. Of several ``ranks``, which share the batches, the first has them; the others get nothing."""
     from lm_eval.models.huggingface import HFLM
 
-    options = opened.suite.options
+    options, turns = opened.suite.options, task_batches.Turns(ranks)
 
     class Bounded(HFLM):
-        """Chats are written in a child: lm-eval would run the template, which is a stranger's program, in this process."""
+        """Chats are written in a child: lm-eval would run the template, which is a stranger's program, in this process. And batches are shared among ranks."""
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             return write_chat(chats, chat_history, add_generation_prompt)
 
+        def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **how: Any) -> list[tuple[float, bool]]:
+            ask: Callable[..., list[tuple[float, bool]]] = super()._loglikelihood_tokens
+            return ask(requests, *args, **how) if ranks.alone else turns.answers(requests, task_batches.scored(requests, self.batch_size), lambda some: ask(some, *args, **how))
+
+        def generate_until(self, requests: list[Any], *args: Any, **how: Any) -> list[str]:
+            ask: Callable[..., list[str]] = super().generate_until
+            if ranks.alone:
+                return ask(requests, *args, **how)
+            return turns.answers(requests, task_batches.written([request.args for request in requests], self.batch_size, self.tok_encode), lambda some: ask(some, *args, **how))
+
     with ChatWriter(tokenizer) as chats:
         lm = Bounded(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32", batch_size=options.get("batch_size", 8))
         found = _evaluate(opened, lm)
+    if not ranks.first:
+        return {}  # lm-eval itself gives results on the first process of each host alone
     asked = opened.suite.tasks
     return {
         name: [item for task in parts for item in _items(task, found["samples"][task.task_name], _wanted(asked, name, task.task_name), _truncated(lm, task))]

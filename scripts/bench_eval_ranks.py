@@ -1,0 +1,151 @@
+"""How much quicker do several ranks evaluate than one, each with one core, and in which parts?
+
+    python scripts/bench_eval_ranks.py --base B --adapter A --candidate D --text T [--tokens 256] [--generate 0] [--ranks 1,2] [--rounds 3] [--json FILE] [--page docs/measurements/eval-ranks.md]
+
+Each rank is a process of its own on a core of its own, with one thread; importing is not counted. The numbers of ranks take turns. Results and per-token arrays are compared, and must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SPLIT = {"read": "not split: every rank tokenizes all text", "load": "not split: each rank loads each arm that it measures", "measure": "by batches of 1024 tokens", "linears": "by linear", "perplexity": "by batches",
+         "continuations": "by batches of 16 prompts", "statistics": "not split: rank 0 alone", "write": "not split: rank 0 alone", "wait and send": "for the other ranks, and what is sent"}  # fmt: skip
+"""part -> how it is shared"""
+
+
+def one_run(size: int, wish: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the slowest rank, its parts by rank, and digests of what was found."""
+    place = Path(tempfile.mkdtemp(prefix="bench-eval-ranks-"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cores, started = sorted(os.sched_getaffinity(0)), []
+    for rank in range(size):
+        variables = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                                  "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
+        core = cores[rank % len(cores)]
+        words = [sys.executable, __file__, "--work", json.dumps(wish | {"out": str(place / "results.json")})]
+        started.append(subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, text=True, preexec_fn=lambda core=core: os.sched_setaffinity(0, {core})))
+    try:
+        said = [json.loads(one.communicate()[0].splitlines()[-1]) for one in started]
+        digest = found_digest(place / "results.json")
+    finally:
+        for one in started:
+            one.kill()
+        shutil.rmtree(place, ignore_errors=True)
+    return {"elapsed_s": max(row["elapsed_s"] for row in said), "cpu_s": max(row["cpu_s"] for row in said), "ranks": sorted(said, key=lambda row: row["rank"]), "digest": digest}
+
+
+def found_digest(results: Path) -> str:
+    """Of results.json but for its times, and of the arrays beside it."""
+    import numpy as np
+
+    content = {key: value for key, value in json.loads(results.read_text()).items() if key not in ("elapsed_s", "measured_at")}
+    digest = hashlib.sha256(json.dumps(content).encode())
+    with np.load(results.with_suffix(".npz")) as arrays:
+        for name in arrays.files:
+            digest.update(name.encode() + arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def measured(sizes: list[int], rounds: int, wish: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per number of ranks: medians over the rounds. Exits where the numbers differ."""
+    runs: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
+    for _ in range(rounds):
+        for size in sizes:
+            runs[size].append(one_run(size, wish))
+    if len({run["digest"] for found in runs.values() for run in found}) != 1:
+        raise SystemExit("the results differ, so their times mean nothing")
+    rows = []
+    for size, found in runs.items():
+        parts = {key: {part: statistics.median(max(rank[key][part] for rank in run["ranks"]) for run in found) for part in SPLIT} for key in ("parts_s", "cpu_parts_s")}
+        rows.append({"ranks": size, "elapsed_s": statistics.median(run["elapsed_s"] for run in found), "cpu_s": statistics.median(run["cpu_s"] for run in found), "all_s": [round(run["elapsed_s"], 2) for run in found], **parts})
+    return rows
+
+
+def page(command: str, rows: list[dict[str, Any]], rounds: int) -> str:
+    """For people."""
+    lines = ["# Several ranks evaluate, against one", "", "Written by `scripts/bench_eval_ranks.py`; each rank has one core and one thread, and results and per-token arrays are equal.", "", f"    {command}", "",
+             f"Seconds of the rank that took most in a part, medians over {rounds} round(s); of the processor, and of the clock in brackets (which counts what others did on the machine, too):", ""]  # fmt: skip
+    lines += ["| part | " + " | ".join(f"{row['ranks']} ranks" if row["ranks"] > 1 else "1 rank" for row in rows) + " | ratio | how it is split |", "|---|" + "---|" * (len(rows) + 2)]
+    for part in ("all", *SPLIT):
+        values = [row["cpu_s"] if part == "all" else row["cpu_parts_s"][part] for row in rows]
+        clock = [row["elapsed_s"] if part == "all" else row["parts_s"][part] for row in rows]
+        if max(*values, *clock) < 0.05:
+            continue
+        ratio = f"{values[-1] / values[0]:.2f}" if values[0] > 0.05 else ""
+        lines.append(f"| {part} | " + " | ".join(f"{value:.1f} ({wall:.1f})" for value, wall in zip(values, clock, strict=True)) + f" | {ratio} | {SPLIT.get(part, '')} |")
+    return "\n".join([*lines, "", f"Clock, round by round: {'; '.join(str(row['ranks']) + ' ranks: ' + ', '.join(map(str, row['all_s'])) + ' s' for row in rows)}.", "", "Not measured: several hosts, a network, GPUs and NCCL, benchmarks.", ""])
+
+
+def work(wish: dict[str, Any]) -> None:
+    """One rank: prints its seconds by part as one line of JSON."""
+    import torch
+    from bench_ranks_worker import Clock
+
+    from qmerge.adapters.several_adapters import AdapterSet
+    from qmerge.api import measuring
+    from qmerge.launch import launched
+    from qmerge.quality import arms, evaluate, generation, perplexity, running, sidecar
+    from qmerge.quality.compare import load_budget
+    from qmerge.ranks import Ranks, together
+
+    torch.set_num_threads(1)
+    clock = Clock()
+    clock.seconds, clock.cpu = dict.fromkeys(SPLIT, 0.0), dict.fromkeys(SPLIT, 0.0)
+    for owner, names, part in ((evaluate, ("_read_texts",), "read"), (arms, ("load_separate", "load_base", "load_merged", "load_rtn", "load_candidate"), "load"), (running, ("as_served",), "load"),
+                               (running, ("measure_share",), "measure"), (running, ("linear_rows",), "linears"), (perplexity, ("window_losses",), "perplexity"), (generation, ("continuations",), "continuations"),
+                               (running, ("text_rows", "text_metrics"), "statistics"), (generation, ("divergence",), "statistics"), (sidecar, ("write_results",), "write"), (Ranks, ("_wait",), "wait and send")):  # fmt: skip
+        for name in names:
+            clock.watch(owner, name, part)
+    with together(launched(os.environ), "cpu") as ranks:
+        ranks.barrier()
+        began, before = time.perf_counter(), time.process_time()
+        measuring.measure(Path(wish["out"]), wish["candidates"], measuring.named_texts(wish["texts"]), base=wish["base"], adapter=AdapterSet.of(*wish["adapters"]), tokens=wish["tokens"], template=None, also=(), original=None,
+                          on="dequantized", nf4_recipe=None, suite=None, tasks=None, allow_task_code=False, limits=load_budget("default"), device="cpu", count=lambda *_: None, ranks=ranks,
+                          perplexity=wish["perplexity"], generate=wish["generate"], new_tokens=wish["new_tokens"])  # fmt: skip
+        took = time.perf_counter() - began
+        print(json.dumps({"rank": ranks.rank, "elapsed_s": took, "cpu_s": time.process_time() - before, "parts_s": clock.seconds, "cpu_parts_s": clock.cpu}), flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--work"]:
+        work(json.loads(sys.argv[2]))
+        return
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--base", required=True)
+    for name in ("adapter", "candidate", "text"):
+        words.add_argument(f"--{name}", required=True, action="append")
+    words.add_argument("--perplexity", action="append", default=[])
+    for name, usual in (("tokens", 256), ("generate", 0), ("new-tokens", 64), ("rounds", 3)):
+        words.add_argument(f"--{name}", type=int, default=usual)
+    words.add_argument("--ranks", default="1,2")
+    words.add_argument("--json")
+    words.add_argument("--page")
+    asked = words.parse_args()
+    wish = {"base": asked.base, "adapters": asked.adapter, "candidates": asked.candidate, "texts": asked.text, "tokens": asked.tokens, "perplexity": asked.perplexity, "generate": asked.generate, "new_tokens": asked.new_tokens}
+    rows = measured([int(size) for size in asked.ranks.split(",")], asked.rounds, wish)
+    if asked.json:
+        Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n")
+    told = page("python " + " ".join(word.replace("/work/shared", "../shared") for word in sys.argv), rows, asked.rounds)
+    if asked.page:
+        Path(asked.page).write_text(told)
+    print(told)
+
+
+if __name__ == "__main__":
+    main()

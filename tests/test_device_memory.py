@@ -63,9 +63,9 @@ def test_where_things_lie_changes_no_byte(small, usual, tmp_path, place):
     assert digests(tmp_path / "out") == usual
 
 
-def on_a_device(small, root, *jobs) -> list[dict]:
+def on_a_device(small, root, *jobs, **changes) -> list[dict]:
     """Runs on a device beside the CPU (support.there), of (windows, bytes of captured inputs that a block may keep, do streams lie in main memory?)."""
-    return runs([{"recipe": small | {"samples": samples, "out": str(root / f"{samples}-{tape}-{host}")}, "on_host": host, "ahead": None if host else False, "batch": 64, "tape": tape} for samples, tape, host in jobs])
+    return runs([{"recipe": small | {"samples": samples, "out": str(root / f"{samples}-{tape}-{host}")} | changes, "on_host": host, "ahead": None if host else False, "batch": 64, "tape": tape} for samples, tape, host in jobs])
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,13 @@ def test_longer_text_on_a_device(few, many):
     assert many[0]["files"] == many[1]["files"] != few[0]["files"] == many[2]["files"]
     assert all(row["peak_bytes"] <= row["foreseen_bytes"] for row in many), many
     assert many[0]["peak_bytes"] - few[0]["peak_bytes"] > 4 * (many[1]["peak_bytes"] - few[1]["peak_bytes"])
+
+
+@pytest.mark.slow
+def test_gradients_on_a_device(small, few, tmp_path):
+    """Hidden states of the gradients' own passes, or curvatures, that lie on the wrong side."""
+    rows = on_a_device(small, tmp_path, (8, 2**31, False), (8, 2**31, True), curvature_tokens=64)
+    assert rows[0]["files"] == rows[1]["files"] != few[0]["files"] and all(row["peak_bytes"] <= row["foreseen_bytes"] for row in rows), rows
 
 
 def test_a_batch_comes_to_the_device_and_a_view_is_closed_up():

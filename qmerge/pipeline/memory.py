@@ -95,7 +95,7 @@ def _gradients(work: Workload, budget: bool) -> list[Phase]:
     batch = max(BATCH, work.tokens)
     kept = together * FP32 * batch * (ACTIVATIONS[0] * work.hidden + ACTIVATIONS[1] * work.inner) + together * scores(work, batch, work.accelerator)  # attention as plain products there (gradients._repeatable)
     rows = curvature_rows(work)
-    backwards: dict[str, float] = ends | {"two blocks in fp32": 2 * FP32 * work.block, "gradients by hidden states": 2 * hidden_bytes(work, tokens), "a pass backwards": kept, "curvatures being summed": FP32 * rows * (2 + together)}
+    backwards: dict[str, float] = {**ends, "two blocks in fp32": 2 * FP32 * work.block, "gradients by hidden states": 2 * hidden_bytes(work, tokens), "a pass backwards": kept, "curvatures being summed": FP32 * rows * (2 + together)}
     if budget:
         backwards |= {"inputs of a block": FP32 * tokens * sum(group.inputs for group in work.groups)} | largest(_measuring(work, group) for group in work.groups)
     return [

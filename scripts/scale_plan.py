@@ -198,7 +198,8 @@ def one_device(tokens: int) -> list[str]:
 def page(tokens: int, machine: Machine, counts: Sequence[int]) -> str:
     """Tables for people."""
     lines = ["# Past what can be run here, by formula", "", f"Written by `scripts/scale_plan.py`. {tokens} calibration tokens. Assumed, not measured: {machine.name}, {machine.flops:.2g} FLOP/s in fp32, "
-             f"{machine.fp64:.2g} in fp64, {machine.link / 1e9:.0f} GB/s between devices, {machine.disk / 1e9:.0f} GB/s of disk, {machine.column_s * 1e6:.0f} µs for a column of the solver's loop. Gradients (`--curvature-tokens`) are not counted.", ""]  # fmt: skip
+             f"{machine.fp64:.2g} in fp64, {machine.link / 1e9:.0f} GB/s between devices, {machine.disk / 1e9:.0f} GB/s of disk, {machine.column_s * 1e6:.0f} µs for a column of the solver's loop. Gradients (`--curvature-tokens`) are not counted. "
+             "*a device holds* counts coarsely: streams on it, every sum, and all rows of a linear at once; the table at the end counts as the check before a run does.", ""]  # fmt: skip
     for model in MODELS:
         lines += [f"## {model.name}: {model.parameters / 1e9:.0f} billion parameters, {model.active / 1e9:.0f} active", "",
                   "| devices | reads | FLOP | sent per block | sent | a device holds | " + " | ".join(("read", "forwards", "sums", "factor", "solve", "send", "write")) + " | all |", "|" + "---|" * 14]  # fmt: skip

@@ -138,6 +138,29 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in main memory, laid out as it was: itself where it is there; from a CUDA device into pages that the device can read by itself, so that it comes back without anybody waiting."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on ``device``: itself where it is there. What is computed with it next waits for it; this process does not."""
+    return tensor.to(device, non_blocking=True)
+
+
+def side_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, this thread's work on a CUDA device neither waits for that of others nor holds it up. Results must be in main memory before it ends: nothing else waits for them."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def limit_device(device: torch.device, nbytes: int) -> None:
+    """From here on torch fails rather than take more of a CUDA device; on others nothing happens. What CUDA itself takes (some 0.5 GB) comes on top."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / torch.cuda.get_device_properties(device).total_memory), device)
+
+
 def wait_for(device: torch.device) -> None:
     """Return when all work queued on the device is done, so that a clock can be read."""
     if device.type == "cuda":

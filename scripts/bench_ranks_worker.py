@@ -61,13 +61,13 @@ def instrumented() -> Clock:
 
     clock = Clock()
     clock.watch(run, "before_the_blocks", "gradients")
-    clock.watch(streams, "_load_block", "load")
+    clock.watch(streams, "load_block", "load")
     clock.watch(streams, "start", "load")
     for name in ("__enter__", "advance"):
-        clock.watch(streams._BlockPair, name, "forward")
+        clock.watch(streams.BlockPair, name, "forward")
     for name in ("reach", "finish"):
         clock.watch(Walk, name, "forward")
-    clock.watch(streams._BlockPair, "statistics", "statistics")
+    clock.watch(streams.BlockPair, "statistics", "statistics")
     clock.watch(streams, "requantize_group", "solve")
     clock.watch(head, "requantize_group", "solve")
     clock.watch(streams, "handed", "hand on")

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmerge.numerics.hessian import SLOTS, STRIP
+from qmerge.pipeline import memory
+from qmerge.pipeline.gradients import width_for
+from qmerge.pipeline.workload import Linears, Workload
 
 FP32 = 4
 STORED = 0.52
@@ -163,10 +166,40 @@ def costs(model: Model, ranks: int, tokens: int, machine: Machine) -> Costs:
     return Costs(ranks, read, total, sent, block + streams + largest, seconds)
 
 
+WINDOW = 2048
+"""tokens of a calibration window"""
+
+
+def workload(model: Model, tokens: int) -> Workload:
+    """What `qmerge.pipeline.memory` has to know of a gptq run of the model on one accelerator, from an NF4 base."""
+    groups = tuple(Linears(group.inputs, group.outputs, group.writer, True, group.copies) for group in model.groups)
+    inside = sum(group.elements * group.copies for group in groups)
+    end, windows = model.vocabulary * model.hidden, tokens // WINDOW
+    held_out = max(1, windows // 7)
+    width = width_for([out for group in groups for out in group.outputs] * model.blocks)
+    return Workload(16, True, "gptq", model.hidden, model.vocabulary, 2 * end + model.hidden, end, model.blocks, inside + 2 * model.hidden, groups, None, max(max(group.inputs, *group.outputs) for group in groups), model.hidden // 128,
+                    False, True, windows - held_out, held_out, WINDOW, 8192, width, model.blocks * inside, model.blocks * inside + 2 * end, 0, max(group.inputs * max(group.outputs) for group in groups), factor_bytes=2)  # fmt: skip
+
+
+def one_device(tokens: int) -> list[str]:
+    """A table: what one accelerator holds at most, with both streams of activations there and in main memory (`--device-memory`)."""
+    lines = ["| model | device, streams there | device, streams in main memory | the moment that decides | main memory then |", "|---|---|---|---|---|"]
+    for model in (model for model in MODELS if all(group.copies == 1 for group in model.groups)):
+        here = workload(model, tokens)
+        there = replace(here, streams_on_host=True)
+        found = [memory.phases(work, 5 * 10**9, round(STORED * model.parameters)) for work in (here, there)]
+        peaks = [max(phase.on_device(True) for phase in phases) for phases in found]
+        fullest = max(found[1], key=lambda phase: phase.on_device(True))
+        ram = max(phase.ram(True) for phase in found[1])
+        lines.append(f"| {model.name} | {peaks[0] / 1e9:.1f} GB | {peaks[1] / 1e9:.1f} GB | {fullest.name}: {max((part for part in fullest.parts if not part.host), key=lambda part: part.nbytes).name} | {ram / 1e9:.0f} GB |")
+    return lines
+
+
 def page(tokens: int, machine: Machine, counts: Sequence[int]) -> str:
     """Tables for people."""
     lines = ["# Past what can be run here, by formula", "", f"Written by `scripts/scale_plan.py`. {tokens} calibration tokens. Assumed, not measured: {machine.name}, {machine.flops:.2g} FLOP/s in fp32, "
-             f"{machine.fp64:.2g} in fp64, {machine.link / 1e9:.0f} GB/s between devices, {machine.disk / 1e9:.0f} GB/s of disk, {machine.column_s * 1e6:.0f} µs for a column of the solver's loop. Gradients (`--curvature-tokens`) are not counted.", ""]  # fmt: skip
+             f"{machine.fp64:.2g} in fp64, {machine.link / 1e9:.0f} GB/s between devices, {machine.disk / 1e9:.0f} GB/s of disk, {machine.column_s * 1e6:.0f} µs for a column of the solver's loop. Gradients (`--curvature-tokens`) are not counted. "
+             "*a device holds* counts coarsely: streams on it, every sum, and all rows of a linear at once; the table at the end counts as the check before a run does.", ""]  # fmt: skip
     for model in MODELS:
         lines += [f"## {model.name}: {model.parameters / 1e9:.0f} billion parameters, {model.active / 1e9:.0f} active", "",
                   "| devices | reads | FLOP | sent per block | sent | a device holds | " + " | ".join(("read", "forwards", "sums", "factor", "solve", "send", "write")) + " | all |", "|" + "---|" * 14]  # fmt: skip
@@ -176,6 +209,8 @@ def page(tokens: int, machine: Machine, counts: Sequence[int]) -> str:
             cells = [str(ranks), f"{found.read_bytes / 1e9:.0f} GB", f"{found.flop:.2g}", f"{found.sent_bytes / model.blocks / 1e9:.1f} GB", f"{found.sent_bytes / 1e12:.2f} TB", f"{found.device_bytes / 1e9:.0f} GB{fits}"]
             lines.append("| " + " | ".join([*cells, *(f"{value:.0f} s" for value in found.seconds.values()), f"{found.elapsed_s / 60:.0f} min"]) + " |")
         lines.append("")
+    lines += ["## One device: what it holds at most", "", f"By the formulas of the check before a run (`qmerge.pipeline.memory`), not measured on a device: gptq from an NF4 base, {tokens} tokens in windows of {WINDOW}, `--compute mixed`. CUDA's own memory (some 0.5 GB) comes on top.", "",
+              *one_device(tokens), ""]  # fmt: skip
     return "\n".join(lines)
 
 

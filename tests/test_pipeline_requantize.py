@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from qmerge.formats import gptq
 from qmerge.formats import nf4 as nf4_format
 from qmerge.numerics import nf4
-from qmerge.pipeline import streams
+from qmerge.pipeline import block_pair
 from qmerge.pipeline.blocks import find_groups, record_calls
 from qmerge.pipeline.skeleton import describe
 from qmerge.store.checkpoint import open_checkpoint
@@ -179,7 +179,7 @@ def test_two_runs_give_the_same_bytes(zoo, written, fmt):
 def test_threads_and_memory_do_not_change_the_bytes(zoo, written, fmt, threads, tape, monkeypatch):
     """A sum split over as many threads as there are, or a pass that is repeated where memory is short and is not the same pass: another machine, another model."""
     first, before = written("llama", *fmt)[0], torch.get_num_threads()
-    monkeypatch.setattr(streams, "TAPE_BYTES", tape)
+    monkeypatch.setattr(block_pair, "TAPE_BYTES", tape)
     torch.set_num_threads(threads)
     try:
         again = written("llama", *fmt, fresh=True)[0]

@@ -15,7 +15,7 @@ from support.resume import Jobs
 
 from qmerge.errors import UsageProblem
 from qmerge.launch import Launch, first_host, launched, tasks_on
-from qmerge.pipeline import gradients, kept, streams
+from qmerge.pipeline import batches, gradients, kept
 
 LIMIT_S = 240
 
@@ -32,7 +32,7 @@ class Ranked(Jobs):
         return [self.text if word == self.zoo.calibration else word for word in words]
 
     def run(self, out, fmt, *flags):
-        streams.TOKENS_PER_BATCH = gradients.BATCH = 32
+        batches.TOKENS_PER_BATCH = gradients.BATCH = 32
         return super().run(out, fmt, *flags)
 
     def works(self, size: int, out: Path, fmt: str, *flags: object):
@@ -48,7 +48,7 @@ class Ranked(Jobs):
             out = self.place() / "out"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(kept, "SHARE", 0.04)
-                patch.setattr(streams, "TOKENS_PER_BATCH", 0)
+                patch.setattr(batches, "TOKENS_PER_BATCH", 0)
                 patch.setattr(gradients, "BATCH", 0)
                 assert self.run(out, fmt, *flags) == 0
             self._files[key] = self.files(out)

@@ -16,7 +16,7 @@ from conftest import OWN, run_cli, sentences, write_rows
 from support.ranks import end, free_port, start
 from test_requantize_architectures import Shop
 
-from qmerge.pipeline import gradients, streams
+from qmerge.pipeline import batches, gradients
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 300
@@ -38,12 +38,12 @@ def test_experts_are_shared(zoo, tmp_path, key):
                 "--group-size", 32, "--curvature-tokens", 64]  # fmt: skip
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "TOKENS_PER_BATCH", 32)
+        patch.setattr(batches, "TOKENS_PER_BATCH", 32)
         patch.setattr(gradients, "BATCH", 32)
         assert run_cli(*words(tmp_path / "one")).code == 0
 
     def work() -> None:
-        streams.TOKENS_PER_BATCH = gradients.BATCH = 32
+        batches.TOKENS_PER_BATCH = gradients.BATCH = 32
         answer = run_cli(*words(tmp_path / "three"))
         os.write(2, answer.err.encode())
         raise SystemExit(answer.code)

@@ -100,6 +100,7 @@ merge_options = stack(
     topic(
         RUNNING,
         click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or auto (default)."),
+        click.option("--device-memory", metavar="SIZE", help="Most that may be taken of a GPU's memory, such as 20GiB (default: what is free). Where two streams of activations do not fit, they lie in main memory; the bytes that come out are the same."),
         click.option("--allow-pickle", is_flag=True, default=None, help="Read an adapter_model.bin (a pickle can run code): in a child process with weights_only."),
         click.option("--overwrite", is_flag=True, default=None, help="Replace an OUT that qmerge wrote, by a swap after success."),
     ),

@@ -28,7 +28,9 @@ def describe_estimate(found: Estimate, evaluating: int = 0) -> str:
     if evaluating:
         rows.append(f"          about {format_bytes(found.base_bytes + evaluating)} of memory while it is measured")
     if found.device_bytes:
-        rows.append(f"          about {format_bytes(found.device_bytes)} on {found.device} (by the same formulas; not measured on such a device)")
+        limit = "" if found.limit is None else f" of {format_bytes(found.limit.free)} {found.limit.limit}"
+        lying = {"device": ", both streams of activations among it", "main memory": "; both streams of activations lie in main memory", "none": ""}[found.streams]
+        rows.append(f"          about {format_bytes(found.device_bytes)}{limit} on {found.device} ({found.fullest_on_device.name}){lying} (by the same formulas; not measured on such a device)")
     return "\n".join([*rows, f"takes     about {format_seconds(found.seconds)}"])
 
 

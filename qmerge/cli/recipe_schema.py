@@ -62,8 +62,10 @@ def _property(name: str, kind: str, default: Any) -> dict[str, Any]:
         row["enum"] = [*WORDS[name], *([None] if "null" in kinds else [])]
     if held := RANGES.get(name):
         row |= {"exclusiveMinimum" if held.above else "minimum": held.least, "exclusiveMaximum" if held.below else "maximum": held.most}
-    if name == "shard_size":
+    if name in ("shard_size", "device_memory"):
         row["pattern"] = f"^{SIZE}$"
+    if name == "device_memory":
+        row |= {"minimum": 1, "exclusiveMaximum": 2**63}
     return row
 
 

@@ -137,9 +137,10 @@ def _run(
     from qmerge.pipeline.resume import Resume
     from qmerge.pipeline.run import run
     from qmerge.pipeline.stop import Stop
+    from qmerge.pipeline.streams import Place
 
     with Stop(say) as stop:
-        done = run(found, steps.step, calibration, steps.count, resume=Resume(asked.overwrite) if resume else None, stop=stop, say=say, ranks=ranks)
+        done = run(found, steps.step, calibration, steps.count, resume=Resume(asked.overwrite) if resume else None, stop=stop, say=say, ranks=ranks, place=Place(expected.work.streams_on_host))
     steps.step(f"wrote {done.out}")
     for note in done.notes:
         warn(note)

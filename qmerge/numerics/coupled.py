@@ -201,7 +201,7 @@ def _sweep_tiles(
         outside = metric[rows] / metric.diagonal()[rows].unsqueeze(1)
         outside.diagonal(start).zero_()
         some = grid.some(rows)
-        found = descend_rows(codes[rows], target[rows] - outside @ (current - target), hessian, damp, some)
+        found = descend_rows(codes[rows], target[rows] - outside @ (current - target), hessian, damp, some, matrix=matrix)
         values = gptq.values(found, some)
         change = values - current[rows]
         step = change @ matrix

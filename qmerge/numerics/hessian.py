@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qmerge.device import in_parallel
+from qmerge.device import in_parallel, to_device, to_host
 from qmerge.errors import CheckFailed
 from qmerge.numerics.products import add_product
 from qmerge.numerics.triangles import invert_flipped_
@@ -24,6 +24,9 @@ NARROW, NARROW_STRIP = 2048, 128
 SLOTS = 16
 """A sum over batches is formed in at most so many partial sums of consecutive batches, which are then added in order. So the bits do not depend on how many processes share the batches:
 each forms whole partial sums, up to ``SLOTS`` of them at work. More would cost communication, one matrix each."""
+
+Factors = tuple[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"]
+"""of a batch's products: (x, x̃ - x, r), the latter None for zeros"""
 
 
 def slot_of(batch: int, batches: int) -> int:
@@ -63,13 +66,16 @@ class Statistics:
         """`add` for several batches at once: strips of the sums side by side, each by one thread, the batches in their order, so the bits are those of one after the other.
         ``slots``: that each batch belongs to, never falling; without them all are summed in one go. ``complete``: the last slot gets no more batches, so none of it needs to be held beside
         the sum of those before it."""
-        if not parts:
+        self.add_factors(in_parallel(lambda part: self.factors(*part), parts, torch.device(self.device)), slots, complete)
+
+    def add_factors(self, batches: list[Factors], slots: Sequence[int] | None = None, complete: bool = False) -> None:
+        """`add_all` of what `factors` gives."""
+        if not batches:
             return
         if self._means:
             raise ValueError("sums that were turned into means take no more batches")
-        slots = slots if slots is not None else [0] * len(parts)
+        slots = slots if slots is not None else [0] * len(batches)
         self._slot = slots[0] if self._slot is None else self._slot
-        batches = in_parallel(lambda part: self._factors(*part), parts, torch.device(self.device))
         self.outputs = self.outputs or (0 if batches[0][2] is None else batches[0][2].shape[1])
         if complete or slots[-1] != self._slot:
             self._closed = self._filled(self._closed)
@@ -96,7 +102,7 @@ class Statistics:
             self._open, self._slot = [None] * 3, None
         self.tokens += sum(batch[0].shape[0] for batch in batches)
 
-    def _factors(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def factors(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None) -> Factors:
         """(x, x̃ - x, r) as they are multiplied; None for zeros. Differences are taken before anything is rounded."""
         same = not self.drifts or runtime is teacher or torch.equal(runtime, teacher)
         moved = None if same else (teacher.float() - runtime.float()).to(self.compute)
@@ -129,7 +135,8 @@ class Statistics:
         if not self._means:
             self._closed = self._filled(self._closed)
 
-    def _mean(self, which: int) -> torch.Tensor | None:
+    def settle(self) -> None:
+        """All batches are there: sums become means where they lie."""
         if not self._means:
             self.close()
             count = max(self.tokens, 1)
@@ -138,7 +145,17 @@ class Statistics:
                     total.div_(count)
             _mirror_(known(self._closed[0]))
             self._means = True
+
+    def _mean(self, which: int) -> torch.Tensor | None:
+        self.settle()
+        if (found := self._closed[which]) is not None:
+            self._closed[which] = to_device(found, torch.device(self.device))  # where it was parked
         return self._closed[which]
+
+    def park(self) -> None:
+        """All batches are there, and each mean waits in main memory until it is asked for."""
+        self.settle()
+        self._closed = [None if total is None else to_host(total) for total in self._closed]
 
     @property
     def hessian(self) -> torch.Tensor:
@@ -155,13 +172,14 @@ class Statistics:
         return self._mean(2)
 
     def round_hessian(self) -> None:
-        """H in what factors are multiplied in, from now on: in bf16 half as large. For those who sum over all that they multiply it with."""
-        self._closed[0] = self.hessian.to(self.compute)
+        """H in what factors are multiplied in, from now on: in bf16 half as large. For those who sum over all that they multiply it with. Where it lies: rounding to nearest is the same on either side."""
+        self.settle()
+        self._closed[0] = known(self._closed[0]).to(self.compute)
 
-    def forget_drift(self) -> None:
-        """Free D, once all that is needed of it has been multiplied."""
-        self._mean(1)
-        self._closed[1] = None
+    def forget(self, residual: bool) -> None:
+        """Free D, and R where ``residual``, once all that is needed of them has been multiplied."""
+        self.settle()
+        self._closed[1:] = [None, None if residual else self._closed[2]]
 
 
 def _mirror_(lower: torch.Tensor) -> None:

@@ -90,8 +90,8 @@ def _descend(
     block: int,
 ) -> torch.Tensor:
     """All rows at once, column by column; the gradients outside a block follow by one matrix product. ``gradient`` ends as that of the result."""
-    matrix, ordered = matrix[order][:, order], grid.take(order)
-    steps = 1.0 / torch.diagonal(matrix).clamp(min=1e-30)
+    ordered = grid.take(order)
+    steps = 1.0 / torch.diagonal(matrix)[order].clamp(min=1e-30)
     whole = gradient
     current, gradient, found = (part.T[order].contiguous() for part in (current, gradient, codes))
     sweep = _sweeper(current.device)
@@ -99,8 +99,9 @@ def _descend(
         for start in range(0, current.shape[0], block):
             span = slice(start, min(start + block, current.shape[0]))
             moved = torch.empty_like(current[span])
-            sweep(current[span], gradient[span], ordered.columns(span), matrix[span, span], steps[span], found[span], moved)
-            gradient.addmm_(matrix[:, span], moved)
+            rows = matrix[order[span]][:, order]  # the matrix is its own transpose; no second one of its size is made
+            sweep(current[span], gradient[span], ordered.columns(span), rows[:, span].contiguous(), steps[span], found[span], moved)
+            gradient.addmm_(rows.T, moved)
     result, left = torch.empty_like(found), torch.empty_like(gradient)
     result[order], left[order] = found, gradient
     whole.copy_(left.T)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -63,10 +63,12 @@ class _Recorder(nn.Module):
         return (hidden_states,) if self.as_tuple else hidden_states
 
 
-def record_calls(model: PreTrainedModel, blocks_name: str, batches: list[torch.Tensor], compute: torch.dtype = torch.float32) -> tuple[list[torch.Tensor], list[list[Call]]]:
+def record_calls(
+    model: PreTrainedModel, blocks_name: str, batches: list[torch.Tensor], compute: torch.dtype = torch.float32, keep: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
+) -> tuple[list[torch.Tensor], list[list[Call]]]:
     """First block's inputs per batch ``[windows, T, hidden]`` and, per batch, the `Call` of each block.
 
-    ``batches`` are token ids int64 ``[windows, T]``, ``compute`` is for the calls. The weights before the head must be real, those inside the blocks may be on the meta device.
+    ``batches`` are token ids int64 ``[windows, T]``, ``compute`` is for the calls, ``keep`` lays inputs where they wait. The weights before the head must be real, those inside the blocks may be on the meta device.
     """
     blocks = model.get_submodule(blocks_name)
     assert isinstance(blocks, nn.ModuleList)
@@ -78,7 +80,7 @@ def record_calls(model: PreTrainedModel, blocks_name: str, batches: list[torch.T
             log = _record(model, blocks_name, blocks, ids, as_tuple=True)  # this model's blocks return tuples
         if len(log) != len(blocks):
             raise Refused("the decoder does not call its blocks once each in order", where=blocks_name, expected=f"{len(blocks)} calls", found=f"{len(log)}", fix="use --rtn or --format bf16, which do not run the model")
-        hidden.append(log[0][0].detach())
+        hidden.append(keep(log[0][0].detach()))
         calls.append([_share(Call(args, kwargs, compute), calls[0][index] if calls else None) for index, (_, args, kwargs) in enumerate(log)])
     return hidden, calls
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qmerge import formats
-from qmerge.device import COMPUTE, pick_device, resident_bytes
+from qmerge.device import COMPUTE, Room, pick_device, resident_bytes
 from qmerge.formats import registry
 from qmerge.pipeline import memory, outputs
 from qmerge.pipeline.calibrate import Calibration
 from qmerge.pipeline.plan import MergePlan
+from qmerge.pipeline.residence import device_limit, phases_of, settled
 from qmerge.pipeline.timing import Rates, seconds
-from qmerge.pipeline.workload import Workload, measure_plan
+from qmerge.pipeline.workload import Workload
 from qmerge.store.pending import WAITING_BYTES
 from qmerge.store.sidefiles import side_files
 from qmerge.types import Grid, known
@@ -45,6 +46,8 @@ class Estimate:
     seconds: float
     rates: Rates
     device: str
+    limit: Room | None = None
+    """what may be taken of an accelerator"""
 
     @property
     def fullest(self) -> memory.Phase:
@@ -63,7 +66,17 @@ class Estimate:
     @property
     def device_bytes(self) -> int:
         """Peak of what torch allocates on an accelerator, 0 on a CPU."""
-        return max(phase.on_device(self.work.accelerator) for phase in self.phases)
+        return self.fullest_on_device.on_device(self.work.accelerator)
+
+    @property
+    def fullest_on_device(self) -> memory.Phase:
+        """The phase that decides how much of an accelerator is needed."""
+        return max(self.phases, key=lambda phase: phase.on_device(self.work.accelerator))
+
+    @property
+    def streams(self) -> str:
+        """Where the two streams of activations lie: ``none`` (no text goes through the model), ``device`` or ``main memory``."""
+        return "none" if not self.work.train else "device" if self.work.accelerator and not self.work.streams_on_host else "main memory"
 
     @property
     def disk_bytes(self) -> int:
@@ -78,7 +91,7 @@ class Estimate:
         rows = {phase.name: {"ram_bytes": self.ram_at(phase), "device_bytes": phase.on_device(accelerator), "holes_bytes": memory.holes_bytes(self.work, phase), "parts": {part.name: part.nbytes for part in phase.parts}} for phase in self.phases}
         return {
             "bytes_written": self.bytes_written, "disk_bytes": self.disk_bytes, "disk_most_bytes": self.disk_most_bytes, "disk": self.disk | self.disk_more,
-            "peak_ram_bytes": self.ram_bytes, "process_bytes": self.base_bytes, "peak_device_bytes": self.device_bytes, "fullest_phase": self.fullest.name, "phases": rows,
+            "peak_ram_bytes": self.ram_bytes, "process_bytes": self.base_bytes, "peak_device_bytes": self.device_bytes, "device_limit_bytes": None if self.limit is None else self.limit.free, "streams_in": self.streams, "fullest_phase": self.fullest.name, "phases": rows,
             "elapsed_s": round(self.seconds, 1), "elapsed_basis": self.rates.basis,
         }  # fmt: skip
 
@@ -90,17 +103,17 @@ def estimate(plans: Sequence[MergePlan], calibration: Calibration | None = None,
     """
     plan, device = plans[0], pick_device(plans[0].recipe.device)
     windows = None if calibration is None else (len(calibration.train), len(calibration.held_out))
-    work = measure_plan(plan, device, windows)
+    limit = device_limit(plan.recipe, device)
+    work = settled(plans, device, windows, limit)
     if base_bytes is None:
         _import_what_computes(plan, work)
         base_bytes = resident_bytes() + LIBRARIES
     rates = rates or Rates.measured(work.threads, COMPUTE.get(plan.recipe.compute, COMPUTE["fp32"]))
     bytes_written = sum(written_bytes(one) for one in plans)
-    tensors = max(one.bytes_out for one in plans)
-    found = memory.phases(work, plan.recipe.shard_bytes, tensors, plan.recipe.polish, plan.recipe.bits_per_weight is not None, len(plans))
+    found = phases_of(plans, work)
     needed, more = working_bytes(plan, work)
     bytes_in = plan.bytes_in + sum(adapter.weight_bytes for one in plans[1:] for adapter in one.adapters)
-    return Estimate(work, bytes_in, bytes_written, {"output": bytes_written} | needed, more, base_bytes, found, seconds(work, rates, bytes_in, bytes_written), rates, str(device))
+    return Estimate(work, bytes_in, bytes_written, {"output": bytes_written} | needed, more, base_bytes, found, seconds(work, rates, bytes_in, bytes_written), rates, str(device), limit)
 
 
 def with_settings(found: Estimate, plans: Sequence[MergePlan], **changes: Any) -> Estimate:
@@ -115,8 +128,7 @@ def with_settings(found: Estimate, plans: Sequence[MergePlan], **changes: Any) -
         windows = min(recipe.samples, work.windows)
         work = replace(work, train=windows - max(1, windows // 7), held_out=max(1, windows // 7))
     needed, more = working_bytes(changed[0], work)
-    phases = memory.phases(work, recipe.shard_bytes, max(one.bytes_out for one in changed), recipe.polish, recipe.bits_per_weight is not None, len(changed))
-    return replace(found, work=work, phases=phases, disk={"output": found.bytes_written} | needed, disk_more=more, seconds=seconds(work, found.rates, found.bytes_in, found.bytes_written))
+    return replace(found, work=work, phases=phases_of(changed, work), disk={"output": found.bytes_written} | needed, disk_more=more, seconds=seconds(work, found.rates, found.bytes_in, found.bytes_written))
 
 
 def as_float(found: Estimate, plans: Sequence[MergePlan]) -> Estimate:

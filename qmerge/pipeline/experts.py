@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from qmerge.device import in_parallel, worker_threads
+from qmerge.device import in_parallel, to_device, worker_threads
 from qmerge.errors import Refused
 from qmerge.numerics.hessian import Statistics
+from qmerge.pipeline.batches import Shelf
 from qmerge.pipeline.candidates import Linear
 from qmerge.pipeline.experts_names import ExpertWeight
 from qmerge.pipeline.merge import Merged
@@ -52,7 +53,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Arrived:
-    """What came to the experts of a layer in one batch, as `receive` makes it: ``runtime`` and ``teacher`` are ``[tokens, hidden + k + 1]``."""
+    """What came to the experts of a layer in one batch, as `receive` makes it: ``runtime`` and ``teacher`` are ``[tokens, hidden + k + 1]``, both where streams lie."""
 
     runtime: torch.Tensor
     teacher: torch.Tensor
@@ -72,7 +73,7 @@ class Arrived:
         return self.runtime[rows, : self.hidden], self.teacher[rows, : self.hidden]
 
 
-def everywhere(spread: Spread, own: dict[int, Arrived], device: torch.device) -> list[Arrived]:
+def everywhere(spread: Spread, own: dict[int, Arrived], shelf: Shelf) -> list[Arrived]:
     """What came in each batch, in the order of the batches, on all ranks. ``own``: by the number of the batch."""
     ranks, found = spread.ranks, []
     if ranks.alone:
@@ -82,7 +83,10 @@ def everywhere(spread: Spread, own: dict[int, Arrived], device: torch.device) ->
         here = own.get(number)
         record = None if here is None else ({"held_out": here.held_out}, {"runtime": here.runtime.cpu().contiguous(), "teacher": here.teacher.cpu().contiguous()})
         facts, tensors = ranks.hand(record, owners[number])
-        found.append(here or Arrived(tensors["runtime"].to(device), tensors["teacher"].to(device), facts["held_out"]))
+        if here is None:
+            runtime, teacher = (tensors[name] if shelf.host else shelf.take(tensors[name]) for name in ("runtime", "teacher"))
+            here = Arrived(runtime, teacher, facts["held_out"])
+        found.append(here)
     return found
 
 
@@ -156,7 +160,7 @@ class ExpertSolver:
     traffic: dict[str, Traffic] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.device = self.arrived[0].runtime.device
+        self.device = self.merged.device
         by_expert: dict[int, dict[str, list[ExpertWeight]]] = {}
         for weight in self.weights:
             by_expert.setdefault(weight.expert, {}).setdefault(weight.parameter.rpartition(".")[2], []).append(weight)
@@ -217,15 +221,21 @@ class ExpertSolver:
         return known(found)
 
     def _pair(self, batch: Arrived, routed: int | None, expert: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = batch.tokens(routed)
+        tokens = self._here(batch, routed)
         if not tokens[0].shape[0]:
             return tokens
         return expert_inputs(self.runtime, expert, name, tokens[0])[name], expert_inputs(self.teacher, expert, name, tokens[1])[name]
 
+    def _here(self, batch: Arrived, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of a batch on the device."""
+        runtime, teacher = batch.tokens(expert)
+        found = to_device(runtime, self.device), to_device(teacher, self.device)
+        return found if self.device.type == "cpu" else (found[0].contiguous(), found[1].contiguous())  # the same from either side
+
     def _order(self) -> list[str]:
         """The parameters in the order in which an expert meets them. Refused where it meets none of its own slice, or not with inputs one token a row."""
         wanted = {weight.parameter.rpartition(".")[2]: weight.region.shape[1] for weight in self.weights}
-        tokens = self.arrived[0].tokens(None)[0][:2]
+        tokens = self._here(self.arrived[0], None)[0][:2]
         met = expert_inputs(self.runtime, self.weights[0].expert, None, tokens)
         for name, width in wanted.items():
             if name not in met or tuple(met[name].shape) != (tokens.shape[0], width):

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qmerge.device import Room, device_room, memory_room, pick_device
+from qmerge.device import Room, memory_room
 from qmerge.errors import Refused
 from qmerge.formats import QUANTIZING
 from qmerge.pipeline import plan as planning
 from qmerge.pipeline.estimate import LIBRARIES, Estimate, as_float, with_settings
+from qmerge.pipeline.memory import Phase
 from qmerge.pipeline.plan import MergePlan
+from qmerge.pipeline.residence import ASKED
 from qmerge.store.runs import find_runs
 from qmerge.units import format_bytes
 
@@ -59,7 +61,7 @@ def _check_memory(found: Estimate, plans: Sequence[MergePlan], room: Room | None
     if merging > room.free:
         fitting = _settings(found, plans, lambda other: other.ram_bytes - other.base_bytes + LIBRARIES <= SPARE * room.free)
         raise Refused(
-            "the run needs more memory than there is", where=f"phase: {found.fullest.name}", expected=f"{format_bytes(merging)} beside the {format_bytes(found.base_bytes - LIBRARIES)} of this process ({_largest_part(found)})",
+            "the run needs more memory than there is", where=f"phase: {found.fullest.name}", expected=f"{format_bytes(merging)} beside the {format_bytes(found.base_bytes - LIBRARIES)} of this process ({_largest_part(found.fullest)})",
             found=f"{format_bytes(room.free)} {room.limit}", fix=_advice(fitting, "a machine with more memory"),
         )  # fmt: skip
     if evaluating > room.free:
@@ -72,16 +74,21 @@ def _check_memory(found: Estimate, plans: Sequence[MergePlan], room: Room | None
 
 
 def _check_device(found: Estimate, plans: Sequence[MergePlan]) -> list[str]:
-    room = device_room(pick_device(plans[0].recipe.device))
+    room, recipe = found.limit, plans[0].recipe
+    if recipe.device_memory is not None and not found.work.accelerator:
+        return [f"--device-memory {recipe.device_memory} limits nothing here: {found.device} computes in main memory"]
     if room is None or found.device_bytes <= room.free:
         return []
     fitting = _settings(found, plans, lambda other: other.device_bytes <= SPARE * room.free)
-    raise Refused("the run needs more memory than the accelerator has", where=f"--device {found.device}", expected=format_bytes(found.device_bytes), found=f"{format_bytes(room.free)} {room.limit}",
-                  fix=_advice([*fitting, "--device cpu"], "another device"))
+    more = [f"--device-memory {-(-found.device_bytes // 10**6)}MB where so much is free"] if room.limit == ASKED else []
+    lying = ", the two streams of activations in main memory" if found.work.streams_on_host else ""
+    raise Refused("the run needs more memory than the accelerator has", where=f"--device {found.device}, phase: {found.fullest_on_device.name}", expected=f"{format_bytes(found.device_bytes)}{lying} ({_largest_part(found.fullest_on_device, host=False)})",
+                  found=f"{format_bytes(room.free)} {room.limit}", fix=_advice([*fitting, *more, "--device cpu"], "another device"))  # fmt: skip
 
 
-def _largest_part(found: Estimate) -> str:
-    part = max(found.fullest.parts, key=lambda part: part.nbytes)
+def _largest_part(phase: Phase, host: bool = True) -> str:
+    """``host``: of those in main memory too."""
+    part = max((part for part in phase.parts if host or not part.host), key=lambda part: part.nbytes)
     return f"most of it: {part.name}, {format_bytes(part.nbytes)}"
 
 

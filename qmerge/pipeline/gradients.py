@@ -7,7 +7,7 @@ second moment is the Fisher information, which is the curvature of the KL. Same 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +19,7 @@ from qmerge.device import COMPUTE, in_parallel, products_in, worker_threads
 from qmerge.numerics.curvature import Curvature, Distant
 from qmerge.numerics.hessian import SLOTS, Statistics
 from qmerge.pipeline import ends
+from qmerge.pipeline.batches import Batch, start
 from qmerge.pipeline.blocks import Call, Group, empty_copy, find_groups, first_row, run_block
 from qmerge.pipeline.calibrate import Calibration
 from qmerge.pipeline.gradients_spread import Summed, everywhere
@@ -27,7 +28,6 @@ from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.skeleton import set_weight
 from qmerge.pipeline.spread import Spread
-from qmerge.pipeline.streams import Batch, start
 from qmerge.ranks import ALONE, Ranks
 from qmerge.types import known
 
@@ -161,8 +161,12 @@ def _few(plan: MergePlan, calibration: Calibration, tokens: int) -> Calibration:
 
 
 def curvature_width(plan: MergePlan) -> int:
-    """Rows of a block of a curvature: as many as let all linears' together fit into ``CURVATURE_BYTES``, a power of two."""
-    rows = [plan.pieces.table[name].shape[1 if plan.tree.linears.get(name) else 0] for name in plan.requantized]
+    """Rows of a block of a curvature."""
+    return width_for([plan.pieces.table[name].shape[1 if plan.tree.linears.get(name) else 0] for name in plan.requantized])
+
+
+def width_for(rows: Sequence[int]) -> int:
+    """Rows of a block of a curvature, where linears have ``rows``: as many as let all curvatures together fit into ``CURVATURE_BYTES``, a power of two."""
     width = 2**14
     while width > 64 and sum(2 * count * min(count, width) for count in rows) > CURVATURE_BYTES:
         width //= 2

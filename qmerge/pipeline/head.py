@@ -15,6 +15,7 @@ from torch import nn
 from qmerge.device import COMPUTE, in_parallel
 from qmerge.errors import Refused
 from qmerge.numerics.hessian import Statistics
+from qmerge.pipeline.batches import Shelf, by_slot
 from qmerge.pipeline.candidates import Linear
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
@@ -119,29 +120,35 @@ def solve_head(
     nf4_like: QuantState | None = None,
     steps: Steps | None = None,
     spread: Spread | None = None,
+    shelf: Shelf | None = None,
 ) -> dict[str, Solved]:
     """The head, solved as a group of its own so that it answers run-time inputs as the teacher's answers the teacher's.
 
     ``ends``: per batch the teacher's and the run-time hidden states ``[windows, T, hidden]`` after the last block, whether the batch is held out to choose with, and its slot.
-    The head is the largest matrix: the solver holds some eight copies of it in fp32. ``spread``: ``ends`` are of this rank's batches; the last rank solves.
+    The head is the largest matrix: the solver holds some eight copies of it in fp32. ``spread``: ``ends`` are of this rank's batches; the last rank solves. ``shelf``: where they lie.
     """
-    skeleton, device = plan.tree, merged.device
+    skeleton, device, shelf = plan.tree, merged.device, shelf or Shelf(merged.device)
     name, quick = known(skeleton.output_embedding), plan.recipe.quick
     with torch.no_grad(), Tail(skeleton) as tail:
-        aims = [] if quick else in_parallel(lambda end: tail.head_input(end[0]), ends, device)
+        aims = [] if quick else in_parallel(lambda end: shelf.put(tail.head_input(shelf.take(end[0]))), ends, device)
         _as_stored(skeleton, model_dtype)
-        inputs = in_parallel(lambda end: tail.head_input(end[1]), ends, device)
+        inputs = in_parallel(lambda end: shelf.put(tail.head_input(shelf.take(end[1]))), ends, device)
         aims = aims or inputs
     weight, spread = merged.weight(name), spread or Spread()
     owner, sums = spread.ranks.size - 1, list[Statistics | None]()
     for held_out in (False, True):
-        here = [((x.flatten(0, -2), aim.flatten(0, -2), None), slot) for x, aim, (_, _, held, slot) in zip(inputs, aims, ends, strict=True) if held is held_out]
-        if spread.ranks.alone:
-            own = Statistics(weight.shape[1], device, compute=COMPUTE[plan.recipe.compute].sums, drifts=not quick)
-            own.add_all([part for part, _ in here], [slot for _, slot in here], complete=True)
-            sums.append(own)
-        else:
-            sums.append(spread.sums(held_out, here, weight.shape[1], 0, device, [owner], COMPUTE[plan.recipe.compute].sums, not quick))
+        here = [(x.flatten(0, -2), aim.flatten(0, -2), slot) for x, aim, (_, _, held, slot) in zip(inputs, aims, ends, strict=True) if held is held_out]
+        if not spread.ranks.alone:
+            parts = (((shelf.take(x), shelf.take(aim), None), slot) for x, aim, slot in here)
+            sums.append(spread.sums(held_out, parts, weight.shape[1], 0, device, [owner], COMPUTE[plan.recipe.compute].sums, not quick))
+            continue
+        own = Statistics(weight.shape[1], device, compute=COMPUTE[plan.recipe.compute].sums, drifts=not quick)
+        slots = [slot for *_, slot in here]
+        for numbers in [range(len(here))] if device.type == "cpu" else by_slot([(held_out, slot) for slot in slots]):
+            own.add_all([(shelf.take(here[number][0]), shelf.take(here[number][1]), None) for number in numbers], [slots[number] for number in numbers], complete=True)
+        if shelf.host:
+            own.park()
+        sums.append(own)
     found = {}
     if spread.ranks.rank == owner:
         linear = Linear(name, weight, merged.four_bit(name), merged.delta(name))

@@ -131,7 +131,7 @@ class KeptTogether:
             for place, (name, order) in enumerate(zip(("teacher", "runtime"), orders, strict=True)):
                 found = self.ranks.move(flat[place][0] if flat else None, [shape[axis] for axis in order], torch.float32, 0, owners[number])
                 if found is not None:
-                    setattr(own[number], name, laid_back(found, order, self.device))
+                    setattr(own[number], name, laid_back(found, order, own[number].teacher.device))
         return int(self.passed)
 
     # what comes before the blocks

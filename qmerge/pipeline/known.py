@@ -30,7 +30,8 @@ class Known:
         self.train, self.held_out, self.by_activation = train, held_out, by_activation
         if spent:  # the judge sums over it
             held_out.round_hessian()
-        self.hessian, self.seen, self.residual = train.hessian, held_out.hessian, train.residual  # asked for here, before threads do: this turns sums into means
+        self.hessian, self.residual = train.hessian, train.residual  # asked for here, before threads do: this turns sums into means
+        held_out.settle()
         self.drifts = train.drift is not None and any(bool(rows.any()) for rows in train.drift.split(STRIP))
         """do the teacher's inputs differ from the run-time ones?"""
         self.usual = min(MOST_DAMP, max(LEAST_DAMP, len(self.hessian) / max(1, train.tokens)))
@@ -38,7 +39,12 @@ class Known:
         self._keep = len(self.damps) == 1 or len(self.damps) * self.hessian.numel() * 4 <= FACTOR_BYTES
         self._factors: dict[float, Factor] = {}
         self._damped: tuple[float, torch.Tensor, float] | None = None
-        self._in_place = spent and len(self.damps) == 1 and self.hessian.device.type == "cpu"
+        self._in_place = spent and len(self.damps) == 1
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """H of the tokens that choose; where it waits in main memory it comes when it is first asked for."""
+        return self.held_out.hessian
 
     def factor(self, damp: float) -> Factor:
         if damp in self._factors:
@@ -63,9 +69,11 @@ class Known:
         """Is ``W D`` ``[out, in]`` kept, as it is no larger than D itself? Once all linears have theirs, D can go. Decided linear by linear, so it is the same for any number of ranks."""
         return self.drifts and weight.shape[0] <= weight.shape[1]
 
-    def forget_drifts(self) -> None:
-        self.train.forget_drift()
-        self.held_out.forget_drift()
+    def learned(self, apart: bool) -> None:
+        """Every linear has what is multiplied with the sums of the windows to choose with; ``apart``: and W D, so that D is needed no more."""
+        self.held_out.forget(residual=True)
+        if apart:
+            self.train.forget(residual=False)
 
     def shifts(self, job: _Job, level: Factor, rows: slice, own: bool, residual: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """`numerics.shift.shifts` of some rows of a linear."""

@@ -29,7 +29,8 @@ class Recipe:
     (64 and double where it has none). ``bits_per_weight`` is a budget for stored bits, spent where the measured loss says so. ``curvature_tokens``: calibration tokens, about, that
     tell how errors of a linear's outputs count together; 0: they count one by one. ``quick``: each linear is solved on what it receives in the requantized model alone, which is GPTQ as it was
     published: no teacher runs beside it, and ``curvature_tokens`` is 0 unless it is given. A budget measures on 16384 of its own, which then tell this too. ``compute``: in what the matrix
-    products of the calibration text's passes are taken; a plan has made of ``auto`` what suits the machine.
+    products of the calibration text's passes are taken; a plan has made of ``auto`` what suits the machine. ``device_memory``: most that may be taken of an accelerator, as bytes or as a size; None:
+    what is free there. It changes where things lie, never the bytes that come out.
     """
 
     base: str = ""
@@ -60,6 +61,7 @@ class Recipe:
     original: str | None = None
     nf4_recipe: str | None = None
     device: str = "auto"
+    device_memory: int | str | None = None
     compute: str = "auto"
     overwrite: bool = False
     combine: str = "sum"
@@ -82,6 +84,10 @@ class Recipe:
     @property
     def shard_bytes(self) -> int:
         return parse_bytes(self.shard_size)
+
+    @property
+    def device_memory_bytes(self) -> int | None:
+        return None if self.device_memory is None else parse_bytes(str(self.device_memory))
 
     @property
     def grid(self) -> Grid:
@@ -159,9 +165,9 @@ def _read_file(file: str, faults: list[str]) -> dict[str, Any]:
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (float, int), "bool": (bool,), "str": (str,), "str | None": (str, type(None)), "float | None": (float, int, type(None)),
-    "int | None": (int, type(None)), "bool | None": (bool, type(None)), "tuple[str, ...]": (tuple,),
+    "int | None": (int, type(None)), "int | str | None": (int, str, type(None)), "bool | None": (bool, type(None)), "tuple[str, ...]": (tuple,),
 }  # fmt: skip
-SPOKEN = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple[str, ...]": "a list of texts"}
+SPOKEN = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "int | str": "a size in bytes", "tuple[str, ...]": "a list of texts"}
 
 
 def _check(given: dict[str, Any], faults: list[str]) -> Recipe:
@@ -208,6 +214,7 @@ def _check_values(recipe: Recipe, faults: list[str]) -> None:
     if recipe.original and recipe.on != "original":
         faults.append("--original was given without --on original")
     _check_adapters(recipe, faults)
+    _check_sizes(recipe, faults)
     if recipe.rtn and recipe.calibration:
         faults.append("--rtn uses no calibration text, and calibration was given (by --calibration or in the recipe): leave one of them out")
 
@@ -272,11 +279,16 @@ def _check_adapters(recipe: Recipe, faults: list[str]) -> None:
         faults.append("--each writes one checkpoint per adapter: give several --adapter and no --combine")
     if recipe.each and recipe.format in QUANTIZING:
         faults.append(f"--each shares one pass over the base, which --format {recipe.format} cannot: it solves each adapter on its own. Run them one by one, or use --format bf16")
-    try:
-        if recipe.shard_bytes < 1:
-            raise ValueError
-    except ValueError:
-        faults.append(f"--shard-size {recipe.shard_size}: expected a size such as 5GB or 500MB")
+
+
+def _check_sizes(recipe: Recipe, faults: list[str]) -> None:
+    """Texts that stand for bytes."""
+    for flag, value, such in (("--shard-size", recipe.shard_size, "5GB or 500MB"), ("--device-memory", recipe.device_memory, "20GiB or 16GB")):
+        try:
+            if value is not None and parse_bytes(str(value)) < 1:
+                raise ValueError
+        except ValueError:
+            faults.append(f"{flag} {str(value)[:40]}: expected a size such as {such}")
 
 
 def read_nf4_recipe(value: str | None) -> Nf4Recipe | None:

@@ -33,6 +33,8 @@ TRIAL_ROWS = 128
 """rows of a linear, about, on which damping, grid and shifts are chosen: rows are solved one by one, so these speak for the rest"""
 STRETCH = 1 << 22
 """elements of a linear, about, that go through all turns together on a CPU, where rows do not count together: what is held beside them is some fifteen times as much in fp32"""
+DEVICE_STRETCH = 1 << 25
+"""the same on an accelerator, which is slow on few rows: 2 GB are held beside them"""
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ def requantize_group(
     device = known.hessian.device
     jobs = [_Job(linear, known) for linear in linears]
     in_parallel(lambda part: part[0].learn(part[1], known), [(job, rows) for job in jobs for rows in job.strips()], device)
-    if spent and all(job.apart for job in jobs):
-        known.forget_drifts()
+    if spent:
+        known.learned(all(job.apart for job in jobs))
     importance = known.factor(known.usual).costs() if steps.weighted_scales else torch.ones_like(torch.diagonal(known.hessian))
     search = Search(() if steps.scale_search else FULL_RANGE, steps.signed_scales)
     in_parallel(lambda job: job.begin(options(job.linear, grid, importance, model_dtype, nf4_like, search, steps.keep_base), steps), jobs, device)
@@ -196,9 +198,7 @@ class _Job:
     def stretches(self) -> list[slice]:
         """Rows that go through all turns together: whole blocks of the curvature, where there is one. Not dependent on threads or ranks, so the bits are not either."""
         outputs, inputs = self.linear.merged.shape
-        if self.linear.merged.device.type != "cpu":
-            return [slice(0, outputs)]
-        least = max(1, STRETCH // inputs)
+        least = max(1, (STRETCH if self.linear.merged.device.type == "cpu" else DEVICE_STRETCH) // inputs)
         ends = [part.span.stop for part in self.coupling.parts] if self.coupling is not None else list(range(least, outputs, least)) + [outputs]
         found, start = [], 0
         for end in ends:

@@ -74,7 +74,8 @@ def joined(home: Path, stop: Stop) -> Run:
 
 
 def identity(plan: MergePlan, calibration: Calibration | None, steps: Steps | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """``fixed``: what must not change on resuming; ``free``: what may. No paths: of those only digests. ``inputs``: role -> `input_digests`."""
+    """``fixed``: what must not change on resuming; ``free``: what may. No paths: of those only digests. ``inputs``: role -> `input_digests`. ``--device-memory`` decides where things lie and no byte of
+    what comes out, so a run may go on with another one."""
     files = {role: {name: row["sha256"] for name, row in found["files"].items()} for role, found in inputs.items()}
     for number, adapter in enumerate(plan.adapters):
         if adapter.initial is not None:
@@ -87,7 +88,7 @@ def identity(plan: MergePlan, calibration: Calibration | None, steps: Steps | No
         fixed |= {"calibration": text_facts(calibration.facts), "steps": asdict(steps or Steps())}
     places = {"base": plan.checkpoint.path} | {f"adapter {number + 1}": adapter.path for number, adapter in enumerate(plan.adapters)}
     free: dict[str, Any] = {f"the place of the {role}": hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:12] for role, path in places.items()}
-    free |= {"device": plan.recipe.device, "threads": torch.get_num_threads(), "processor": processor()}
+    free |= {"device": plan.recipe.device, "memory of the device": plan.recipe.device_memory, "threads": torch.get_num_threads(), "processor": processor()}
     return {"fixed": fixed, "free": free}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qmerge import formats
-from qmerge.device import exact_products, own_device, peak_rss_bytes, pick_device
+from qmerge.device import exact_products, limit_device, own_device, peak_rss_bytes, pick_device
 from qmerge.errors import Refused
 from qmerge.formats import dense, nf4, registry
 from qmerge.pipeline import outputs
@@ -32,10 +32,11 @@ from qmerge.pipeline.kept_together import KeptTogether
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Solved, Steps, round_to_nearest
+from qmerge.pipeline.residence import settled
 from qmerge.pipeline.resume import Resume, already_there, interrupted, joined, versions, working
 from qmerge.pipeline.spread import solved_apart
 from qmerge.pipeline.stop import Stop
-from qmerge.pipeline.streams import requantize_blocks
+from qmerge.pipeline.streams import USUAL, Place, requantize_blocks
 from qmerge.ranks import ALONE, Ranks
 from qmerge.store.durable import write_json
 from qmerge.store.manifest import MANIFEST, build_manifest, read_manifest
@@ -66,12 +67,13 @@ def quiet(_: str) -> None:
 @exact_products()
 def run(
     plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: Calibration | None = None, count: Callable[[str, int, int], None] | None = None, steps: Steps | None = None,
-    resume: Resume | None = None, stop: Stop | None = None, say: Callable[[str], None] = quiet, ranks: Ranks = ALONE,
+    resume: Resume | None = None, stop: Stop | None = None, say: Callable[[str], None] = quiet, ranks: Ranks = ALONE, place: Place | None = None,
 ) -> RunReport:  # fmt: skip
     """Write ``plan`` to its OUT: absent or whole, never half. Raises `qmerge.errors.QmergeError` kinds only for what the inputs can cause, and `Interrupted` where it can be gone on with.
 
     ``progress`` gets a line per step, ``count`` a label, what is done and what there is to do. ``resume``: go on with an interrupted run of this OUT, or find that it is there already;
     ``stop``: somebody's wish to end it, ``say`` gets what a user must know of other runs. ``ranks``: the processes that share the work; the first writes, to the bytes that one alone would.
+    ``place``: where things lie meanwhile (None: as `residence.settled` finds); it changes no byte.
     """
     if plan.recipe.format in dense.DTYPES:
         return run_dense([plan], progress, count, resume, stop, say, ranks)[0]
@@ -84,8 +86,11 @@ def run(
     check_shared([plan], calibration, steps, ranks)
     same, stop = SameBytes([plan], ranks), stop or Stop()
     merged, work = Merged(plan.base, plan.pieces, plan.adapters, device), Work()
+    place = place or _placed(plan, calibration, device)
+    if (limit := recipe.device_memory_bytes) is not None:
+        limit_device(device, limit)
     if not ranks.first:
-        _follow(plan, merged, calibration, work, same, progress, steps, stop, ranks)
+        _follow(plan, merged, calibration, work, same, progress, steps, stop, ranks, place)
         return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), (), {})
     with Digests([plan]) as inputs:
         report = _there(plan, lambda: inputs.result()[0], calibration, resume) if resume is not None else None
@@ -100,7 +105,7 @@ def run(
             before_the_blocks(plan, merged, calibration, work, kept, progress, steps, ranks)
             writer = ShardWriter(folder.path, recipe.shard_bytes, done=kept.shards, finished=kept.shard)
             with torch.no_grad():
-                for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps, ranks):
+                for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps, ranks, place):
                     writer.add(name, tensor)
             writer.finish()
             merged.check_all_used()
@@ -109,7 +114,13 @@ def run(
     return RunReport(Path(recipe.out), time.perf_counter() - began, peak_rss_bytes(), calibration.documents if calibration else (), work.records, (few,) if few else ())
 
 
-def _follow(plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, same: SameBytes, progress: Callable[[str], None], steps: Steps | None, stop: Stop, ranks: Ranks) -> None:
+def _placed(plan: MergePlan, calibration: Calibration | None, device: torch.device) -> Place:
+    """Where nobody has decided it from an estimate."""
+    windows = None if calibration is None else (len(calibration.train), len(calibration.held_out))
+    return Place(device.type != "cpu" and settled([plan], device, windows).streams_on_host)
+
+
+def _follow(plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, same: SameBytes, progress: Callable[[str], None], steps: Steps | None, stop: Stop, ranks: Ranks, place: Place) -> None:
     """The part of a rank that does not write. Raises Interrupted where the run can be gone on with."""
     if ranks.tell():
         return
@@ -120,7 +131,7 @@ def _follow(plan: MergePlan, merged: Merged, calibration: Calibration | None, wo
         try:
             before_the_blocks(plan, merged, calibration, work, kept, progress, steps, ranks)
             with torch.no_grad():
-                for _ in _units(plan, merged, calibration, work, kept, progress, steps, ranks):
+                for _ in _units(plan, merged, calibration, work, kept, progress, steps, ranks, place):
                     pass
         except BaseException as problem:
             raise interrupted(problem) from None
@@ -240,12 +251,12 @@ def calibration_for(plan: MergePlan, documents: list[Document] | None = None) ->
 
 def tensors(
     plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ALONE, place: Place = USUAL,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the output by name, each once; not those of linears that ``kept`` knows to be in finished shards."""
     chosen = {} if work.division is None else work.division.grids
     packed = {name for name in plan.requantized if chosen.get(name, plan.recipe.grid) is not None}
-    solved = _solved(plan, merged, calibration, work, kept, progress, steps, ranks)
+    solved = _solved(plan, merged, calibration, work, kept, progress, steps, ranks, place)
     trained: dict[str, torch.Tensor] = {}
     if calibration is not None and "distill" in plan.recipe.polish:
         everything = {name: result for _, found in solved for name, result in found.items()}
@@ -275,12 +286,12 @@ def tensors(
 
 
 def _solved(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks, place: Place
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """The units of `Kept`, each with its linears. Those in finished shards are only noted."""
     before = kept.count
     found: dict[str, Solved] | None
-    for number, found in _units(plan, merged, calibration, work, kept, progress, steps, ranks):
+    for number, found in _units(plan, merged, calibration, work, kept, progress, steps, ranks, place):
         if number < before:
             rows = kept.facts(number)["linears"]
             merged.used_before(row["name"] for row in rows)
@@ -293,13 +304,13 @@ def _solved(
 
 
 def _units(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks, place: Place
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     model_dtype, like = outputs.model_dtype(plan), outputs.nf4_template(plan)
     if calibration is None:
         return _stretches(plan, merged, kept, progress, like, ranks)
     chosen = None if work.division is None else work.division.grids
-    return requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures.by_name, kept, ranks)
+    return requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures.by_name, kept, ranks, place)
 
 
 def _stretches(plan: MergePlan, merged: Merged, kept: Kept | KeptTogether, progress: Callable[[str], None], like: QuantState | None, ranks: Ranks) -> Iterator[tuple[int, dict[str, Solved]]]:

@@ -11,7 +11,7 @@ import torch
 
 from qmerge.device import COMPUTE, Compute, exact_products, in_parallel
 from qmerge.pipeline import memory
-from qmerge.pipeline.streams import TAPE_BYTES
+from qmerge.pipeline.block_pair import TAPE_BYTES
 from qmerge.pipeline.workload import Linears, Workload
 
 USUAL_FLOPS, USUAL_HASHING = 20e9, 500e6

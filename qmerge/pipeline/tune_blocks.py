@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qmerge.device import in_parallel
+from qmerge.device import in_parallel, to_device
 from qmerge.numerics.distances import fit
 from qmerge.numerics.lora import delta_survival
 from qmerge.numerics.offsets import BOUND, Offsets, offsets
@@ -69,11 +69,12 @@ class Tuned:
 @torch.no_grad()
 def tune_block(
     block: nn.Module, solved: Mapping[str, Solved], linears: Mapping[str, Linear], turned: Mapping[str, bool], passages: Sequence[Passage], model_dtype: torch.dtype,
-    settings: TuneSettings | None = None,
+    settings: TuneSettings | None = None, device: torch.device | None = None,
 ) -> Tuned:  # fmt: skip
-    """``block``: the run-time block as solved, in fp32; it is not changed. Keys are module names within it; ``turned``: does the module hold ``[in, out]``?"""
+    """``block``: the run-time block as solved, in fp32; it is not changed. Keys are module names within it; ``turned``: does the module hold ``[in, out]``? ``device``: where it is computed, where passages do
+    not lie there."""
     settings = settings or TuneSettings()
-    work = _Tuning(block, solved, turned, _cut(passages), model_dtype)
+    work = _Tuning(block, solved, turned, _cut(passages), model_dtype, device or passages[0].runtime.device)
     best = before = work.held_out()
     kept = work.snapshot()
     for steps, lr in ((settings.scale_steps, 0.0), (settings.code_steps, settings.lr)):
@@ -127,15 +128,16 @@ class _Tuning:
         turned: Mapping[str, bool],
         pieces: list[Passage],
         model_dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.block, self.turned = empty_copy(block), turned
         self.train, self.seen = [piece for piece in pieces if not piece.held_out], [piece for piece in pieces if piece.held_out]
-        self.device = pieces[0].runtime.device
+        self.device = device
         self.cpu = torch.device("cpu")
         names = list(solved)
         opened = in_parallel(lambda name: offsets(stored_scales(solved[name].quantized, model_dtype)), names, self.cpu)
         self.opened: dict[str, Offsets] = dict(zip(names, opened, strict=True))
-        self.power = sum(float(piece.teacher.square().sum(dtype=torch.float64)) for piece in self.seen)
+        self.power = sum(float(self._here(piece.teacher).square().sum(dtype=torch.float64)) for piece in self.seen)
         self._set()
 
     def _set(self) -> None:
@@ -162,17 +164,20 @@ class _Tuning:
 
     def _gradients(self, piece: Passage) -> tuple[torch.Tensor, ...]:
         with torch.enable_grad():
-            loss = (self._out(piece) - piece.teacher).square().sum()
+            loss = (self._out(piece) - self._here(piece.teacher)).square().sum()
         return torch.autograd.grad(loss, self.parameters, materialize_grads=True)
 
+    def _here(self, activations: torch.Tensor) -> torch.Tensor:
+        return to_device(activations, self.device)
+
     def _out(self, piece: Passage) -> torch.Tensor:
-        out = self.block(piece.runtime, *piece.call.args, **piece.call.kwargs)
+        out = self.block(self._here(piece.runtime), *piece.call.args, **piece.call.kwargs)
         found: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return found
 
     def held_out(self) -> float:
         errors = in_parallel(
-            lambda piece: float((self._out(piece) - piece.teacher).square().sum(dtype=torch.float64)), self.seen, self.device
+            lambda piece: float((self._out(piece) - self._here(piece.teacher)).square().sum(dtype=torch.float64)), self.seen, self.device
         )
         return sum(errors) / max(self.power, 1e-300)
 
@@ -187,7 +192,7 @@ class _Tuning:
     def result(self, name: str, before: Solved, linear: Linear) -> Solved:
         part = self.opened[name]
         weight = part.weight().to(linear.merged.device)
-        if torch.equal(weight, before.weight):
+        if torch.equal(weight, to_device(before.weight, weight.device)):
             return before
         delta = linear.delta
         survival = delta_survival(weight, linear.merged - delta, delta) if delta is not None else None

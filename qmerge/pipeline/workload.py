@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qmerge import formats
+from qmerge.device import COMPUTE
 from qmerge.pipeline.gradients import curvature_width
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.skeleton import Skeleton
@@ -68,6 +69,10 @@ class Workload:
     """elements of the largest tensor that an adapter changes or that is requantized"""
     quick: bool = False
     """does the requantized model run alone, without a teacher?"""
+    factor_bytes: int = 4
+    """of an element of the factors of sums (`--compute`)"""
+    streams_on_host: bool = False
+    """do the two streams lie in main memory, beside an accelerator?"""
 
     @property
     def windows(self) -> int:
@@ -101,7 +106,8 @@ def measure_plan(plan: MergePlan, device: torch.device, windows: tuple[int, int]
         curvature_tokens=recipe.curvature_tokens if calibrated else 0,
         curvature_width=curvature_width(plan) if calibrated else 0, quick=recipe.quick,
         quantized=sum(sizes[name] for name in plan.requantized), total=sum(sizes.values()), whole=max(whole, default=0),
-        largest=max((sizes[name] for name in {*plan.requantized, *plan.changed}), default=0), **facts,
+        largest=max((sizes[name] for name in {*plan.requantized, *plan.changed}), default=0),
+        factor_bytes=COMPUTE[recipe.compute].sums.itemsize if recipe.compute in COMPUTE else 4, **facts,
     )  # fmt: skip
 
 

@@ -148,8 +148,8 @@ class Run:
             self.found.batches[text][arm] = measure_share(self.answers, model, windows, device=self.work.device, progress=self._counter(f"{arm} on {text}"), share=share.later(turn))
 
     def _measure_extras(self, arm: str, answers: Answers, share: Share) -> None:
-        for extra in self.work.extras:
-            extra.add(arm, answers, self.work.device, lambda what: self._counter(f"{arm}, {what}"), share)
+        for extra in self.work.extras:  # begun by another rank for each arm: there may be one batch alone
+            extra.add(arm, answers, self.work.device, lambda what: self._counter(f"{arm}, {what}"), share.later(len(self.names)))
 
     def _counter(self, label: str) -> Callable[[int, int], None]:
         def counted(done: int, total: int) -> None:

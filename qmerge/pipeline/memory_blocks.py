@@ -153,8 +153,9 @@ def solving(work: Workload, group: Linears) -> dict[str, float]:
     small = all(out <= group.inputs for out in group.outputs)  # then D is needed no more once W D is there
     aims = AIM * group.inputs * sum(out * (2 if out <= group.inputs else 1) for out in group.outputs)
     # of the sums that choose H alone is left once it is known what judges want (known.Known.learned); experts' sums are used again
-    left = known if group.copies > 1 else STATISTICS // 2 * squares + residual + (0 if work.quick or small else FP32 * squares)
-    parked = FP32 * squares if work.streams_on_host and group.copies == 1 else 0  # that H, until it is asked for (numerics.hessian.Statistics.park)
+    judged = work.factor_bytes if group.copies == 1 else FP32  # of each of its elements (Statistics.round_hessian)
+    left = known if group.copies > 1 else (FP32 + judged) * squares + residual + (0 if work.quick or small else FP32 * squares)
+    parked = judged * squares if work.streams_on_host and group.copies == 1 else 0  # that H, until it is asked for (numerics.hessian.Statistics.park)
     grids = INT_GRID if work.format not in formats_of_books() else BOOK_GRID * (2 if work.base_4bit else 1)
     width = work.curvature_width if work.curvature_tokens and group.copies == 1 and group is not work.head else 0
     coupled = sum(out * min(out, width) for out in group.outputs)
@@ -162,7 +163,7 @@ def solving(work: Workload, group: Linears) -> dict[str, float]:
     held = aims + (FACTOR if group.copies == 1 or not work.accelerator else 2 * FACTOR) * squares + group.elements * (grids + TURNS) + COUPLING * coupled
     rows = sum(FINISHING * out * group.inputs for out in side) + (FP32 * group.elements if work.accelerator else 0)
     rows = max(rows, RUNNING * _running(work, group, width), sum(COUPLING_FACTORING * min(out, width) ** 2 for out in side))
-    moments = [{"statistics": known - parked, "what outputs should be": aims}, {"statistics": left - parked, "what outputs should be": aims, "factoring": FACTORING * squares},
+    moments = [{"statistics": known - (FP32 - judged) * squares - parked, "what outputs should be": aims}, {"statistics": left - parked, "what outputs should be": aims, "factoring": FACTORING * squares},
                {"statistics": left, "solving the largest group": round(held + rows)}]  # fmt: skip
     if work.accelerator:
         moments.append({"statistics": left, "what outputs should be": aims, "trying shifts": FACTOR * squares + TRYING * TOGETHER * group.inputs * max(-(-out // max(1, out // TRIAL_ROWS)) for out in group.outputs)})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_quality_arms import build
 
-from qmerge.cli.run import _apart
+from qmerge.cli.run_texts import apart
 from qmerge.errors import Refused, UsageProblem
 from qmerge.quality import arms
 from qmerge.quality.compare import compare, load_budget
@@ -158,7 +158,7 @@ def test_held_out_documents_that_overlap_by_chance_are_left_out(shared, left):
     """One training set, split by qmerge itself, and refused for one sentence in a thousand; or a template's text thinned to its odd rows, unsaid."""
     prompt = " ".join(f"word{i}" for i in range(20))
     kept = [Document(f"{prompt} {i}" if i < shared else f"another text, number {i}") for i in range(10)]
-    assert len(_apart([Document(prompt)], kept)) == left
+    assert len(apart([Document(prompt)], kept)) == left
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,12 @@ def main() -> None:
     parser.add_argument("--part", action="append", choices=list(PARTS), help="only this one; repeatable")
     parser.add_argument("--rounds", type=int, help="rounds of each part (default: each part's own, 2 to 10)")
     parser.add_argument("--out", type=Path, default=ROOT / ".bench" / "speed.json")
+    parser.add_argument("--page", type=Path, help="write the table as a page too, and the JSON beside it")
     args = parser.parse_args()
     if args.rounds is not None and args.rounds < 2:
         parser.error("--rounds must be at least 2: one round has no spread")
     found: dict[str, Any] = about(args) | {"rows": {}}
+    started = time.perf_counter()
     for name, (part, rounds) in PARTS.items():
         if args.part and name not in args.part:
             continue
@@ -53,6 +55,9 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     print(table(found))
+    if args.page:
+        args.page.write_text(page(found, time.perf_counter() - started), encoding="utf-8")
+        args.page.with_suffix(".json").write_text(args.out.read_text(encoding="utf-8"), encoding="utf-8")
     say(f"wrote {args.out}. Next: python scripts/compare_speed.py OLD.json {args.out}")
 
 
@@ -84,6 +89,23 @@ def table(found: dict[str, Any]) -> str:
         rows.append((row["what"], f"{row['value']:.2f}", f"{row['ci_low']:.2f} to {row['ci_high']:.2f}", str(row["n"]), aim, f"{row['seconds']:.3g} s", f"{row['other_seconds']:.3g} s"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def page(found: dict[str, Any], elapsed_s: float) -> str:
+    """The table for docs/measurements."""
+    rows = ["| what | ratio | 95 % | n | aim | ours | other |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in found["rows"].values():
+        aim = "" if row["limit"] is None else f"≤ {row['limit']:g}"
+        rows.append(f"| {row['what']} | **{row['value']:.2f}** | {row['ci_low']:.2f} to {row['ci_high']:.2f} | {row['n']} | {aim} | {row['seconds']:.3g} s | {row['other_seconds']:.3g} s |")
+    machine, loads = found["machine"], [row["load_average_before"] for row in found["rows"].values()]
+    return "\n".join([
+        "# Speed, part by part", "",
+        f"Written by `{found['command']} --page docs/measurements/speed.md` (`make bench`) in {elapsed_s / 60:.0f} min. Machine: {machine['cpu']}, {machine['cores']} cores, load average before the parts {min(loads):.1f} to {max(loads):.1f}; "
+        + ", ".join(f"{name} {version}" for name, version in found["versions"].items()) + ".", "",
+        "Each ratio is of two things that took turns; below 1 ours is quicker. Geometric mean over n rounds with its 95 % t interval; seconds are medians. `scripts/compare_speed.py OLD.json NEW.json` names what got slower by more than 10 % and its noise.",
+        "", *rows, "",
+        "What each row is: the docstrings of `scripts/bench_speed_parts.py`. gptqmodel and llm-compressor quantize the merged model; what qmerge takes includes dequantizing and merging it.", "",
+    ])  # fmt: skip
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,8 @@ CHILD = """
 import json, sys
 import qmerge.cli.run as command
 from qmerge.cli import planning
-from qmerge.device import PeakMemory, resident_bytes
+from qmerge.device import PeakMemory
+from qmerge.room import resident_bytes
 from qmerge.quality import estimate
 import torch
 from qmerge.cli.main import main

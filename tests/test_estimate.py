@@ -135,12 +135,12 @@ def test_a_dry_run_opens_all_that_the_run_opens(zoo, cli, tmp_path):
 
 LIMITED = """
 import importlib, resource, sys
-from qmerge import device
+from qmerge import room
 from qmerge.cli import merge
 real = merge.foreseen
 def limited(*args, **options):
     importlib.import_module("qmerge.numerics.kernels")
-    resource.setrlimit(resource.RLIMIT_AS, (device._status("VmSize") + {room}, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (room._status("VmSize") + {room}, resource.RLIM_INFINITY))
     return real(*args, **options)
 merge.foreseen = limited
 from qmerge.cli.main import main
@@ -166,7 +166,7 @@ def named(text, flag):
 @pytest.mark.slow
 def test_too_little_memory_is_refused_and_the_named_setting_does(tmp_path):
     """An hour's work that ends in the kernel's killer, or a way out that is none: under a real limit of address space."""
-    from qmerge.device import ARENAS_BYTES
+    from qmerge.room import ARENAS_BYTES
 
     code = LIMITED.format(room=ARENAS_BYTES + 250_000_000)
     refused = started(code, demo(tmp_path / "out", "--samples", "127", "--tokens", "256"))
@@ -181,7 +181,7 @@ def test_too_little_memory_is_refused_and_the_named_setting_does(tmp_path):
 @pytest.mark.slow
 def test_the_check_can_be_overruled(tmp_path):
     """A machine whose system tells less than there is, on which nothing can be started."""
-    from qmerge.device import ARENAS_BYTES
+    from qmerge.room import ARENAS_BYTES
 
     room = ARENAS_BYTES + 10_000_000
     found = started(LIMITED.format(room=room), demo(tmp_path / "out", "--samples", "8", "--tokens", "64", "--dry-run"))
@@ -211,7 +211,7 @@ def test_too_little_disk_is_refused_and_the_named_setting_does(tmp_path):
 
 def test_control_groups_are_asked(tmp_path):
     """A container that is ended because the machine has more than it: the tightest of all groups up to the root, with cache that nobody uses counted as free. Both versions' files as the kernel writes them."""
-    from qmerge.device import _cgroup_rooms
+    from qmerge.room import _cgroup_rooms
 
     for folder, files in {"memory/a/b": {"memory.limit_in_bytes": "9223372036854771712", "memory.usage_in_bytes": "5", "memory.stat": "total_inactive_file 1"},
                           "memory/a": {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "400", "memory.stat": "cache 3\ntotal_inactive_file 100\n"},

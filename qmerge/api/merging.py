@@ -148,10 +148,10 @@ def to_plan(recipe: Recipe, resume: bool) -> Recipe:
 def foreseen(plans: Sequence[MergePlan], calibration: Calibration | None, warn: Hear, *, check_fit: bool = True, resumed: bool = False, evaluating: int = 0, processes: int = 1) -> Estimate:
     """The estimate of a run, after every check that the run itself makes before it writes. Raises Refused where the run cannot fit, unless ``check_fit`` is off.
     ``evaluating``: bytes that measuring takes later; ``processes``: as many like this one share the machine's memory."""
-    from qmerge.device import one_heap
     from qmerge.pipeline.estimate import estimate
     from qmerge.pipeline.fit import check_fit as check
     from qmerge.pipeline.run import check_adapters
+    from qmerge.room import one_heap
 
     for plan in plans:
         check_adapters(plan)

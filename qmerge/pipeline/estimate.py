@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qmerge import formats
-from qmerge.device import COMPUTE, Room, pick_device, resident_bytes
+from qmerge.device import COMPUTE, pick_device
 from qmerge.formats import registry
 from qmerge.pipeline import memory, outputs
 from qmerge.pipeline.calibrate import Calibration
@@ -17,6 +17,7 @@ from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.residence import device_limit, phases_of, settled
 from qmerge.pipeline.timing import Rates, seconds
 from qmerge.pipeline.workload import Workload
+from qmerge.room import Room, resident_bytes
 from qmerge.store.pending import WAITING_BYTES
 from qmerge.store.sidefiles import side_files
 from qmerge.types import Grid, known

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qmerge.device import Room, memory_room
 from qmerge.errors import Refused
 from qmerge.formats import QUANTIZING
 from qmerge.pipeline import plan as planning
@@ -15,6 +14,7 @@ from qmerge.pipeline.estimate import LIBRARIES, Estimate, as_float, with_setting
 from qmerge.pipeline.memory import Phase
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.residence import ASKED
+from qmerge.room import Room, memory_room
 from qmerge.store.runs import find_runs
 from qmerge.units import format_bytes
 

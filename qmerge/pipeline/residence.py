@@ -11,11 +11,12 @@ from dataclasses import replace
 
 import torch
 
-from qmerge.device import Room, device_room
+from qmerge.device import device_room
 from qmerge.pipeline import memory
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.recipe import Recipe
 from qmerge.pipeline.workload import Workload, measure_plan
+from qmerge.room import Room
 
 ASKED = "allowed by --device-memory"
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qmerge import formats
-from qmerge.device import exact_products, limit_device, own_device, peak_rss_bytes, pick_device
+from qmerge.device import exact_products, limit_device, own_device, pick_device
 from qmerge.errors import Refused
 from qmerge.formats import dense, nf4, registry
 from qmerge.pipeline import outputs
@@ -38,6 +38,7 @@ from qmerge.pipeline.spread import solved_apart
 from qmerge.pipeline.stop import Stop
 from qmerge.pipeline.streams import USUAL, Place, requantize_blocks
 from qmerge.ranks import ALONE, Ranks
+from qmerge.room import peak_rss_bytes
 from qmerge.store.durable import write_json
 from qmerge.store.manifest import MANIFEST, build_manifest, read_manifest
 from qmerge.store.runs import RunFolder

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from qmerge.device import COMPUTE, in_parallel, tidy_heap, to_device, to_host
+from qmerge.device import COMPUTE, in_parallel, to_device, to_host
 from qmerge.numerics.curvature import Curvature, Distant
 from qmerge.pipeline.batches import Batch, Shelf, start
 from qmerge.pipeline.block_pair import BlockPair
@@ -28,6 +28,7 @@ from qmerge.pipeline.requantize import Solved, Steps, requantize_group, round_to
 from qmerge.pipeline.skeleton import set_weight
 from qmerge.pipeline.spread import Spread, handed, share_out
 from qmerge.ranks import ALONE, Ranks
+from qmerge.room import tidy_heap
 from qmerge.types import Grid, QuantState, known
 
 if TYPE_CHECKING:

@@ -128,12 +128,14 @@ def test_a_chosen_arm_is_found_by_the_start_of_its_name(bench):
     names = [arm.name for arm in bench.arms.arms_of("light", ["ours-gptq-int4", "peft"])]
     assert names == [
         "ours-gptq-int4",
+        "ours-gptq-int4-quick",
         "ours-gptq-int4-asym",
         "ours-gptq-int4-g32",
         "ours-gptq-int4-blocks",
         "ours-gptq-int4-distill",
         "peft-nf4",
     ]
+    assert [arm.name for arm in bench.arms.arms_of("light", ["gptqmodel$", "ours-nf4$"])] == ["ours-nf4", "gptqmodel"]
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,12 @@ SIZE = 512
 """of the matrices that are multiplied for a rate"""
 START_S = 5.0
 """libraries' start, reading, writing: what does not grow"""
-SOLVING = 110
+SOLVING = 45
 """products of a linear's elements with its inputs: judging, shifting, descending, over all rounds (requantize), in operations of a matrix product's rate"""
 COUPLED = 14
 """the same with the rows that count together"""
-FACTORED = 6
-"""of inputs cubed: the factorization and the inverse in fp64, at half of fp32's rate"""
+FACTORED = 3
+"""of inputs cubed: the factorization and the inverse in fp64. This and SOLVING are set so that blocks of an 8B take what docs/measurements/large-shapes.md says"""
 DENSE = 3.0
 """the float merge's time over that of hashing its bytes: reading, decoding, casting and proving beside it"""
 

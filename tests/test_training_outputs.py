@@ -72,11 +72,23 @@ def test_spellings_of_keys(training, case):
     assert not bits_differ(tensors_of(training.merge(base, adapter)), tensors_of(training.merge(base, training.plain)))
 
 
-def test_an_unsloth_folder(training):
-    """Unsloth writes a regular expression as target_modules, names its own copy of the base, and leaves checkpoints and a README beside the adapter."""
+PARTS, LINEARS = "self_attn|attention|attn|mlp|feed_forward|ffn|dense", "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+IN_LAYERS = rf"(?:\bmodel\.layers\.[\d]{{1,}}\.(?:{PARTS})\.(?:(?:{LINEARS})))"
+TARGETS = {
+    "short": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|k_proj|down_proj).*?)",
+    "text": rf"(?:.*?(?:language|text).*?(?:{PARTS}).*?(?:{LINEARS}).*?)|{IN_LAYERS}",
+    "text and images": rf"(?:.*?(?:vision|image|visual|patch|language|text).*?(?:{PARTS}).*?(?:{LINEARS}|correlation|embedding).*?)|{IN_LAYERS}",
+    "without experts": rf"(?!.*\.experts\.\d)(?:.*?(?:language|text).*?(?:{PARTS}).*?(?:{LINEARS}).*?)|{IN_LAYERS}",
+}
+"""regular expressions in the shapes of Unsloth's"""
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_an_unsloth_folder(training, targets):
+    """Unsloth writes a regular expression as target_modules (one with several repeats in a row was refused as if it could take for ever), names its own copy of the base, and leaves checkpoints and a README beside the adapter."""
     adapter, base = training.adapter(), training.zoo.nf4("llama")
     config = json.loads((adapter / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": "unsloth/llama-bnb-4bit", "target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|k_proj|down_proj).*?)",
+    config |= {"base_model_name_or_path": "unsloth/llama-bnb-4bit", "target_modules": TARGETS[targets],
                "auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama", "unsloth_fixed": True}}  # fmt: skip
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     shutil.copytree(training.plain, adapter / "checkpoint-60")

@@ -72,7 +72,7 @@ def test_spellings_of_keys(training, case):
     assert not bits_differ(tensors_of(training.merge(base, adapter)), tensors_of(training.merge(base, training.plain)))
 
 
-PARTS, LINEARS = "self_attn|attention|attn|mlp|feed_forward|ffn|dense", "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+PARTS, LINEARS = "self_attn|attention|attn|mlp|feed_forward|ffn|dense", "q_proj|k_proj|down_proj"
 IN_LAYERS = rf"(?:\bmodel\.layers\.[\d]{{1,}}\.(?:{PARTS})\.(?:(?:{LINEARS})))"
 TARGETS = {
     "short": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|k_proj|down_proj).*?)",

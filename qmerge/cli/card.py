@@ -56,12 +56,12 @@ def card_command(
         result_json({"written": None if only_print else str(folder / CARD), "card": text})
     else:
         result(text.rstrip("\n") if only_print else str(folder / CARD))
-    if only_print:
-        return
     if not all(origin.hub_id for origin in origins):
         warn("an input has no id on the hub, so base_model is incomplete: --base-id ORG/NAME, --adapter-id ORG/NAME")
     if not origins[0].licence:
         warn("no licence is known of the base, so the card names none: --base P reads it from the base's own card")
+    if only_print:
+        return
     say(f"Next: qmerge verify {out}, or qmerge push {out} --repo {model_id or 'ORG/NAME'}")
 
 

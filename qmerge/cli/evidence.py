@@ -95,7 +95,9 @@ def brief_verdict(verdict: dict[str, Any]) -> None:
 
 def show_verdict(verdict: dict[str, Any]) -> None:
     """The state and every reason, one per line, on stdout."""
-    result(f"{verdict['state'].upper()} (budget {verdict.get('budget', 'default')})")
+    budget = f"budget {verdict.get('budget', 'default')}"
+    failed = {check["metric"].endswith("_vs_baseline") for check in verdict["checks"] if check["state"] == "fail"}
+    result(f"{verdict['state'].upper()} ({f'against the baseline; inside the {budget}' if failed == {True} else budget})")
     for reason in verdict["reasons"]:
         result(f"  {reason}")
     if verdict["state"] == "inconclusive":

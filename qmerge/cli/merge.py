@@ -89,4 +89,4 @@ def _survival(linears: dict[str, dict[str, Any]]) -> str:
     if not found:
         return "delta survival: no linear was changed"
     lowest, highest = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
-    return f"delta survival in {len(found)} tensors: {found[lowest]:.4f} ({lowest}) to {found[highest]:.4f} ({highest}); all in manifest.json"
+    return f"delta survival in {len(found)} tensors: {found[lowest]:.4f} ({lowest}) to {found[highest]:.4f} ({highest}); all in manifest.json. Of weights, one by one: what the model keeps, qmerge eval measures"

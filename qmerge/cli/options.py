@@ -77,7 +77,7 @@ merge_options = stack(
     ),
     topic(
         SOLVER,
-        click.option("--quick", is_flag=True, default=None, help="GPTQ as it was published: no teacher beside it, no gradients unless --curvature-tokens is given. In half the time and less memory; the result is further from base + adapter."),
+        click.option("--quick", is_flag=True, default=None, help="Solve without the separate model beside it and, unless --curvature-tokens is given, without gradients: GPTQ as it was published. In half the time; three to five times further from base + adapter, where it was measured."),
         click.option("--curvature-tokens", type=int, metavar="N", help="Calibration tokens that gradients are taken on, to learn which errors of a linear's outputs cancel (8192); 0: none, quicker and worse."),
         click.option("--polish", type=words_of("polish"), multiple=True, metavar="HOW", help="Slow steps after the solver, for less loss at the same size: distill (scales and norms trained on the separate model's logits), blocks (codes tuned block by block). Repeat it, or separate with commas."),
         click.option("--low-traffic", type=words_of("low_traffic"), metavar="HOW", help="Experts that saw too few tokens: pooled (default: the layer's pooled statistics) or rtn (round to nearest)."),

@@ -31,7 +31,8 @@ def describe_estimate(found: Estimate, evaluating: int = 0) -> str:
         limit = "" if found.limit is None else f" of {format_bytes(found.limit.free)} {found.limit.limit}"
         lying = {"device": ", both streams of activations among it", "main memory": "; both streams of activations lie in main memory", "none": ""}[found.streams]
         rows.append(f"          about {format_bytes(found.device_bytes)}{limit} on {found.device} ({found.fullest_on_device.name}){lying} (by the same formulas; not measured on such a device)")
-    return "\n".join([*rows, f"takes     about {format_seconds(found.seconds)}"])
+    on_top = ", and measuring on top" if evaluating else ""
+    return "\n".join([*rows, f"takes     about {format_seconds(found.seconds)} to merge where nothing else runs{on_top}"])
 
 
 def detail(found: Estimate) -> str:

@@ -17,7 +17,7 @@ from qmerge.formats.training import recipe_from_adapter
 from qmerge.pipeline.skeleton import Skeleton, build_skeleton
 from qmerge.store.adapter import CONFIG
 from qmerge.store.checkpoint import Checkpoint, open_checkpoint
-from qmerge.store.hub import resolve
+from qmerge.store.hub import is_hub_id, resolve
 from qmerge.store.jsonfiles import read_object
 from qmerge.types import known
 from qmerge.units import format_bytes
@@ -59,7 +59,7 @@ def _adapter(path: str, folder: Path) -> dict[str, Any]:
     adapter, notes = _opened(path, config, problems)
     if adapter is not None:
         facts |= {"name": adapter.name, "revision": adapter.revision}
-    facts |= {"trained_on": str(config.get("base_model_name_or_path") or "unknown").rstrip("/").rsplit("/", 1)[-1], "peft_type": str(config.get("peft_type")), "features": _features(config)}
+    facts |= {"trained_on": _public(str(config.get("base_model_name_or_path") or "unknown")), "peft_type": str(config.get("peft_type")), "features": _features(config)}
     if adapter is not None:
         facts |= _contents(adapter)
     try:
@@ -109,6 +109,11 @@ def _contents(adapter: Adapter) -> dict[str, Any]:
     else:
         facts["merged_by"] = "PEFT's own layers, one linear at a time"
     return facts | {"bytes": adapter.weight_bytes}
+
+
+def _public(place: str) -> str:
+    """An id of the hub whole, of a folder its last name: no output names local folders."""
+    return place if is_hub_id(place) else place.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _dtypes(specs: Any) -> dict[str, int]:

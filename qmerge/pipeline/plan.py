@@ -269,10 +269,11 @@ def describe_plan(found: MergePlan) -> str:
     """For people, several lines."""
     recipe = found.recipe
     target = {"gptq": f"gptq, {recipe.bits} bits, group size {recipe.group_size}, {'symmetric' if recipe.symmetric else 'asymmetric'}", "nf4": "nf4 (bitsandbytes)"}.get(recipe.format, recipe.format)
+    quick = ", quick (the separate model does not run beside it)" if recipe.quick else ""
     rows = [
         f"base      {found.checkpoint.name}: {_kind(found.base)}, {format_bytes(found.checkpoint.weight_bytes)}",
         f"adapter   {', '.join(_named(found))}: changes {len(found.changed)} tensors",
-        f"output    {target}: {len(found.requantized)} linears requantized, about {format_bytes(found.bytes_out)}",
+        f"output    {target}: {len(found.requantized)} linears requantized, about {format_bytes(found.bytes_out)}{quick}",
     ]
     return "\n".join(rows + [f"note      {warning}" for warning in found.warnings])
 

@@ -45,6 +45,11 @@ def resolve(path_or_id: str | Path, revision: str | None = None, also: Sequence[
     return folder, text, commit
 
 
+def is_hub_id(text: str) -> bool:
+    """ORG/NAME, and no folder here."""
+    return "/" in text and _ID.fullmatch(text) is not None and not Path(text).exists()
+
+
 def in_hub_cache(path: Path) -> bool:
     """Does ``path`` (resolved, may not exist yet) lie inside a cache of the hub: the configured one, or any that has its layout?"""
     cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()

@@ -82,7 +82,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise Refused("The output exists and is not a folder.", where=str(out), fix="choose another name")
     if not overwrite:
         raise Refused("The output exists.", where=str(out), expected="a folder that does not exist yet", found="a folder",
-                      fix="choose another name, or --overwrite")
+                      fix="choose another name, --overwrite, or --resume, which finds out whether it is what this command would write")
     names = list_files(out)
     if not names and not (out / MANIFEST).exists():
         return

@@ -96,13 +96,13 @@ def _kind(facts: Facts) -> str:
 def render_card(facts: Facts) -> str:
     """README.md for the checkpoint."""
     kind = _kind(facts)
-    adapters = " and ".join(f"the adapter *{md(origin.name)}*" for origin in facts.adapters) or "a LoRA adapter"
+    adapters = " and ".join(f"the adapter *{md(origin.hub_id or origin.name)}*" for origin in facts.adapters) or "a LoRA adapter"
     place = facts.model_id or (facts.name if PLAIN_NAME.fullmatch(facts.name) else "MODEL")  # it goes into commands and code
     form = f"requantized to {md(format_name(kind))}" if kind not in FLOAT else "as float weights"
     parts = [
         front_matter(facts),
         f"# {md(facts.name)}",
-        f"The base *{md(facts.base.name)}* with {adapters} merged into its dequantized weights, {form}, by qmerge {md(fields.as_dict(facts.manifest.get('tool')).get('version', ''))}. "
+        f"The base *{md(facts.base.hub_id or facts.base.name)}* with {adapters} merged into its dequantized weights, {form}, by qmerge {md(fields.as_dict(facts.manifest.get('tool')).get('version', ''))}. "
         "It needs neither PEFT nor qmerge to run.",
         "## Loading",
         *(f"{engine}:\n\n```{language}\n{code.replace('MODEL', place)}\n```" for engine, language, code in snippets(kind)),

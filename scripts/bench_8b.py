@@ -74,8 +74,9 @@ def resident(process: int, key: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
 
 
-def watch(words: list[str], share: float, limit_s: float, parts: Path) -> Taken:
-    load, began = os.getloadavg()[0], time.perf_counter()
+def watch(words: list[str], share: float, limit_s: float, home: Path) -> Taken:
+    """``home``: the folder that all is made in, which no page names."""
+    load, began, parts = os.getloadavg()[0], time.perf_counter(), home / "parts.json"
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(share), str(parts), *words], env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[tuple[float, int, str]] = []
     seen = [0, 0]
@@ -83,7 +84,7 @@ def watch(words: list[str], share: float, limit_s: float, parts: Path) -> Taken:
 
     def read() -> None:
         for line in child.stdout:
-            lines.append((round(time.perf_counter() - began, 1), seen[0], line.rstrip()))
+            lines.append((round(time.perf_counter() - began, 1), seen[0], line.rstrip().replace(f"{home}/", "")))
             seen[0] = 0
 
     reader = threading.Thread(target=read, daemon=True)
@@ -160,7 +161,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         base, adapter = (asked.made / "base", asked.made / "adapter") if asked.made else make(Path(home), shape)
         words = ["merge", "--base", base, "--adapter", adapter, "--format", "gptq", "--calibration", DEMO / "calibration.jsonl", "--samples", asked.samples, "--tokens", asked.tokens, "--out", f"{home}/out"]
-        taken = watch(list(map(str, words)), asked.blocks / WHOLE, asked.limit, Path(home) / "parts.json")
+        taken = watch(list(map(str, words)), asked.blocks / WHOLE, asked.limit, Path(home))
     command = " ".join(["scripts/bench_8b.py", *sys.argv[1:]])
     text = page(shape, taken, command)
     print(text)

@@ -14,11 +14,12 @@ from types import FrameType
 
 PARTS = {
     ("gradients.py", "backwards"): "gradients", ("gradients.py", "_draw"): "gradients", ("gradients.py", "_one"): "gradients", ("gradients.py", "_forwards"): "gradients",
-    ("blocks.py", "run_block"): "passes", ("hessian.py", "add_all"): "statistics", ("hessian.py", "strip"): "statistics", ("hessian.py", "_factors"): "statistics", ("hessian.py", "_mean"): "statistics", ("streams.py", "_inputs"): "passes",
-    ("streams.py", "_load_block"): "load", ("hessian.py", "factor"): "factor H", ("requantize.py", "__init__"): "W D", ("requantize.py", "moved_rows"): "W D", ("requantize.py", "begin"): "scales, curvature", ("candidates.py", "options"): "scales, curvature",
-    ("coupled.py", "__init__"): "scales, curvature", ("requantize.py", "_try"): "trials", ("rows.py", "solve_rows"): "rows: rest", ("gptq.py", "solve"): "rows: columns", ("coupled.py", "solve"): "rows: columns",
-    ("coupled.py", "descend"): "rows: descent", ("polish.py", "descend"): "rows: descent", ("polish.py", "refit"): "rows: refit", ("shift.py", "shifts"): "rows: shifts", ("rows.py", "add"): "rows: judged",
-    ("requantize.py", "_finish"): "finish", ("kept.py", "commit"): "journal", ("kept.py", "save_streams"): "journal", ("publish.py", "publish"): "publishing", ("writer.py", "_"): "writing",
+    ("blocks.py", "run_block"): "passes", ("block_pair.py", "_inputs"): "passes", ("hessian.py", "add_factors"): "statistics", ("hessian.py", "strip"): "statistics", ("hessian.py", "factors"): "statistics",
+    ("hessian.py", "settle"): "statistics", ("hessian.py", "round_hessian"): "statistics", ("loading.py", "load_block"): "load", ("merge.py", "parameter"): "load", ("merge.py", "delta"): "load", ("hessian.py", "factor"): "factor H",
+    ("requantize.py", "learn"): "W D", ("requantize.py", "begin"): "scales, curvature", ("candidates.py", "options"): "scales, curvature", ("coupled.py", "__init__"): "scales, curvature",
+    ("requantize.py", "_try"): "trials", ("rows.py", "solve_rows"): "rows: rest", ("polish.py", "__init__"): "rows: lean", ("gptq.py", "solve"): "rows: columns", ("coupled.py", "solve"): "rows: columns",
+    ("coupled.py", "descend"): "rows: descent", ("polish.py", "descend"): "rows: descent", ("rows.py", "_fitted"): "rows: refit", ("shift.py", "shifts"): "rows: shifts", ("rows.py", "add"): "rows: judged",
+    ("requantize.py", "_finish"): "finish", ("kept.py", "commit"): "journal", ("kept.py", "save_streams"): "journal", ("writer.py", "add"): "writing", ("writer.py", "finish"): "writing",
 }  # fmt: skip
 """(file, function) -> part. Within trials, columns count as trials: the outermost of the two decides"""
 OUTER = {"trials", "gradients"}

@@ -128,3 +128,12 @@ def test_products_stay_fp32_and_the_setting_goes_back():
         raise KeyError
     assert (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.allow_tf32) == before
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_verify_multiplies_as_the_merge_did(zoo, cli, tmp_path):
+    """An adapter of rank 256, merged by one library and derived again by the other: floats that are right and said to be wrong."""
+    adapter = zoo.adapter("llama", "wide", r=256, lora_alpha=256)
+    inputs = ("--base", zoo.nf4("llama"), "--adapter", adapter)
+    assert cli("merge", *inputs, "--format", "fp32", "--out", tmp_path / "out").code == 0
+    answer = cli("verify", tmp_path / "out", *inputs)
+    assert answer.code == 0, answer.out

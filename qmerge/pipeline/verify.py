@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qmerge.device import exact_products
 from qmerge.errors import Interrupted, QmergeError, Refused
 from qmerge.pipeline.calibrate import load_tokenizer
 from qmerge.pipeline.rederive import Check, check_against_inputs, explain, plan_again
@@ -31,6 +32,7 @@ OWN = ("config.json", "quantize_config.json", INDEX, CARD)
 """what qmerge writes beside weights and copied files"""
 
 
+@exact_products()  # as in the merge: another library rounds products of many factors otherwise, and floats are compared bit for bit
 def verify(out: str, base: str | None = None, adapters: Sequence[str] = (), allow_pickle: bool = False, signature: str | None = None, public_key: str | None = None) -> list[Check]:
     """All checks in order. ``adapters``: places, in the order of the merge; weights are the manifest's (one that is named must be it). ``signature`` and ``public_key``:
     files of model-transparency. Raises `QmergeError` only where there is nothing to check (no folder, no manifest, one that is malformed) or the inputs are of another merge."""

@@ -11,43 +11,16 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
-import socket
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from bench_ranks_runs import SECONDS, command, measured, one_run, table
+
 SPLIT = {"read": "not split: every rank tokenizes all text", "load": "not split: each rank loads each arm that it measures", "measure": "by batches of 1024 tokens", "linears": "by linear", "perplexity": "by batches",
          "continuations": "by batches of 16 prompts", "statistics": "not split: rank 0 alone", "write": "not split: rank 0 alone", "wait and send": "for the other ranks, and what is sent"}  # fmt: skip
 """part -> how it is shared"""
-
-
-def one_run(size: int, wish: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of the slowest rank, its parts by rank, and digests of what was found."""
-    place = Path(tempfile.mkdtemp(prefix="bench-eval-ranks-"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cores, started = sorted(os.sched_getaffinity(0)), []
-    for rank in range(size):
-        variables = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                                  "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
-        core = cores[rank % len(cores)]
-        words = [sys.executable, __file__, "--work", json.dumps(wish | {"out": str(place / "results.json")})]
-        started.append(subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, text=True, preexec_fn=lambda core=core: os.sched_setaffinity(0, {core})))
-    try:
-        said = [json.loads(one.communicate()[0].splitlines()[-1]) for one in started]
-        digest = found_digest(place / "results.json")
-    finally:
-        for one in started:
-            one.kill()
-        shutil.rmtree(place, ignore_errors=True)
-    return {"elapsed_s": max(row["elapsed_s"] for row in said), "cpu_s": max(row["cpu_s"] for row in said), "ranks": sorted(said, key=lambda row: row["rank"]), "digest": digest}
 
 
 def found_digest(results: Path) -> str:
@@ -62,34 +35,18 @@ def found_digest(results: Path) -> str:
     return digest.hexdigest()
 
 
-def measured(sizes: list[int], rounds: int, wish: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per number of ranks: medians over the rounds. Exits where the numbers differ."""
-    runs: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
-    for _ in range(rounds):
-        for size in sizes:
-            runs[size].append(one_run(size, wish))
-    if len({run["digest"] for found in runs.values() for run in found}) != 1:
-        raise SystemExit("the results differ, so their times mean nothing")
-    rows = []
-    for size, found in runs.items():
-        parts = {key: {part: statistics.median(max(rank[key][part] for rank in run["ranks"]) for run in found) for part in SPLIT} for key in ("parts_s", "cpu_parts_s")}
-        rows.append({"ranks": size, "elapsed_s": statistics.median(run["elapsed_s"] for run in found), "cpu_s": statistics.median(run["cpu_s"] for run in found), "all_s": [round(run["elapsed_s"], 2) for run in found], **parts})
-    return rows
+def timed(sizes: list[int], rounds: int, wish: dict[str, Any]) -> list[dict[str, Any]]:
+    def words(place: Path) -> list[str]:
+        return [__file__, "--work", json.dumps(wish | {"out": str(place / "results.json")})]
+
+    return measured(sizes, rounds, lambda size: one_run(size, words, lambda place: found_digest(place / "results.json")), SPLIT)
 
 
-def page(command: str, rows: list[dict[str, Any]], rounds: int) -> str:
+def page(asked: str, rows: list[dict[str, Any]], rounds: int) -> str:
     """For people."""
-    lines = ["# Several ranks evaluate, against one", "", "Written by `scripts/bench_eval_ranks.py`; each rank has one core and one thread, and results and per-token arrays are equal.", "", f"    {command}", "",
-             f"Seconds of the rank that took most in a part, medians over {rounds} round(s); of the processor, and of the clock in brackets (which counts what others did on the machine, too):", ""]  # fmt: skip
-    lines += ["| part | " + " | ".join(f"{row['ranks']} ranks" if row["ranks"] > 1 else "1 rank" for row in rows) + " | ratio | how it is split |", "|---|" + "---|" * (len(rows) + 2)]
-    for part in ("all", *SPLIT):
-        values = [row["cpu_s"] if part == "all" else row["cpu_parts_s"][part] for row in rows]
-        clock = [row["elapsed_s"] if part == "all" else row["parts_s"][part] for row in rows]
-        if max(*values, *clock) < 0.05:
-            continue
-        ratio = f"{values[-1] / values[0]:.2f}" if values[0] > 0.05 else ""
-        lines.append(f"| {part} | " + " | ".join(f"{value:.1f} ({wall:.1f})" for value, wall in zip(values, clock, strict=True)) + f" | {ratio} | {SPLIT.get(part, '')} |")
-    return "\n".join([*lines, "", f"Clock, round by round: {'; '.join(str(row['ranks']) + ' ranks: ' + ', '.join(map(str, row['all_s'])) + ' s' for row in rows)}.", "", "Not measured: several hosts, a network, GPUs and NCCL, benchmarks.", ""])
+    lines = ["# Several ranks evaluate, against one", "", "Written by `scripts/bench_eval_ranks.py`; each rank has one core and one thread, and results and per-token arrays are equal.", "", f"    {asked}", "",
+             f"Seconds of the rank that took most in a part, medians over {rounds} round(s); {SECONDS}", ""]  # fmt: skip
+    return "\n".join([*lines, *table(rows, SPLIT, SPLIT), "Not measured: several hosts, a network, GPUs and NCCL, benchmarks.", ""])
 
 
 def work(wish: dict[str, Any]) -> None:
@@ -138,10 +95,10 @@ def main() -> None:
     words.add_argument("--page")
     asked = words.parse_args()
     wish = {"base": asked.base, "adapters": asked.adapter, "candidates": asked.candidate, "texts": asked.text, "tokens": asked.tokens, "perplexity": asked.perplexity, "generate": asked.generate, "new_tokens": asked.new_tokens}
-    rows = measured([int(size) for size in asked.ranks.split(",")], asked.rounds, wish)
+    rows = timed([int(size) for size in asked.ranks.split(",")], asked.rounds, wish)
     if asked.json:
         Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n")
-    told = page("python " + " ".join(word.replace("/work/shared", "../shared") for word in sys.argv), rows, asked.rounds)
+    told = page(command(), rows, asked.rounds)
     if asked.page:
         Path(asked.page).write_text(told)
     print(told)

@@ -56,9 +56,9 @@ def group_backend(device: str, local_rank: int) -> str:
 def exact_products() -> Iterator[None]:
     """Within it, fp32 products are taken in fp32 and by the quicker of torch's two libraries; settings of the whole process, put back afterwards.
 
-    On CUDA TF32 would put 1e-3 errors into a merge. On AMD's processors MKL leaves half of the vector width unused, where oneDNN takes 2.2 times less time (docs/measurements/products.md). torch hands products to oneDNN
+    On CUDA TF32 would put 1e-3 errors into a merge. On AMD's processors MKL leaves half of the vector width unused, and oneDNN is some two times quicker (docs/measurements/products.md). torch hands products to oneDNN
     only where it may take them in bf16; whether it does is tried out on one that bf16 would spoil, and where it does MKL stays. torch's older name for the setting
-    (``get_float32_matmul_precision``) cannot be asked meanwhile.
+    (``get_float32_matmul_precision``) cannot be asked meanwhile, and two threads of a process may not be in it at once.
     """
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     tf32, before = cuda.allow_tf32, cpu.fp32_precision
@@ -102,7 +102,7 @@ def pick_compute(wish: str, device: torch.device) -> str:
 
 
 def quick_at_bf16(cpuinfo: str) -> bool:
-    """By what Linux says of the processor: AMX tiles, or AMD's AVX512-BF16 (4.5 times fp32's rate where it was measured; Intel's without AMX was slower than fp32)."""
+    """By what Linux says of the processor: AMX tiles, or AMD's AVX512-BF16 (docs/measurements/compute.md has both rates; Intel's without AMX was slower than fp32)."""
     flags = set(found[1].split()) if (found := re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)) else set()
     return "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in cpuinfo)
 

@@ -1,6 +1,6 @@
 """Does qmerge work on the oldest versions that pyproject.toml admits?
 
-    python scripts/check_oldest.py [--env DIR] [PYTEST-ARGUMENT …]
+    python scripts/check_oldest.py [--env DIR] [--where-it-installs] [PYTEST-ARGUMENT …]
 
 Makes an environment with the lowest version of everything that qmerge names (what those name themselves may be newer), prints the versions, merges the demo to nf4, verifies and
 measures it there, and runs the tests of merging, of 4-bit formats and of requantizing. Without extras: the peers that they bring are skipped. Some 7 GB in DIR (``.bench/env-oldest``),
@@ -27,8 +27,15 @@ SHOWN = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "scipy", "num
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--env", type=Path, default=ROOT / ".bench" / "env-oldest")
+    parser.add_argument("--where-it-installs", action="store_true", help="say so and end well where these versions cannot be installed (another Python or platform, no registry)")
     options, arguments = parser.parse_known_args()
-    python = made(options.env.resolve())
+    try:
+        python = made(options.env.resolve())
+    except subprocess.CalledProcessError as problem:
+        if not options.where_it_installs:
+            raise
+        print(f"skipped: the oldest versions cannot be installed here: {' '.join(map(str, problem.cmd[:4]))} … ended with {problem.returncode}")
+        return
     found = {one.metadata["Name"].lower().replace("_", "-"): one.version for one in importlib.metadata.distributions(path=[str(next(options.env.resolve().glob("lib/python*/site-packages")))])}
     print("oldest: " + ", ".join(f"{name} {found[name]}" for name in SHOWN), flush=True)
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -136,3 +136,13 @@ def test_a_folder_of_several_adapters(zoo: Zoo, tmp_path: Path) -> None:
     assert facts["problems"][0].startswith("third: ") and "many#first'" in said
     facts, _ = told(f"{tmp_path / 'many'}#second")
     assert facts["what"] == "adapter" and facts["linears"] == 14 and len(facts["other_adapters_here"]) == 2
+
+
+@pytest.mark.parametrize(("said", "told_as"), [("unsloth/llama-bnb-4bit", "unsloth/llama-bnb-4bit"), ("/home/somebody/models/base-nf4/", "base-nf4"), (None, "unknown")])
+def test_what_an_adapter_was_trained_on(zoo: Zoo, tmp_path: Path, said: str | None, told_as: str) -> None:
+    """An id of the hub that nobody can paste because its organisation is cut off; or the folders of whoever trained it."""
+    adapter = Path(shutil.copytree(zoo.adapter("llama"), tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": said}))
+    assert told(adapter)[0]["trained_on"] == told_as
+    assert "None" not in run_cli("inspect", adapter).out

@@ -55,7 +55,7 @@ def test_a_worse_run_exits_3_and_leaves_the_files(run) -> None:
         metric |= {"value": metric["value"] + 0.5, "ci_low": metric["value"] + 0.49, "ci_high": metric["value"] + 0.51}
 
     answer = again("worse", better)
-    assert answer.code == 3 and "FAIL" in answer.out
+    assert answer.code == 3 and "FAIL (against the baseline, not by the budget loose)" in answer.out
     assert {name: state for name, state in _tests(folder / "worse.xml").items() if state == "failure"}.keys() == {"top-1 agreement, new − baseline on own"}
     assert (folder / "worse.eval/report.md").read_text().startswith("**❌ Fail**") and (folder / "worse/manifest.json").is_file()
     assert json.loads((folder / "worse.eval/results.json").read_text())["verdict"]["state"] == "fail"
@@ -81,3 +81,10 @@ def test_windows_that_cannot_be_are_refused_before_the_merge(zoo, cli, tmp_path:
     """Catches `--eval-tokens` that is looked at only after hours of merging, and 0 taken for no wish."""
     answer = cli("run", "--base", zoo.nf4("llama"), "--adapter", zoo.adapter("llama"), "--format", "bf16", "--text", zoo.held_out, "--out", tmp_path / "out", "--eval-tokens", tokens, "--device", "cpu")
     assert answer.code == 2 and "--eval-tokens" in answer.err and not list(tmp_path.iterdir())
+
+
+def test_the_calibration_file_is_no_held_out_text(zoo, cli, tmp_path: Path) -> None:
+    """Only what is drawn of it is compared, so a long file given as both was refused for a few shared words, or not at all, and the message led to --allow-overlap."""
+    answer = cli("run", "--base", zoo.nf4("llama"), "--adapter", zoo.adapter("llama"), "--calibration", zoo.calibration, "--text", f"own={zoo.calibration}", "--out", tmp_path / "out", "--device", "cpu")
+    assert answer.code == 4 and "the text to measure on is the calibration text" in answer.err and "--text own" in answer.err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.eval").exists()

@@ -97,7 +97,7 @@ def show_verdict(verdict: dict[str, Any]) -> None:
     """The state and every reason, one per line, on stdout."""
     budget = f"budget {verdict.get('budget', 'default')}"
     failed = {check["metric"].endswith("_vs_baseline") for check in verdict["checks"] if check["state"] == "fail"}
-    result(f"{verdict['state'].upper()} ({f'against the baseline; inside the {budget}' if failed == {True} else budget})")
+    result(f"{verdict['state'].upper()} ({f'against the baseline, not by the {budget}' if failed == {True} else budget})")
     for reason in verdict["reasons"]:
         result(f"  {reason}")
     if verdict["state"] == "inconclusive":

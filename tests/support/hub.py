@@ -122,8 +122,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return True
         if failing := re.fullmatch(rf"fails-{step}-(\d+)", name):
-            if not self.read:
-                self._body()
             self._json(int(failing[1]), {"error": f"no {step} \x1b[31mtoday"})
             return True
         return False
@@ -255,6 +253,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._bytes(status, json.dumps(value).encode(), {"Content-Type": "application/json", **more, **(headers or {})})
 
     def _bytes(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        if not self.read:  # what is left of a request on a connection that stays open is taken for the next one
+            self._body()
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)

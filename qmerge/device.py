@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -117,6 +118,16 @@ def _cpuinfo() -> str:
 def products_in(compute: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """Within it, matrix products and attention of this thread take their factors in ``compute``; sums within a product, norms and what is added up stay in fp32."""
     return nullcontext() if compute == torch.float32 else torch.autocast(device.type, compute)
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether the kernels that are written in Triton run there: a GPU, and Triton, which comes with torch for Linux."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, Triton launches on ``device``: it asks which one is the thread's current one (in a new thread the first), not where its tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def peak_device_bytes(device: torch.device) -> int:

@@ -61,6 +61,19 @@ class QuantState:
 
 
 @dataclass(frozen=True)
+class CodedRows:
+    """Some rows ``[rows, columns]`` of a 4-bit weight as they are stored, all tensors on one device: ``packed`` uint8 ``[ceil(rows * columns / 2)]``, the even element in the high nibble;
+    ``absmax`` fp32 of their blocks, nesting undone; ``levels`` fp32 ``[16]`` by code. The first element begins a block; ``block_size`` is even."""
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    levels: torch.Tensor
+    block_size: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class Grid:
     """The values a weight may take: ``scale * (code - zero)`` (``int``) or ``absmax * level[code]`` (``nf4``, ``fp4``).
 

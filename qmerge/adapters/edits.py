@@ -47,6 +47,10 @@ class Change(ABC):
     rowwise = True
     """may rows be merged without seeing the other rows?"""
 
+    def product(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """``(left [rows, rank], right [rank, in], scaling)`` where `apply` does nothing to rows ``start`` … ``stop`` but add ``scaling · left @ right``; None where it does anything else."""
+        return None
+
     @abstractmethod
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """Merged rows for base ``rows`` (``start`` is the first row's number), a new tensor; ``rows`` stays as it is."""

@@ -45,12 +45,11 @@ class LowRankChange(Change):
     def __init__(self, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
         self.left, self.right, self.scaling = left, right, scaling
 
-    def product(self, start: int, count: int) -> torch.Tensor:
-        """``scaling · left @ right`` of rows ``start`` … ``start + count``."""
-        return torch.mm(self.left[start : start + count], self.right).mul_(self.scaling)
+    def product(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        return self.left[start:stop], self.right, self.scaling
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        return self.product(start, rows.shape[0]).add_(rows)
+        return torch.mm(self.left[start : start + rows.shape[0]], self.right).mul_(self.scaling).add_(rows)
 
     def added(self, rows: torch.Tensor, inputs: torch.Tensor, start: int) -> torch.Tensor:
         return torch.mm(self.left[start : start + rows.shape[0]], torch.mm(self.right, inputs)).mul_(self.scaling)
@@ -58,6 +57,9 @@ class LowRankChange(Change):
 
 class DoraChange(LowRankChange):
     """Rows can be merged alone: each row's norm is its own."""
+
+    def product(self, start: int, stop: int) -> None:
+        return None
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, scaling: float, magnitude: torch.Tensor) -> None:
         super().__init__(left, right, scaling)
@@ -84,6 +86,9 @@ class ColumnDoraChange(LowRankChange):
     """DoRA on an embedding ``[tokens, dim]``: the norm of a column runs over all tokens, so rows cannot be merged alone."""
 
     rowwise = False
+
+    def product(self, start: int, stop: int) -> None:
+        return None
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, scaling: float, magnitude: torch.Tensor) -> None:
         super().__init__(left, right, scaling)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from qmerge.device import runs_triton
 from qmerge.numerics import nf4
 from qmerge.store.tensors import read_rows, read_tensor
-from qmerge.types import QuantState, TensorSpec
+from qmerge.types import CodedRows, QuantState, TensorSpec
 
 Device = torch.device | str
 BNB_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -29,15 +30,25 @@ class Reader:
     shape: tuple[int, ...]
     row_step: int
     read: Callable[[int, int, torch.device], torch.Tensor]
+    fetch: Callable[[int, int, torch.device], CodedRows] | None = None
+    """for 4-bit weights: rows as they are stored"""
+
+    def coded(self, start: int, stop: int, device: Device = "cpu") -> CodedRows | None:
+        """The rows that `rows` would decode, as they are stored; None where they are not in 4 bits."""
+        self._check(start, stop)
+        return None if self.fetch is None else self.fetch(start, stop, torch.device(device))
 
     def rows(self, start: int, stop: int, device: Device = "cpu") -> torch.Tensor:
         """Rows ``start`` to ``stop``, fp32 ``[stop - start, ...]`` on ``device``, fresh and writable. A tensor without dimensions is its own row 0 to 1."""
-        if not 0 <= start <= stop <= count_rows(self.shape) or start % self.row_step:
-            raise ValueError(f"rows {start} to {stop} of {self.shape}: starts must be multiples of {self.row_step}")
+        self._check(start, stop)
         return self.read(start, stop, torch.device(device))
 
     def all(self, device: Device = "cpu") -> torch.Tensor:
         return self.rows(0, count_rows(self.shape), device)
+
+    def _check(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= count_rows(self.shape) or start % self.row_step:
+            raise ValueError(f"rows {start} to {stop} of {self.shape}: starts must be multiples of {self.row_step}")
 
 
 def count_rows(shape: tuple[int, ...]) -> int:
@@ -73,21 +84,29 @@ def four_bit_step(shape: tuple[int, ...], block_size: int) -> int:
 def four_bit_reader(state: QuantState, fetch: Callable[[int, int], torch.Tensor]) -> Reader:
     """Rows of a bitsandbytes weight. ``fetch`` gives bytes ``[start, stop)`` of its codes as uint8, on the CPU or wherever they are kept."""
     inputs, block_size = state.shape[1], state.block_size
-    absmax, table = nf4.effective_absmax(state).float().cpu(), nf4.pair_table(state.code.float().cpu())
-    known = block_size in BNB_BLOCK_SIZES and torch.equal(state.code.float().cpu(), nf4.code_book(state.quant_type))
+    absmax, levels = nf4.effective_absmax(state).float().cpu(), state.code.float().cpu()
+    table = nf4.pair_table(levels)
+    known = block_size in BNB_BLOCK_SIZES and torch.equal(levels, nf4.code_book(state.quant_type))
     kernel_on_cpu = known and _bitsandbytes_is_there() and _agrees(state)
 
-    def read(start: int, stop: int, device: torch.device) -> torch.Tensor:
+    def coded(start: int, stop: int, device: torch.device) -> CodedRows:
         first, count = start * inputs, (stop - start) * inputs
         packed = fetch(first // 2, (first + count + 1) // 2).to(device)
         maxima = absmax[first // block_size : -(-(first + count) // block_size)].to(device)
-        if count and count % 2 == 0 and (kernel_on_cpu if device.type == "cpu" else known):
-            flat = decode_flat(packed, maxima, state, count)
-        else:
-            flat = nf4.decode(packed, maxima, table.to(device), block_size, count)
-        return flat.view(stop - start, inputs)
+        return CodedRows(packed, maxima, levels.to(device), block_size, stop - start, inputs)
 
-    return Reader(tuple(state.shape), four_bit_step(state.shape, block_size), read)
+    def read(start: int, stop: int, device: torch.device) -> torch.Tensor:
+        rows = coded(start, stop, device)
+        count = rows.rows * inputs
+        if count and count % 2 == 0 and (kernel_on_cpu if device.type == "cpu" else known):
+            return decode_flat(rows.packed, rows.absmax, state, count).view(rows.rows, inputs)
+        if runs_triton(device):
+            from qmerge.numerics import merge_kernels
+
+            return merge_kernels.decode(rows)
+        return nf4.decode(rows.packed, rows.absmax, table.to(device), block_size, count).view(rows.rows, inputs)
+
+    return Reader(tuple(state.shape), four_bit_step(state.shape, block_size), read, coded)
 
 
 def decode_flat(packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, count: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qmerge.device import launching_on
 from qmerge.types import known
 
 ROWS = 32
@@ -78,7 +79,8 @@ def round_block(
     """
     columns, rows, grid = _shape(work)
     work, scale, upper, inverse = (part.contiguous() for part in (work, scale, upper, inverse))
-    _round[grid](work, scale, *_grid(scale, zero, levels), upper, inverse, codes, errors, columns, rows, upper.stride(0), float(top), levels is not None, LEVELS, triton.next_power_of_2(columns), ROWS)  # fmt: skip
+    with launching_on(work.device):
+        _round[grid](work, scale, *_grid(scale, zero, levels), upper, inverse, codes, errors, columns, rows, upper.stride(0), float(top), levels is not None, LEVELS, triton.next_power_of_2(columns), ROWS)  # fmt: skip
 
 
 def descend_block(
@@ -92,7 +94,8 @@ def descend_block(
     if not all(part.is_contiguous() for part in (current, codes, moved)):
         raise ValueError("what is written in place must be contiguous")
     gradient, scale, matrix, steps = (part.contiguous() for part in (gradient, scale, matrix, steps))
-    _descend[grid](current, gradient, scale, *_grid(scale, zero, levels), matrix, steps, codes, moved, columns, rows, matrix.stride(0), float(top), levels is not None, LEVELS, triton.next_power_of_2(columns), ROWS)  # fmt: skip
+    with launching_on(current.device):
+        _descend[grid](current, gradient, scale, *_grid(scale, zero, levels), matrix, steps, codes, moved, columns, rows, matrix.stride(0), float(top), levels is not None, LEVELS, triton.next_power_of_2(columns), ROWS)  # fmt: skip
 
 
 def _shape(weight: torch.Tensor) -> tuple[int, int, tuple[int]]:

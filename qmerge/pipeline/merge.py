@@ -16,6 +16,7 @@ import torch
 from qmerge.adapters.adapter import Adapter
 from qmerge.adapters.edits import Change, Proof
 from qmerge.adapters.regions import Region
+from qmerge.device import runs_triton
 from qmerge.errors import CheckFailed, Refused
 from qmerge.formats.base import Base
 from qmerge.formats.dense import cast
@@ -67,8 +68,7 @@ class OpenPiece:
 
     def rows(self, start: int, stop: int, before: torch.Tensor | None = None) -> Rows:
         """Rows ``start`` … ``stop``, finite; ``before``: the base's, where the caller has read them. Raises Refused for NaN, Inf and overflow."""
-        before = self._before(start, stop) if before is None or not self.reads else before
-        merged = before if self.change is None else self.change.apply(before, start)
+        before, merged = self._merged(start, stop, before if self.reads else None)
         if not all_finite(merged):  # NaN and Inf of the base come through every edit
             check_finite(self.label, before)
             raise Refused("a merged weight is not finite in fp32", where=self.piece.name, found="overflow", fix="check the adapter's scaling", written="nothing")
@@ -79,14 +79,29 @@ class OpenPiece:
         added = merged - before
         return Rows(start, merged, before, added, self.change.prove(before, merged, start, added))
 
+    def _merged(self, start: int, stop: int, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The base's rows and the merged ones. On a GPU a product of low rank is added in the pass that decodes, in the CPU's order of sums; whatever else an adapter does is torch's work there too."""
+        product = self.change.product(start, stop) if self.change is not None and runs_triton(self.device) else None
+        if product is not None:
+            from qmerge.numerics import merge_kernels
+
+            stored = self._open().coded(start, stop, self.device) if before is None and self.piece.cut is None else None
+            return merge_kernels.merge(stored or (self._before(start, stop) if before is None else before), *product)
+        before = self._before(start, stop) if before is None else before
+        return before, before if self.change is None else self.change.apply(before, start)
+
     def _before(self, start: int, stop: int) -> torch.Tensor:
         if not self.reads:  # the adapter's own values: only the count of rows matters
             return torch.empty(stop - start, *self.piece.shape[1:], device=self.device)
-        with self._lock:  # opened when first asked for: where outputs share the base's rows, one of them reads
-            self._reader = self._reader or self.base.reader(known(self.piece.source), self.device)
         if self.piece.cut is not None:
-            return cut_out(self.piece.cut, self._reader, self.device)
-        return self._reader.rows(start, stop, self.device)
+            return cut_out(self.piece.cut, self._open(), self.device)
+        return self._open().rows(start, stop, self.device)
+
+    def _open(self) -> Reader:
+        """The base's tensor, opened when first asked for: where outputs share its rows, one of them reads."""
+        with self._lock:
+            self._reader = self._reader or self.base.reader(known(self.piece.source), self.device)
+            return self._reader
 
 
 def cut_out(cut: Region, reader: Reader, device: torch.device) -> torch.Tensor:

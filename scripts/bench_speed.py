@@ -1,7 +1,7 @@
 """How fast is each part, as a ratio to a peer or to a physical floor in the same run? Ten minutes on two cores.
 
 Writes JSON (`--out`, default .bench/speed.json) and a table on stdout; `scripts/compare_speed.py OLD NEW` names what got slower. Each ratio is of two things that took
-turns, in an order that turns round; its interval is over the rounds. Left out: quality (bench_quality.py), large shapes (bench_merge.py), accelerators.
+turns, in an order that turns round; its interval is over the rounds. Left out: quality (bench_quality.py), large shapes (bench_merge.py).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_speed import ROOT, in_turn, ratio
+from bench_speed_gpu import on_a_gpu
 
 DEMO = ROOT / "examples" / "demo"
 Rows = list[dict[str, Any]]
@@ -164,5 +165,5 @@ def seconds_of(call: Callable[[], Any]) -> Callable[[], float]:
     return timed
 
 
-PARTS: dict[str, tuple[Callable[[int], Rows], int]] = {"start-up": (start_up, 10), "dequantize": (dequantize, 10), "evaluate": (evaluate, 5), "merge": (merge, 3), "requantize": (requantize, 3)}
+PARTS: dict[str, tuple[Callable[[int], Rows], int]] = {"start-up": (start_up, 10), "dequantize": (dequantize, 10), "gpu": (on_a_gpu, 10), "evaluate": (evaluate, 5), "merge": (merge, 3), "requantize": (requantize, 3)}
 """name -> (part, rounds)"""

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 
 
 def told(script: str, *words: str, **environment: str) -> Any:
-    done = subprocess.run([sys.executable, str(TESTS / "support" / script), *words], env=os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run([sys.executable, str(TESTS / "support" / script), *words], env=os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"} | environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -62,15 +62,15 @@ def test_the_compiler_takes_the_kernels_and_rounds_as_written(target, tmp_path) 
             assert not any(word.startswith("fma") for word in count) and "ld.global.b8" not in count, name
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_merge_as_on_a_gpu(zoo, cli, tmp_path, kind) -> None:
+def test_a_merge_as_on_a_gpu(zoo, cli, tmp_path) -> None:
     """Rows of the wrong stretch, Conv1D's turned, a second adapter's output that starts from the first one's, a path that an accident of the inputs chooses. Last bits apart it is the CPU's merge."""
-    adapter, other, dora = zoo.adapter(kind), zoo.adapter(kind, "rslora-fused", seed=5, use_rslora=True), zoo.adapter(kind, "dora-fused", use_dora=True)
+    adapter, other, dora = zoo.adapter("llama"), zoo.adapter("llama", "rslora-fused", seed=5, use_rslora=True), zoo.adapter("llama", "dora-fused", use_dora=True)
+    base, plain, conv = zoo.nf4("llama"), zoo.float("llama"), zoo.nf4("gpt2")
     runs = {
-        "one": ("--adapter", adapter), "other": ("--adapter", other), "sum": ("--adapter", f"{adapter}=0.5", "--adapter", other), "each": ("--adapter", adapter, "--adapter", other, "--each"),
-        "dora": ("--adapter", dora), "float": ("--adapter", adapter, "--on", "original"),
+        "one": (base, adapter), "other": (base, other), "sum": (base, f"{adapter}=0.5", "--adapter", other), "each": (base, adapter, "--adapter", other, "--each"),
+        "dora": (base, dora), "float": (plain, adapter, "--on", "original"), "conv": (conv, zoo.adapter("gpt2")),
     }  # fmt: skip
-    words = {name: ["merge", "--base", zoo.float(kind) if name == "float" else zoo.nf4(kind), *flags, "--format", "fp32", "--device", "cpu"] for name, flags in runs.items()}
+    words = {name: ["merge", "--base", base, "--adapter", *flags, "--format", "fp32", "--device", "cpu"] for name, (base, *flags) in runs.items()}
     seen = dict(zip(words, told("interpreted_merge.py", json.dumps([[*line, "--out", str(tmp_path / f"gpu-{name}")] for name, line in words.items()]), TRITON_INTERPRET="1"), strict=True))
     for name, line in words.items():
         assert seen[name]["code"] == 0, seen[name]["said"]
@@ -82,4 +82,4 @@ def test_a_merge_as_on_a_gpu(zoo, cli, tmp_path, kind) -> None:
     each = sorted(path.read_bytes() for path in (tmp_path / "gpu-each").rglob("model.safetensors"))
     assert each == sorted((tmp_path / f"gpu-{name}" / "model.safetensors").read_bytes() for name in ("one", "other"))
     kinds = {name: sorted(row.keys() - {"code", "said"}) for name, row in seen.items()}
-    assert kinds == {"one": ["stored"], "other": ["stored"], "sum": ["stored"], "each": ["floats", "stored"], "dora": [], "float": ["floats"]}
+    assert kinds == {"one": ["stored"], "other": ["stored"], "sum": ["stored"], "each": ["floats", "stored"], "dora": [], "float": ["floats"], "conv": ["stored"]}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -121,8 +125,14 @@ def products_in(compute: torch.dtype, device: torch.device) -> AbstractContextMa
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether the kernels that are written in Triton run there: a GPU, and Triton, which comes with torch for Linux."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    """Whether kernels that are written in Triton run there: a GPU, Triton (it comes with torch for Linux), and a C compiler with Python's headers, of which it makes what launches them."""
+    return device.type == "cuda" and _triton_starts()
+
+
+@cache
+def _triton_starts() -> bool:
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return find_spec("triton") is not None and compiler is not None and Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file()
 
 
 def launching_on(device: torch.device) -> AbstractContextManager[object]:

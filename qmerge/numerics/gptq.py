@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 import torch
 
+from qmerge.device import runs_triton
 from qmerge.numerics.hessian import Factor
 from qmerge.types import Grid, known
 
@@ -126,7 +126,7 @@ def _rounder(device: torch.device) -> Callable[..., None]:
     """How a block's columns are rounded there; all ways give the same codes up to ties within rounding."""
     if device.type == "cpu":
         return _round_block_compiled
-    return _round_block_triton if device.type == "cuda" and find_spec("triton") else _round_block
+    return _round_block_triton if runs_triton(device) else _round_block
 
 
 def _round_block_triton(work: torch.Tensor, grid: ElementGrid, upper: torch.Tensor, inverse: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor) -> None:

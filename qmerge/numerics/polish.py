@@ -8,10 +8,10 @@ for the caller to check.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 
+from qmerge.device import runs_triton
 from qmerge.numerics.gptq import ElementGrid, nearest, values
 from qmerge.numerics.products import times
 
@@ -109,7 +109,7 @@ def _descend(
 
 
 def _sweeper(device: torch.device) -> Callable[..., None]:
-    return _sweep_triton if device.type == "cuda" and find_spec("triton") else _sweep
+    return _sweep_triton if runs_triton(device) else _sweep
 
 
 def _sweep_triton(current: torch.Tensor, gradient: torch.Tensor, grid: ElementGrid, matrix: torch.Tensor, steps: torch.Tensor, codes: torch.Tensor, moved: torch.Tensor) -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qmerge import device
+
 pytest.importorskip("triton")
 TESTS = Path(__file__).parent
 
@@ -60,6 +62,15 @@ def test_the_compiler_takes_the_kernels_and_rounds_as_written(target, tmp_path) 
             assert count["fma.rn.f32"] == count["add.rn.f32"] == 16, name
         if name.startswith("decode"):
             assert not any(word.startswith("fma") for word in count) and "ld.global.b8" not in count, name
+
+
+def test_without_a_compiler_triton_is_left_alone(monkeypatch, tmp_path) -> None:
+    """A slim container: Triton imports, and the first launch ends the run with "Failed to find C compiler"."""
+    monkeypatch.setenv("CC", "cc")
+    assert device._triton_starts.__wrapped__()
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not device._triton_starts.__wrapped__()
 
 
 def test_a_merge_as_on_a_gpu(zoo, cli, tmp_path) -> None:

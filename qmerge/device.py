@@ -98,12 +98,18 @@ class Compute:
 
 
 COMPUTE = {"fp32": Compute(torch.float32, torch.float32), "mixed": Compute(torch.float32, torch.bfloat16), "bf16": Compute(torch.bfloat16, torch.bfloat16)}
-"""what says so in a recipe. ``mixed`` costs nothing that shows, ``bf16`` some percent of KL: the difference of two streams that were rounded apart is what the solver answers"""
-def pick_compute(wish: str, device: torch.device) -> str:
-    """A key of `COMPUTE`; ``auto`` is ``mixed`` on an accelerator and on CPUs that are quick at bf16, else ``fp32``. The same machine always gives the same answer: two runs must give the same bytes."""
+"""what says so in a recipe. ``mixed`` costs nothing that shows, ``bf16`` some percent of KL where two streams pass: their difference, rounded apart, is what the solver answers; one stream alone costs nothing that shows
+(docs/measurements/quick.md)"""
+
+
+def pick_compute(wish: str, device: torch.device, alone: bool = False) -> str:
+    """A key of `COMPUTE`; ``auto`` is ``mixed`` (where one stream passes ``alone`` ``bf16``) on an accelerator and on CPUs that are quick at bf16, else ``fp32``. The same machine always gives the same answer: two runs
+    must give the same bytes."""
     if wish != "auto":
         return wish
-    return "mixed" if device.type != "cpu" or quick_at_bf16(_cpuinfo()) else "fp32"
+    if device.type == "cpu" and not quick_at_bf16(_cpuinfo()):
+        return "fp32"
+    return "bf16" if alone else "mixed"
 
 
 def quick_at_bf16(cpuinfo: str) -> bool:

@@ -44,6 +44,7 @@ def ours(name: str, label: str, only: tuple[str, ...] = (), **options: Any) -> A
 OURS = (
     ours("gptq-int4", "gptq int4 g128 sym", format="gptq"),
     ours("gptq-int4-quick", "gptq int4 g128 sym, quick", format="gptq", quick=True),
+    ours("gptq-int4-quick-mixed", "gptq int4 g128 sym, quick, passes in fp32", ("light", "strong", "demo"), format="gptq", quick=True, compute="mixed"),
     ours("gptq-int4-asym", "gptq int4 g128 asym", FULL, format="gptq", symmetric=False),
     ours("gptq-int4-g32", "gptq int4 g32 sym", FULL, format="gptq", group_size=32),
     ours("gptq-int4-blocks", "gptq int4 g128 sym, polish blocks", POLISHED, format="gptq", polish=("blocks",)),

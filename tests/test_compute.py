@@ -92,7 +92,8 @@ def test_bits_do_not_depend_on_threads_in_bf16(written):
 def test_auto_is_settled_and_said(written):
     """A manifest that says auto: nobody could make the file again on another machine."""
     assert pick_compute("fp32", CPU) == "fp32" and pick_compute("bf16", CPU) == "bf16"
-    assert pick_compute("auto", torch.device("cuda")) == "mixed"
+    assert pick_compute("auto", torch.device("cuda")) == "mixed" and pick_compute("auto", torch.device("cuda"), alone=True) == "bf16"
+    assert (pick_compute("auto", CPU), pick_compute("auto", CPU, alone=True)) in (("fp32", "fp32"), ("mixed", "bf16"))
     out, _ = written("llama", "gptq")
     assert read_manifest(out)["recipe"]["compute"] in ("fp32", "mixed")
 

@@ -106,7 +106,7 @@ def read_inputs(recipe: Recipe, trained_with: Nf4Recipe | None = None) -> MergeP
         raise Refused("DoRA's magnitudes were trained over the quantized base, so they do not belong on the float one.", where=dora.name, expected="--on dequantized", found="--on original --original …",
                       fix="leave --on and --original out")
     if recipe.format in formats.QUANTIZING and not recipe.rtn:
-        recipe = replace(recipe, compute=pick_compute(recipe.compute, pick_device(recipe.device)))
+        recipe = replace(recipe, compute=pick_compute(recipe.compute, pick_device(recipe.device), alone=recipe.quick and not recipe.curvature_tokens))
     four_bit = trained_with or nf4_recipe_of(recipe, adapters)
     skeleton = build_skeleton(checkpoint) if four_bit is not None or _skeleton_needed(recipe, checkpoint, adapters) else None
     base = open_base(checkpoint, on=recipe.on, recipe=four_bit, linears=skeleton.linears if skeleton else _conv_by_adapter(adapters),

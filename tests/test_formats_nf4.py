@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from qmerge.errors import Refused
 from qmerge.formats import BLOCK_SIZES
 from qmerge.formats import nf4 as nf4_format
-from qmerge.formats.base import Nf4Recipe, decode_with_bitsandbytes, open_base, quantize_as_bitsandbytes
+from qmerge.formats.base import decode_with_bitsandbytes, open_base, quantize_as_bitsandbytes
 from qmerge.formats.integers import Layout
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.numerics import nf4
 from qmerge.pipeline.recipe import read_nf4_recipe
 from qmerge.pipeline.skeleton import build_skeleton

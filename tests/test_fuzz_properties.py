@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from qmerge.adapters.adapter import open_adapter
 from qmerge.errors import QmergeError
-from qmerge.formats.fly import Nf4Recipe
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.formats.training import BLOCK_SIZES, DTYPES, recipe_from_file
 from qmerge.pipeline.recipe import Recipe, build_recipe
 from qmerge.quality.compare import DIRECTIONS, load_budget

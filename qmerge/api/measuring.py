@@ -15,7 +15,7 @@ from qmerge.errors import UsageProblem
 from qmerge.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
-    from qmerge.adapters.several_adapters import AdapterSet
+    from qmerge.adapters.choices import AdapterSet
     from qmerge.quality.evaluate import Evaluation
 
 Candidate = Place | MergeResult
@@ -40,7 +40,7 @@ def evaluate(
 
     Raises `UsageProblem` for what cannot be asked, `Refused` for inputs that cannot be measured.
     """
-    from qmerge.adapters.several_adapters import AdapterSet, Combination, parse_choice
+    from qmerge.adapters.choices import AdapterSet, Combination, parse_choice
     from qmerge.quality.compare import budget_of, exit_code
 
     chosen = AdapterSet(tuple(parse_choice(word) for word in adapter_words(adapter)), Combination(combine, density, combine_rank, seed), residual_base, allow_pickle)

@@ -134,7 +134,7 @@ measure_options = topic(
 
 def adapter_set(options: dict[str, Any]) -> Any:
     """Take `adapter_options` out of ``options``, as an ``AdapterSet``."""
-    from qmerge.adapters.several_adapters import AdapterSet, Combination, parse_choice
+    from qmerge.adapters.choices import AdapterSet, Combination, parse_choice
 
     combination = Combination(options.pop("combine"), options.pop("density"), options.pop("combine_rank"), options.pop("seed"))
     return AdapterSet(tuple(parse_choice(text) for text in options.pop("adapter")), combination, options.pop("residual_base"), options.pop("allow_pickle"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.errors import Refused, UsageProblem
-from qmerge.formats.fly import Nf4Recipe
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.store.regular import read_plain
 from qmerge.store.yamlfiles import MAX_BYTES, BadYaml, read_yaml
 

@@ -11,11 +11,13 @@ from typing import Any
 
 from qmerge import formats
 from qmerge.adapters.adapter import Adapter
+from qmerge.adapters.choices import SUM
 from qmerge.adapters.claims import EMBEDDINGS
-from qmerge.adapters.several_adapters import SUM, check_several, joint_edits
+from qmerge.adapters.several_adapters import check_several, joint_edits
 from qmerge.device import pick_compute, pick_device
 from qmerge.errors import Refused
-from qmerge.formats.base import Base, Nf4Recipe, open_base
+from qmerge.formats.base import Base, open_base
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.pipeline import outputs
 from qmerge.pipeline.experts_names import ExpertWeight, float_experts, routed_weights, spell, written_edits
 from qmerge.pipeline.naming import Names, foreign_modules

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.adapters.adapter import Adapter
-from qmerge.adapters.several_adapters import SUM, AdapterSet, Choice, Combination, parse_choice
+from qmerge.adapters.choices import SUM, AdapterSet, Choice, Combination, parse_choice
 from qmerge.errors import UsageProblem
 from qmerge.formats import BITS, BLOCK_SIZES, BUILT, HEADS, MIXED, PADDED, QUANTIZING
-from qmerge.formats.base import Nf4Recipe
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.formats.training import recipe_from_adapter, recipe_from_file
 from qmerge.pipeline.recipe_values import FIXED, POLISH, value_fault
 from qmerge.store.yamlfiles import BadYaml, parse_yaml, read_yaml

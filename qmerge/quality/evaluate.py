@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qmerge.adapters.adapter import Adapter
-from qmerge.adapters.several_adapters import AdapterSet
+from qmerge.adapters.choices import AdapterSet
 from qmerge.device import exact_products
 from qmerge.errors import Refused, UsageProblem
 from qmerge.formats.training import recipe_from_adapter
@@ -41,17 +41,9 @@ from qmerge.quality.tasks import items_digest, open_tasks
 from qmerge.quality.tokenizers import check_tokenizers
 from qmerge.ranks import ALONE, Ranks
 from qmerge.store.foreign import check_tokenizer_folder
-from qmerge.store.texts import (
-    Document,
-    Overlap,
-    TokenDoc,
-    Windows,
-    ngram_overlap,
-    overlapping,
-    pack_windows,
-    read_documents,
-    tokenize_documents,
-)
+from qmerge.store.overlap import Overlap, ngram_overlap, overlapping
+from qmerge.store.texts import Document, read_documents
+from qmerge.store.windows import TokenDoc, Windows, pack_windows, tokenize_documents
 
 SCHEMA_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

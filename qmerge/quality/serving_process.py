@@ -117,7 +117,7 @@ def _separate(job: dict[str, Any]) -> tuple[nn.Module, str | None, float]:
     """Base and adapter as transformers and PEFT serve them; a float base is quantized while it loads, as QLoRA users do."""
     from transformers import AutoModelForCausalLM
 
-    from qmerge.adapters.several_adapters import AdapterSet, Choice, Combination
+    from qmerge.adapters.choices import AdapterSet, Choice, Combination
     from qmerge.quality.arms import four_bit_config
     from qmerge.quality.attach import attach
 

@@ -118,11 +118,14 @@ def adapter_words(adapter: Adapters) -> tuple[str, ...]:
 
 def prepare(recipe: Recipe, *, resume: bool = False, check_fit: bool = True, warn: Hear, ranks: Ranks = ALONE) -> Prepared:
     """Everything that can be refused, asked before anything is written. ``warn`` hears what may go wrong. Raises `UsageProblem` and `Refused`."""
+    from qmerge.api.first import look_at_recipe
+
+    asked, recipe = recipe, to_plan(recipe, resume)
+    look_at_recipe(recipe, ranks.first)
     from qmerge.pipeline.plan import plan, plan_each
     from qmerge.pipeline.resume import Resume
     from qmerge.pipeline.run import calibration_for
 
-    asked, recipe = recipe, to_plan(recipe, resume)
     plans = tuple(plan_each(recipe, ranks.first)) if recipe.each else (plan(recipe, ranks.first),)
     calibration = None if recipe.each else calibration_for(plans[0])
     expected = foreseen(plans, calibration, warn, check_fit=check_fit and ranks.first, resumed=resume, processes=ranks.local_size)

@@ -5,7 +5,6 @@ Two models are alive at a time: the reference and one other arm (`qmerge.quality
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from qmerge.device import exact_products
 from qmerge.errors import Refused, UsageProblem
 from qmerge.formats.training import recipe_from_adapter
 from qmerge.quality import arms as loading
+from qmerge.quality.asked import check_request, parse_requests
 from qmerge.quality.attach import as_set, check_separate
-from qmerge.quality.compare import REFERENCE_ARMS, compare, load_budget
+from qmerge.quality.compare import compare, load_budget
 from qmerge.quality.fingerprint import protocol, text_protocol
 from qmerge.quality.generation import Generations, check_room, choose_prompts, end_tokens
 from qmerge.quality.loaders import quantization_method
@@ -31,7 +31,7 @@ from qmerge.quality.merging import edited_weights
 from qmerge.quality.paired import task_rows
 from qmerge.quality.perplexity import Perplexities
 from qmerge.quality.plain import place
-from qmerge.quality.protocols import context_length, parse_requests, plan, read_request
+from qmerge.quality.protocols import context_length, plan, read_request
 from qmerge.quality.running import Progress, Run, Work
 from qmerge.quality.samples import name_samples
 from qmerge.quality.sidecar import Scores
@@ -46,7 +46,6 @@ from qmerge.store.texts import Document, read_documents
 from qmerge.store.windows import TokenDoc, Windows, pack_windows, tokenize_documents
 
 SCHEMA_VERSION = 1
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def evaluate(base: str, adapter: str | AdapterSet, candidates: dict[str, str], texts: dict[str, str], tokens: int, **options: Any) -> dict[str, Any]:
@@ -171,19 +170,6 @@ def load_tokenizer(base: str, *adapters: str) -> Any:
         raise Refused("the tokenizer cannot be loaded", where=where, expected="a tokenizer beside the model", found=str(error).splitlines()[0], fix="copy tokenizer.json and tokenizer_config.json of the original model into the folder of the base") from error
 
 
-def candidate_names(paths: Iterable[str | Path]) -> dict[str, str]:
-    """Folder names as arm names: unique (``-2``, ``-3`` …), of plain characters, and never the name of a reference arm."""
-    named: dict[str, str] = {}
-    for path in paths:
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).resolve().name).lstrip("-._") or "candidate"
-        stem = f"candidate-{stem}" if stem in (*REFERENCE_ARMS, "served") else stem
-        name, number = stem, 2
-        while name in named:
-            name, number = f"{stem}-{number}", number + 1
-        named[name] = str(path)
-    return named
-
-
 def check_overlap(calibration: Sequence[Document], text: Sequence[Document], *, allow: bool = False, n: int = 13) -> list[Overlap]:
     """13-grams that calibration and evaluation share. ``Refused`` where there are any, unless ``allow``: a model calibrated on its test looks better than it is."""
     found = ngram_overlap([d.text for d in calibration], [d.text for d in text], n)
@@ -222,18 +208,3 @@ def _check_length(model: torch.nn.Module, tokens: int) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise UsageProblem("the windows are longer than the model's context", expected=f"--tokens up to {longest}", found=tokens)
-
-
-def check_request(candidates: dict[str, str], texts: dict[str, str], also: Sequence[str], original: str | None) -> None:
-    """Raise ``UsageProblem`` for names and extra arms that an evaluation would refuse; costs nothing, so that callers can ask before long work."""
-    for what, names in (("candidate", candidates), ("text", texts)):
-        for name in names:
-            if not NAME.fullmatch(name) or (what == "candidate" and name in (*REFERENCE_ARMS, "served")):
-                raise UsageProblem(f"this name cannot be used for a {what}", expected=f"letters, digits, . _ -, and none of {', '.join(REFERENCE_ARMS)}", found=name)
-    unknown = set(also) - {"rtn", "original"}
-    if unknown:
-        raise UsageProblem("there is no such extra arm", expected="rtn, original", found=", ".join(sorted(unknown)))
-    if "original" in also and original is None:
-        raise UsageProblem("the arm `original` needs the float base", expected="--original PATH", found="none")
-    if not texts:
-        raise UsageProblem("an evaluation needs text", expected="at least one --text", found="none")

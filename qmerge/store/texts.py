@@ -62,15 +62,25 @@ def read_documents(
     return docs
 
 
-def _documents(path: str, template: list[tuple[str, str | None]] | None, chats: ChatWriter, separator: str | None) -> Iterator[Document]:
+def text_files(path: str) -> list[Path] | None:
+    """The files that ``path`` names, sorted; None where only a hub dataset can be meant, and nobody is asked. Raises Refused for what can be neither, and for files of another kind."""
     here = Path(path)
     if here.is_dir():
         files = sorted(p for p in here.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
             raise Refused("the folder holds no text files", where=path, expected=" ".join("*" + s for s in SUFFIXES), found="none")
-    elif here.is_file():
-        files = [here]
-    else:
+        return files
+    if here.is_file():
+        if here.suffix.lower() not in SUFFIXES:
+            raise Refused("the kind of this file is not known", where=path, expected=", ".join(SUFFIXES), found=here.suffix.lower() or "no suffix")
+        return [here]
+    _dataset(path)
+    return None
+
+
+def _documents(path: str, template: list[tuple[str, str | None]] | None, chats: ChatWriter, separator: str | None) -> Iterator[Document]:
+    files = text_files(path)
+    if files is None:
         yield from (_row_document(row, where, template, chats) for where, row in _hub_rows(path))
         return
     for file in files:
@@ -107,8 +117,6 @@ def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
             raise Refused("the Parquet file cannot be read", where=str(file), found=str(error).splitlines()[0], fix="see that it is whole: download or write it again; JSONL and plain text are read too") from error
         yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
         return
-    if suffix not in SUFFIXES:
-        raise Refused("the kind of this file is not known", where=str(file), expected=", ".join(SUFFIXES), found=suffix or "no suffix")
     text = _read_text(file)
     if suffix == ".json":
         rows = _parse(text, str(file))
@@ -176,13 +184,18 @@ def _whole(text: str, where: str) -> str:
     return text
 
 
-def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
+def _dataset(name: str) -> tuple[str, str | None, str | None]:
+    """(repository, configuration, split) of a hub dataset's name."""
     parts = name.split(":")
     looks_local = name.startswith((".", "/", "~")) or Path(name).suffix.lower() in SUFFIXES or parts[0].count("/") > 1 or len(parts) > 3
     if looks_local or not all(parts):
         raise Refused("no such file or folder", where=name, expected="a file, a folder, or a hub dataset as name[[:config]:split]", found="nothing there",
                       fix="check the spelling, and that the path is right from the folder that qmerge was started in")
-    repo, config, split = parts[0], parts[1] if len(parts) == 3 else None, parts[-1] if len(parts) > 1 else None
+    return parts[0], parts[1] if len(parts) == 3 else None, parts[-1] if len(parts) > 1 else None
+
+
+def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
+    repo, config, split = _dataset(name)
     try:
         import datasets
 

@@ -21,7 +21,7 @@ from qmerge.device import exact_products
 from qmerge.errors import Refused, UsageProblem
 from qmerge.formats.training import recipe_from_adapter
 from qmerge.quality import arms as loading
-from qmerge.quality.asked import check_request, parse_requests
+from qmerge.quality.asked import Request, check_request, parse_requests
 from qmerge.quality.attach import as_set, check_separate
 from qmerge.quality.compare import compare, load_budget
 from qmerge.quality.fingerprint import protocol, text_protocol
@@ -105,18 +105,13 @@ def evaluate_in_full(
     opened = check_separate(adapter)
     for path in (base, *candidates.values(), *((original,) if original else ())):
         loading.check_method(path)
-    nf4_recipe = recipe_of(base, opened, on, nf4_recipe)
+    how: dict[str, Any] = {"on": on, "nf4_recipe": recipe_of(base, opened, on, nf4_recipe)}
     tokenizer = load_tokenizer(base, *(str(one.path) for one in opened))
     windows, prints, token_docs = _read_texts(texts, tokenizer, tokens, template, doc_separator, keep_tail)
     notes = check_tokenizers(candidates, tokenizer, texts, template=template, doc_separator=doc_separator)
-    how: dict[str, Any] = {"on": on, "nf4_recipe": nf4_recipe}
     reference = loading.load_separate(base, adapter, **how)
     _check_length(reference.model, tokens)
-    context = context_length(reference.model.config, tokenizer)
-    extras: list[Any] = [Perplexities({label: plan(request, documents, tokenizer, context) for label, (request, documents) in requests.items()})] if requests else []
-    if generate:
-        prompts = {text: choose_prompts(token_docs[text], windows[text], generate, check_room(new_tokens, context)) for text in windows}
-        extras.append(Generations(prompts, new_tokens, end_tokens(reference.model, tokenizer)))
+    extras = _extras(reference.model, tokenizer, requests, windows, token_docs, generate, new_tokens)
     edits = reference.edits or {}
     foundation = edited_weights(reference.model if original is None or on != "original" else loading.load_base(original, on="original").model, edits)
     place(reference.model, device)
@@ -124,7 +119,6 @@ def evaluate_in_full(
     options = {"merged_into": "another base" if elsewhere else "the reference's base", "window_tokens": tokens, "keep_tail": keep_tail, "template": template, "doc_separator": doc_separator, "seed": seed, **how}
     fingerprint = protocol(reference.model, tokenizer, device, options) | {"texts": prints, "suite": tasks.suite.content if tasks else None}
     fingerprint |= {extra.name: extra.fingerprint for extra in extras}
-
     if agree:
         agree(fingerprint)
 
@@ -135,16 +129,32 @@ def evaluate_in_full(
     run.noise_floor(base, adapter, how)
     if not run.gather():
         return Evaluation({}, {}, {})
-    results: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(), "noise_floor": run.floor()}
-    for name, note in notes.items():
-        results["arms"][name]["tokenizer_note"] = note
-    results["tasks"] = task_rows(run.samples, results["arms"], seed=seed) if tasks else {}
-    if tasks:
-        name_samples(run.samples, results["arms"])
-        fingerprint["suite"] |= {"items_sha256": items_digest(run.samples["separate"])}
+    results = _results(run, fingerprint, notes, tasks is not None, seed)
     results["verdict"] = compare(results, limits)
     results["elapsed_s"] = round(time.perf_counter() - started, 3)
     return Evaluation(results, run.scores, run.samples)
+
+
+def _extras(model: Any, tokenizer: Any, requests: dict[str, tuple[Request, list[str]]], windows: dict[str, Windows], token_docs: dict[str, list[TokenDoc]], generate: int, new_tokens: int) -> list[Any]:
+    """What is measured of each arm beside its windows: perplexities by protocol, and greedy continuations."""
+    context = context_length(model.config, tokenizer)
+    extras: list[Any] = [Perplexities({label: plan(request, documents, tokenizer, context) for label, (request, documents) in requests.items()})] if requests else []
+    if generate:
+        prompts = {text: choose_prompts(token_docs[text], windows[text], generate, check_room(new_tokens, context)) for text in windows}
+        extras.append(Generations(prompts, new_tokens, end_tokens(model, tokenizer)))
+    return extras
+
+
+def _results(run: Run, fingerprint: dict[str, Any], notes: dict[str, str], benchmarked: bool, seed: int) -> dict[str, Any]:
+    """results.json without its verdict; of benchmarks, the fingerprint learns which items were answered."""
+    results: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(), "noise_floor": run.floor()}
+    for name, note in notes.items():
+        results["arms"][name]["tokenizer_note"] = note
+    results["tasks"] = task_rows(run.samples, results["arms"], seed=seed) if benchmarked else {}
+    if benchmarked:
+        name_samples(run.samples, results["arms"])
+        fingerprint["suite"] |= {"items_sha256": items_digest(run.samples["separate"])}
+    return results
 
 
 def recipe_of(base: str, adapters: Iterable[Adapter], on: str, given: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@
 
 Builds an sdist, and the wheel from it; looks for every file of the package, the licence and no test in the wheel; installs it into a new environment without extras, then the sdist in
 its place, which has to give the same files, and there runs
-``--help``, a bf16 merge of the demo, a 4-bit one, and ``verify`` of both. Measuring the 4-bit one has to name the extra that it takes. Takes two minutes and 2 to 7 GB below the
+``--help``, a bf16 merge of the demo, a 4-bit one, and ``verify`` of both. Measuring the 4-bit one has to name the extra that it takes. Takes one to two minutes and 2 to 7 GB below the
 folder for temporary files, removed at the end. Requirements are for pip beside the wheel, as in ``torch==2.13.0``. ``--out``: keep sdist and wheel there.
 """
 

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 
 from qmerge.adapters.adapter import open_adapter
 from qmerge.errors import QmergeError
-from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.formats import BLOCK_SIZES
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.formats.training import DTYPES, recipe_from_file
 from qmerge.pipeline.recipe import Recipe, build_recipe
 from qmerge.quality.compare import DIRECTIONS, load_budget

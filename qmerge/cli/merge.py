@@ -65,7 +65,7 @@ def _merge(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, re
     announce(expected)
     steps = Steps()
     with Stop(say) as stop:
-        done = carry_out(prepared, steps.step, steps.count, say, stop, ranks)
+        done = carry_out(prepared, steps.step, steps.count, say, stop, ranks, steps.count)
     if not ranks.first:
         return
     rows = [

@@ -211,7 +211,7 @@ def _merge(found: MergePlan, calibration: Any, expected: Estimate, asked: Asked,
     from qmerge.pipeline.streams import Place
 
     with Stop(say) as stop:
-        done = run(found, steps.step, calibration, steps.count, resume=Resume(overwrite) if asked.resume else None, stop=stop, say=say, ranks=ranks, place=Place(expected.work.streams_on_host))
+        done = run(found, steps.step, calibration, steps.count, resume=Resume(overwrite) if asked.resume else None, stop=stop, say=say, ranks=ranks, place=Place(expected.work.streams_on_host), inside=steps.count)
     steps.step(f"wrote {done.out}")
     for note in done.notes:
         warn(note)

@@ -33,7 +33,7 @@ from qmerge.pipeline.requantize import Steps
 from qmerge.pipeline.residence import settled
 from qmerge.pipeline.resume import Resume, interrupted, joined, working
 from qmerge.pipeline.stop import Stop
-from qmerge.pipeline.streams import Place
+from qmerge.pipeline.streams import Count, Place
 from qmerge.pipeline.tensors import tensors, units
 from qmerge.ranks import ALONE, Ranks
 from qmerge.room import peak_rss_bytes
@@ -66,13 +66,13 @@ def quiet(_: str) -> None:
 @exact_products()
 def run(
     plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: Calibration | None = None, count: Callable[[str, int, int], None] | None = None, steps: Steps | None = None,
-    resume: Resume | None = None, stop: Stop | None = None, say: Callable[[str], None] = quiet, ranks: Ranks = ALONE, place: Place | None = None,
+    resume: Resume | None = None, stop: Stop | None = None, say: Callable[[str], None] = quiet, ranks: Ranks = ALONE, place: Place | None = None, inside: Count | None = None,
 ) -> RunReport:  # fmt: skip
     """Write ``plan`` to its OUT: absent or whole, never half. Raises `qmerge.errors.QmergeError` kinds only for what the inputs can cause, and `Interrupted` where it can be gone on with.
 
     ``progress`` gets a line per step, ``count`` a label, what is done and what there is to do. ``resume``: go on with an interrupted run of this OUT, or find that it is there already;
     ``stop``: somebody's wish to end it, ``say`` gets what a user must know of other runs. ``ranks``: the processes that share the work; the first writes, to the bytes that one alone would.
-    ``place``: where things lie meanwhile (None: as `residence.settled` finds); it changes no byte.
+    ``place``: where things lie meanwhile (None: as `residence.settled` finds); it changes no byte. ``inside`` hears how far a block has come, as ``count``.
     """
     if plan.recipe.format in dense.DTYPES:
         return run_dense([plan], progress, count, resume, stop, say, ranks)[0]
@@ -104,7 +104,7 @@ def run(
             before_the_blocks(plan, merged, calibration, work, kept, progress, steps, ranks)
             writer = ShardWriter(folder.path, recipe.shard_bytes, done=kept.shards, finished=kept.shard)
             with torch.no_grad():
-                for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps, ranks, place):
+                for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps, ranks, place, inside):
                     writer.add(name, tensor)
             writer.finish()
             merged.check_all_used()

@@ -19,19 +19,19 @@ from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Solved, Steps, round_to_nearest
 from qmerge.pipeline.spread import solved_apart
-from qmerge.pipeline.streams import USUAL, Place, requantize_blocks
+from qmerge.pipeline.streams import USUAL, Count, Place, requantize_blocks
 from qmerge.ranks import ALONE, Ranks
 from qmerge.types import Grid, QuantState, known
 
 
 def tensors(
     plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None = None,
-    ranks: Ranks = ALONE, place: Place = USUAL,
+    ranks: Ranks = ALONE, place: Place = USUAL, inside: Count | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the output by name, each once; not those of linears that ``kept`` knows to be in finished shards."""
     chosen = {} if work.division is None else work.division.grids
     packed = {name for name in plan.requantized if chosen.get(name, plan.recipe.grid) is not None}
-    solved = _solved(plan, merged, calibration, work, kept, progress, steps, ranks, place)
+    solved = _solved(plan, merged, calibration, work, kept, progress, steps, ranks, place, inside)
     trained: dict[str, torch.Tensor] = {}
     if calibration is not None and "distill" in plan.recipe.polish:
         everything = {name: result for _, found in solved for name, result in found.items()}
@@ -61,12 +61,12 @@ def tensors(
 
 
 def _solved(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks, place: Place
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks, place: Place, inside: Count | None = None
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """The units of `Kept`, each with its linears. Those in finished shards are only noted."""
     before = kept.count
     found: dict[str, Solved] | None
-    for number, found in units(plan, merged, calibration, work, kept, progress, steps, ranks, place):
+    for number, found in units(plan, merged, calibration, work, kept, progress, steps, ranks, place, inside):
         if number < before:
             rows = kept.facts(number)["linears"]
             merged.used_before(row["name"] for row in rows)
@@ -79,14 +79,14 @@ def _solved(
 
 
 def units(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks, place: Place
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks, place: Place, inside: Count | None = None
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """(number, linears) of each unit of `Kept`, in order; a rank that does not write takes part in making them by going through them all."""
     model_dtype, like = outputs.model_dtype(plan), outputs.nf4_template(plan)
     if calibration is None:
         return _stretches(plan, merged, kept, progress, like, ranks)
     chosen = None if work.division is None else work.division.grids
-    return requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures.by_name, kept, ranks, place)
+    return requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures.by_name, kept, ranks, place, inside)
 
 
 def _stretches(plan: MergePlan, merged: Merged, kept: Kept | KeptTogether, progress: Callable[[str], None], like: QuantState | None, ranks: Ranks) -> Iterator[tuple[int, dict[str, Solved]]]:

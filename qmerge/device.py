@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from qmerge.device_names import check_device_name
+from qmerge.device_names import KNOWN
 from qmerge.errors import UsageProblem
 from qmerge.room import Room, peak_rss_bytes
 
@@ -27,12 +27,14 @@ Result = TypeVar("Result")
 
 def pick_device(wish: str) -> torch.device:
     """``cpu``, ``cuda``, ``cuda:N`` or ``auto`` (CUDA where there is one). Asking for a CUDA device that is not there is an error, never a fall-back."""
-    check_device_name(wish)
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wish.startswith("cuda") and not torch.cuda.is_available():
         raise UsageProblem("no CUDA device is available", where=f"--device {wish}", fix="use --device cpu or --device auto")
-    return torch.device(wish)
+    try:
+        return torch.device(wish)
+    except RuntimeError as problem:
+        raise UsageProblem("unknown device", where=f"--device {wish}", expected=KNOWN, fix="--device auto takes the GPU where there is one") from problem
 
 
 def own_device(wish: str, local_rank: int, local_size: int) -> str:

@@ -6,12 +6,14 @@ import re
 
 from qmerge.errors import UsageProblem
 
-PATTERN = "auto|cpu|cuda(:[0-9]{1,2})?"
 KNOWN = "cpu, cuda, cuda:N or auto"
+TYPES = ("cpu", "cuda", "ipu", "xpu", "mkldnn", "opengl", "opencl", "ideep", "hip", "ve", "fpga", "maia", "xla", "lazy", "vulkan", "mps", "meta", "hpu", "mtia", "privateuseone")
+"""torch's own words, as its message lists them; qmerge is tried on the first two alone"""
 
 
 def is_device_name(wish: str) -> bool:
-    return re.fullmatch(PATTERN, wish) is not None
+    """May torch know it?"""
+    return wish == "auto" or re.fullmatch(f"({'|'.join(TYPES)})(:(0|[1-9][0-9]*))?", wish) is not None
 
 
 def check_device_name(wish: str) -> None:

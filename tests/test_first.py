@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from qmerge.device import COMPUTE
+from qmerge.device_names import TYPES, is_device_name
 from qmerge.pipeline.recipe_values import COMPUTES
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
@@ -81,6 +83,20 @@ def test_a_mistake_is_refused_without_torch(answers, name):
     """Seconds of imports, up to twenty on a cold disk, before a typing mistake is told."""
     code, said, heavy = answers[name]
     assert (code, heavy) == (MISTAKES[name][1], []) and MISTAKES[name][2] in said, said
+
+
+def test_the_light_list_of_devices_is_torch_s():
+    """A device that torch knows and that is refused by a list of names, or a misspelt one that is found out after torch is imported."""
+    with pytest.raises(RuntimeError) as told:
+        torch.device("cup")
+    assert set(TYPES) >= set(str(told.value).removeprefix("Expected one of ").partition(" device type")[0].split(", "))
+    for name in ("cuda:0", "cuda:12", "cpu", "cuda:", "cuda:01", "cuda:-1", "cup", "cpux"):
+        try:
+            torch.device(name)
+        except RuntimeError:
+            assert not is_device_name(name)
+        else:
+            assert is_device_name(name)
 
 
 def test_the_light_list_of_computes_is_the_heavy_one():

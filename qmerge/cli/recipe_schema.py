@@ -11,7 +11,6 @@ from importlib.resources import files
 from typing import Any
 
 from qmerge.cli.options import settings_of_a_merge
-from qmerge.device_names import PATTERN
 from qmerge.pipeline.recipe import Recipe
 from qmerge.pipeline.recipe_values import POLISH, RANGES, WORDS, by_format
 from qmerge.units import SIZE
@@ -63,8 +62,6 @@ def _property(name: str, kind: str, default: Any) -> dict[str, Any]:
         row["enum"] = [*WORDS[name], *([None] if "null" in kinds else [])]
     if held := RANGES.get(name):
         row |= {"exclusiveMinimum" if held.above else "minimum": held.least, "exclusiveMaximum" if held.below else "maximum": held.most}
-    if name == "device":
-        row["pattern"] = f"^({PATTERN})$"
     if name in ("shard_size", "device_memory"):
         row["pattern"] = f"^{SIZE}$"
     if name == "device_memory":

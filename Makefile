@@ -82,8 +82,9 @@ baseline: $(STAMP) ## accept RESULTS (default: the demo's, after make merge-qlor
 card: $(STAMP) ## give OUT its model card: OUT=… [BASE=… ADAPTER=… ARGS='--base-id … --adapter-id …']
 	@$(BIN)/qmerge card "$(OUT)" $(if $(BASE),--base "$(BASE)" --adapter "$(ADAPTER)") $(ARGS)
 
-notebook: $(STAMP) ## run the notebook on RESULTS and render it to HTML beside them
+notebook: $(STAMP) ## run both notebooks: that of RESULTS, rendered to HTML beside them, and that of the Python API (a minute)
 	@$(BIN)/python scripts/render_notebook.py "$(RESULTS)" "$(dir $(RESULTS))separate_vs_merged.html"
+	@$(BIN)/python scripts/run_notebook.py --check
 
 notebook-page: $(STAMP) ## docs/separate_vs_merged.html, the same for the demo (after make merge-qlora)
 	@$(BIN)/python scripts/render_notebook.py "$(RESULTS)" docs/separate_vs_merged.html

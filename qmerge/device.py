@@ -1,4 +1,4 @@
-"""Which device computes? The only file that names an accelerator."""
+"""Which device computes? The only file that speaks to an accelerator."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import torch
 
+from qmerge.device_names import KNOWN
 from qmerge.errors import UsageProblem
 from qmerge.room import Room, peak_rss_bytes
 
@@ -33,7 +34,7 @@ def pick_device(wish: str) -> torch.device:
     try:
         return torch.device(wish)
     except RuntimeError as problem:
-        raise UsageProblem("unknown device", where=f"--device {wish}", expected="cpu, cuda, cuda:N or auto", fix="--device auto takes the GPU where there is one") from problem
+        raise UsageProblem("unknown device", where=f"--device {wish}", expected=KNOWN, fix="--device auto takes the GPU where there is one") from problem
 
 
 def own_device(wish: str, local_rank: int, local_size: int) -> str:

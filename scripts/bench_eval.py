@@ -206,7 +206,8 @@ def tokens_of(case: Case, model: Any) -> Any:
     import torch
 
     from qmerge.quality.evaluate import load_tokenizer
-    from qmerge.store.texts import TokenDoc, read_documents, tokenize_documents
+    from qmerge.store.texts import read_documents
+    from qmerge.store.windows import TokenDoc, tokenize_documents
 
     if case.text is None:
         ids = torch.randint(3, model.get_output_embeddings().weight.shape[0], (4096,), generator=torch.Generator().manual_seed(0))
@@ -218,7 +219,7 @@ def tokens_of(case: Case, model: Any) -> Any:
 
 def first_windows(stream: Any, count: int, tokens: int) -> Any:
     """The first ``count`` windows; each counts as a document of its own, so that intervals have clusters."""
-    from qmerge.store.texts import TokenDoc, pack_windows
+    from qmerge.store.windows import TokenDoc, pack_windows
 
     if len(stream.ids) < count * tokens:
         raise LookupError(f"the text has {len(stream.ids)} tokens, {count * tokens} are needed")

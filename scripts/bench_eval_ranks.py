@@ -54,7 +54,7 @@ def work(wish: dict[str, Any]) -> None:
     import torch
     from bench_ranks_worker import Clock
 
-    from qmerge.adapters.several_adapters import AdapterSet
+    from qmerge.adapters.choices import AdapterSet
     from qmerge.api import measuring
     from qmerge.launch import launched
     from qmerge.quality import arms, evaluate, generation, perplexity, running, sidecar

@@ -19,7 +19,7 @@ import torch
 from bench_quality_cases import WINDOW, Case, chosen_text
 from bench_quality_make import code_digest
 
-from qmerge.adapters.several_adapters import AdapterSet
+from qmerge.adapters.choices import AdapterSet
 from qmerge.errors import QmergeError
 from qmerge.quality import arms as loading
 from qmerge.quality.attach import as_set
@@ -30,7 +30,8 @@ from qmerge.quality.metrics import json_metric, reference_scores, text_metrics
 from qmerge.quality.plain import place
 from qmerge.quality.reference import CACHE_BYTES, Answers
 from qmerge.quality.served import as_served
-from qmerge.store.texts import Document, Windows, pack_windows, read_documents, tokenize_documents
+from qmerge.store.texts import Document, read_documents
+from qmerge.store.windows import Windows, pack_windows, tokenize_documents
 
 METRICS = ("kl_mean", "kl_p99", "ppl", "ppl_ratio", "top1_agreement", "retention", "floor_factor", "nonfinite")
 SERVED = "served"

@@ -2,8 +2,9 @@
 
     python scripts/check_wheel.py [PIP-REQUIREMENT …] [--out DIR]
 
-Builds an sdist, and the wheel from it; looks for every file of the package, the licence and no test in the wheel; installs it into a new environment without extras, and there runs
-``--help``, a bf16 merge of the demo, a 4-bit one, and ``verify`` of both. Measuring the 4-bit one has to name the extra that it takes. Takes two minutes and 2 to 7 GB below the
+Builds an sdist, and the wheel from it; looks for every file of the package, the licence and no test in the wheel; installs it into a new environment without extras, then the sdist in
+its place, which has to give the same files, and there runs
+``--help``, a bf16 merge of the demo, a 4-bit one, and ``verify`` of both. Measuring the 4-bit one has to name the extra that it takes. Takes one to two minutes and 2 to 7 GB below the
 folder for temporary files, removed at the end. Requirements are for pip beside the wheel, as in ``torch==2.13.0``. ``--out``: keep sdist and wheel there.
 """
 
@@ -35,7 +36,8 @@ def main() -> None:
         wheel = built(options.out.resolve() if options.out else place / "dist")
         faults = faults_of(wheel)
         if not faults:
-            faults = faults_in_use(installed(wheel, options.requirements, place / "env"), place)
+            programs = installed(wheel, options.requirements, place / "env")
+            faults = faults_of_sdist(wheel, programs) + faults_in_use(programs, place)
     for fault in faults:
         print(f"FAILED {fault}")
     print(f"{wheel.name}: {len(faults)} faults, {time.perf_counter() - began:.0f} s")
@@ -69,6 +71,26 @@ def installed(wheel: Path, requirements: list[str], env: Path) -> Path:
     found = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions(path=[str(next(env.glob("lib/python*/site-packages")))])}
     print(f"installed {len(found)} packages: " + ", ".join(f"{name} {found[name]}" for name in SHOWN), flush=True)
     return env / "bin"
+
+
+def faults_of_sdist(wheel: Path, programs: Path) -> list[str]:
+    """What differs where the sdist is installed over the wheel, by pip and with nothing but what pip fetches to build it."""
+    before = files_of(programs)
+    sdist = next(wheel.parent.glob("-".join(wheel.name.split("-")[:2]) + ".tar.gz"))
+    began = time.perf_counter()
+    run(str(programs / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", str(sdist))
+    print(f"installed {sdist.name} in its place, {time.perf_counter() - began:.1f} s", flush=True)
+    after = files_of(programs)
+    words = {(True, True): "another file", (True, False): "missing", (False, True): "there too"}
+    names = sorted({name for name, _ in before.items() ^ after.items()})
+    return [f"installed from the sdist, {name} is {words[name in before, name in after]}" for name in names]
+
+
+def files_of(programs: Path) -> dict[str, str]:
+    """Installed file of qmerge -> its digest, but for what says how it was installed."""
+    (place,) = programs.parent.glob("lib/python*/site-packages")
+    (found,) = importlib.metadata.distributions(name="qmerge", path=[str(place)])
+    return {str(file): file.hash.value for file in found.files or () if file.hash and ".dist-info" not in str(file)}
 
 
 def faults_in_use(programs: Path, place: Path) -> list[str]:

@@ -1,12 +1,16 @@
 """Run eval/python_api.ipynb on the demo and keep its outputs in the file, without what tells of the machine that it ran on.
 
-    python scripts/run_notebook.py
+    python scripts/run_notebook.py [--check]
+
+``--check``: run it and leave the file as it is.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +43,18 @@ def run(notebook: Path) -> Any:
 
 
 def main() -> None:
-    import nbformat
-
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check, began = parser.parse_args().check, time.perf_counter()
     try:
         book = run(NOTEBOOK)
     except QmergeError as problem:
         sys.exit(f"error: {problem}")
-    nbformat.write(book, NOTEBOOK)
-    print(NOTEBOOK.name)
+    if not check:
+        import nbformat
+
+        nbformat.write(book, NOTEBOOK)
+    print(f"{NOTEBOOK.name}: {'runs' if check else 'written'}, {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

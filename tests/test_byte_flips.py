@@ -18,6 +18,7 @@ import pytest
 import torch
 from oracles import merge_slow
 from safetensors.torch import load_file, save_file
+from support.blocks import block_maxima
 
 from qmerge.errors import QmergeError, Refused
 from qmerge.formats import nf4
@@ -36,7 +37,7 @@ SAMPLE = 17
 def packed(weight: str, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
     """A doubly quantized NF4 weight as bitsandbytes saves it."""
     values = torch.randn(shape) * 0.1
-    maxima, code = grid.block_maxima(values, 64), grid.code_book("nf4")
+    maxima, code = block_maxima(values, 64), grid.code_book("nf4")
     table = torch.linspace(-1, 1, 256)
     steps, nested, offset = grid.double_quantize(maxima, table)
     state = QuantState(steps, code, 64, shape, "bfloat16", "nf4", nested, table, 256, offset)

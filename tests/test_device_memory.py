@@ -158,7 +158,7 @@ def test_what_reading_ahead_finds_is_raised_where_the_block_is_needed(small, tmp
 
 def test_resuming_does_not_mind(small, tmp_path):
     """A run of a night that may not go on because another card has less memory."""
-    from qmerge.pipeline.resume import differences, identity
+    from qmerge.pipeline.identity import differences, identity
 
     one, two = (identity(plan(recipe(small, tmp_path / "out", device_memory=size)), None, None, {}) for size in ("20GiB", None))
     assert one["fixed"] == two["fixed"] and differences(one["free"], two["free"]) == ["memory of the device: 20GiB, now none"]

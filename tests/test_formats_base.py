@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from support.packed import BNB, GPTQ
 
 from qmerge.errors import Refused
-from qmerge.formats.base import Base, Nf4Recipe, open_base
+from qmerge.formats.base import Base, open_base
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.numerics import nf4
 from qmerge.numerics.packing import unpack_rows
 from qmerge.pipeline.skeleton import build_skeleton

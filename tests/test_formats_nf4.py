@@ -10,12 +10,14 @@ import torch
 from bitsandbytes import functional
 from oracles.dequantized import nf4_weights
 from safetensors.torch import load_file, save_file
+from support.blocks import block_maxima
 
 from qmerge.errors import Refused
 from qmerge.formats import BLOCK_SIZES
 from qmerge.formats import nf4 as nf4_format
-from qmerge.formats.base import Nf4Recipe, decode_with_bitsandbytes, open_base, quantize_as_bitsandbytes
+from qmerge.formats.base import decode_with_bitsandbytes, open_base, quantize_as_bitsandbytes
 from qmerge.formats.integers import Layout
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.numerics import nf4
 from qmerge.pipeline.recipe import read_nf4_recipe
 from qmerge.pipeline.skeleton import build_skeleton
@@ -66,7 +68,7 @@ def test_every_block_size_that_bitsandbytes_takes(kind, block_size, double):
     """A block size that the recipe takes and the library refuses or reads otherwise; FP4's codes written in the order of their levels."""
     weight = torch.randn(96, 172, generator=torch.Generator().manual_seed(0)) * 0.05
     template = quantize_as_bitsandbytes(torch.zeros(64, block_size), Nf4Recipe(block_size, double, "float32", quant_type=kind)).state
-    state = nf4.with_absmax(replace(template, shape=(96, 172)), nf4.block_maxima(weight, block_size))
+    state = nf4.with_absmax(replace(template, shape=(96, 172)), block_maxima(weight, block_size))
     ours = QuantizedWeight(nf4.nearest(weight, nf4.effective_absmax(state), state.code, block_size), Grid(kind, 4, block_size, True, double), state=state)
     stored = nf4_format.pack("w", ours)
     theirs = functional.QuantState.from_dict({name.removeprefix("w."): tensor for name, tensor in stored.items() if name != "w"}, device=torch.device("cpu"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qmerge.errors import UsageProblem
-from qmerge.extras import LOADERS, SHOWN
+from qmerge.extras import LOADERS, packages
 from qmerge.formats import BITS, BLOCK_SIZES, BUILT, QUANTIZING, registry
 from qmerge.formats.integers import Layout
 from qmerge.pipeline.recipe import Recipe, build_recipe
@@ -41,7 +41,8 @@ def test_what_is_written_can_be_measured_and_loaded(name):
     assert method in arms.MEASURED and method in estimate.LOADERS
     for kind in (name, method):
         assert engines.loads("transformers", kind) and kind in engines.NAMES
-        assert engines.EXTRAS[kind].split() == [SHOWN.get(module, module) for module in LOADERS.get(method, (method,))]
+        installed = engines.snippets(kind)[0][2].splitlines()[0].split()
+        assert installed == ["#", "pip", "install", "torch", "transformers", "accelerate", *packages(*LOADERS[method])]
 
 
 @pytest.mark.parametrize("name", FIXED)

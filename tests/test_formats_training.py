@@ -9,7 +9,7 @@ import yaml
 from transformers import BitsAndBytesConfig
 
 from qmerge.errors import Refused, UsageProblem
-from qmerge.formats.base import Nf4Recipe
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.formats.training import recipe_from_adapter, recipe_from_file, recipe_from_mapping
 
 AXOLOTL = {"base_model": "m", "adapter": "qlora", "load_in_4bit": True, "bf16": "auto"}

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qmerge"
 PICTURE = PACKAGE.parent / "docs" / "architecture.md"
-ORDER = (("__init__", "types", "errors", "extras", "units", "room", "device", "launch", "watch", "ranks"), ("numerics",), ("store",), ("adapters",), ("formats",), ("pipeline",), ("quality",), ("report",), ("api",), ("cli", "__main__"))
+ORDER = (("__init__", "types", "errors", "extras", "units", "room", "device_names", "device", "launch", "watch", "ranks"), ("numerics",), ("store",), ("adapters",), ("formats",), ("pipeline",), ("quality",), ("report",), ("api",), ("cli", "__main__"))
 FORBIDDEN = {"quality": {"pipeline"}, "report": {"pipeline", "quality", "formats"}}
 RANK = {layer: rank for rank, layers in enumerate(ORDER) for layer in layers}
 

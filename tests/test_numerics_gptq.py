@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import gptq_slow
+from support.blocks import block_maxima
 
 from qmerge.errors import CheckFailed
 from qmerge.numerics import grids, nf4
@@ -41,7 +42,7 @@ def problem(kind: str, seed: int = 0):
     weight = torch.randn(OUT, IN, generator=draws(seed)) * 0.05
     flat = torch.ones(IN)
     if kind == "nf4":  # 64 does not divide 96: blocks run across rows
-        absmax = nf4.block_maxima(weight, 64)
+        absmax = block_maxima(weight, 64)
         return weight, book_grid(absmax, (OUT, IN), 64, nf4.code_book("nf4")), gptq_slow.book_columns(absmax, (OUT, IN), 64, nf4.code_book("nf4"))
     scales, zeros = grids.search_int(weight, flat, Grid("int", 4, 32, kind == "sym"), torch.bfloat16)
     return weight, int_grid(scales, zeros, IN, Grid("int", 4, 32, kind == "sym")), gptq_slow.int_columns(scales, zeros, IN, 15)
@@ -122,7 +123,7 @@ def test_stacked_weights_are_solved_alone():
 def test_empty_blocks_stay_zero():
     """Division by an absmax of 0."""
     weight = torch.zeros(4, 64)
-    element = book_grid(nf4.block_maxima(weight, 64), (4, 64), 64, nf4.code_book("nf4"))
+    element = book_grid(block_maxima(weight, 64), (4, 64), 64, nf4.code_book("nf4"))
     codes = solve(weight, factor(torch.eye(64), 0.01), element)
     assert codes.unique().tolist() == [7] and float(values(codes, element).abs().max()) == 0
 
@@ -257,7 +258,7 @@ def test_important_channels_decide_the_scale():
             absmax = grids.search_absmax(weight, importance, nf4.code_book("nf4"), 64)
             rounded = nf4.code_book("nf4")[nf4.nearest(weight, absmax, nf4.code_book("nf4"), 64).long()] * absmax[:, None]
         others = [c for c in range(64) if c != 3]
-        plain = nf4.code_book("nf4")[nf4.nearest(weight, nf4.block_maxima(weight, 64), nf4.code_book("nf4"), 64).long()] * nf4.block_maxima(weight, 64)[:, None]
+        plain = nf4.code_book("nf4")[nf4.nearest(weight, block_maxima(weight, 64), nf4.code_book("nf4"), 64).long()] * block_maxima(weight, 64)[:, None]
         assert float((rounded - weight)[:, others].norm()) < 0.8 * float((plain - weight)[:, others].norm()), search
 
 

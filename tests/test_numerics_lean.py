@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.blocks import block_maxima
 
 from qmerge.errors import CheckFailed
 from qmerge.numerics import gptq, nf4
@@ -15,7 +16,7 @@ def _linear(seed: int = 0, outputs: int = 48, inputs: int = 128):
     """A base that lies exactly on the NF4 grid, a low-rank ΔW of 1 %, and correlated inputs."""
     torch.manual_seed(seed)
     weight = torch.randn(outputs, inputs) * 0.02
-    absmax = nf4.block_maxima(weight, 64)
+    absmax = block_maxima(weight, 64)
     state = QuantState(absmax, nf4.code_book("nf4"), 64, (outputs, inputs), "float32")
     codes = nf4.nearest(weight, absmax, state.code, 64)
     base = nf4.dequantize(codes, state)

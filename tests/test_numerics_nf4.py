@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bitsandbytes import functional
+from support.blocks import block_maxima
 
 from qmerge.numerics import nf4
 from qmerge.types import QuantState
@@ -95,7 +96,7 @@ def test_with_absmax_equals_quantize_4bit(shape, block_size):
     """A template state whose code book or nesting is not carried over to new maxima."""
     weight, _, state = quantized(shape, block_size, nested=True)
     _, _, template = quantized(shape, block_size, nested=True, seed=9)
-    maxima = nf4.block_maxima(weight, block_size)
+    maxima = block_maxima(weight, block_size)
     made, wanted = nf4.with_absmax(as_ours(template), maxima), as_ours(state)
     assert torch.equal(made.nested_absmax, wanted.nested_absmax) and made.offset == wanted.offset and made.nested_block_size == wanted.nested_block_size
     assert_same_codes(made.absmax, wanted.absmax, (maxima - made.offset) / nf4.spread(made.nested_absmax, 256, maxima.numel()), made.nested_code)
@@ -107,7 +108,7 @@ def test_nearest_is_quantize_4bit(shape, block_size, dtype):
     """Decision bounds that differ from bitsandbytes' in a last bit, or ties that go up."""
     weight, packed, state = quantized(shape, block_size, nested=False, dtype=dtype)
     wide = weight.float()
-    maxima = nf4.block_maxima(wide, block_size)
+    maxima = block_maxima(wide, block_size)
     assert torch.equal(maxima, state.absmax)
     codes = nf4.nearest(wide, maxima, nf4.code_book("nf4"), block_size)
     assert torch.equal(codes.reshape(-1), nf4.unpack_nibbles(packed, wide.numel()))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.blocks import block_maxima
 
 from qmerge.numerics import gptq, grids, nf4, polish
 from qmerge.numerics.gptq import ElementGrid
@@ -34,7 +35,7 @@ def template(kind: str, nested: bool) -> QuantState:
     import bitsandbytes.functional as F
 
     weight = torch.randn(OUT, IN, generator=draws(9)) * 0.05
-    state = QuantState(nf4.block_maxima(weight, 64), nf4.code_book(kind), 64, (OUT, IN), "float32", quant_type=kind)
+    state = QuantState(block_maxima(weight, 64), nf4.code_book(kind), 64, (OUT, IN), "float32", quant_type=kind)
     if not nested:
         return state
     book = F.create_dynamic_map().float()

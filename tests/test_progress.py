@@ -43,9 +43,21 @@ def test_off_a_terminal_only_lines_of_finished_steps() -> None:
 def test_on_a_terminal_the_time_that_is_left_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """An hour without a word on how many more there will be."""
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
     said = heard(Terminal(), iter(["block 1/4: solved", "block 2/4: solved", ("text", 1, 9), ("text", 2, 9)]))
     lines = said.splitlines()
     assert "left" not in lines[0] and "2/4: solved, about" in said and "text 2/9, about" in said and said.count("\r") >= 3
+
+
+def test_two_bars_for_the_whole_and_for_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes of one block without a sign, or a bar of blocks that stays when they are done, or that a path with numbers makes."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    said = heard(Terminal(), iter(["block 1/4: solved", ("in block 2:", 0, 2), "block 2/4: solved", ("in block 3:", 1, 2), "block 4/4: solved", ("text", 1, 4), "wrote /tmp/run 1/2", ("text", 2, 4)]))
+    drawn = [part.strip() for part in said.split("\r") if "[" in part]
+    assert drawn[0] == "[##........] block 1/4   [..........] in block 2: 0/2"
+    assert drawn[1].startswith("[#####.....] block 2/4, about ") and "left   [#####.....] in block 3: 1/2" in drawn[1]
+    assert [part.split(",")[0] for part in drawn[2:]] == ["[##........] text 1/4", "[#####.....] text 2/4"]
 
 
 def test_a_counter_stays_in_its_line(monkeypatch: pytest.MonkeyPatch) -> None:

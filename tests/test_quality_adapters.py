@@ -20,7 +20,7 @@ from support.packed import Packed
 from test_adapters_experts import save_old
 from test_adapters_names import config_of
 
-from qmerge.adapters.several_adapters import AdapterSet, Combination, parse_choice
+from qmerge.adapters.choices import AdapterSet, Combination, parse_choice
 from qmerge.errors import Refused
 from qmerge.quality import arms
 from qmerge.quality.attach import check_separate

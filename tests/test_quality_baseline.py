@@ -185,7 +185,8 @@ def test_the_command_pairs_accepts_and_refuses(cli, tmp_path: Path) -> None:
     budget = ("--budget", tmp_path / "loose.yaml")
     answer = cli("compare", tmp_path / "new.json", *budget, "--baseline", tmp_path / "old.json", "--save-baseline", tmp_path / "accepted.json")
     assert answer.code == 4 and "token by token" in answer.out and not (tmp_path / "accepted.json").exists()
-    assert cli("compare", tmp_path / "old.json", *budget, "--save-baseline", tmp_path / "accepted.json").code == 0
+    accepted = cli("compare", tmp_path / "old.json", *budget, "--save-baseline", tmp_path / "accepted.json")
+    assert accepted.code == 0 and f"commit {tmp_path}/accepted.json" in accepted.err and f"cp {tmp_path}/old.npz {tmp_path}/accepted.npz" in accepted.err
     answer = cli("compare", tmp_path / "new.json", *budget, "--baseline", tmp_path / "accepted.json")
     assert answer.code == 3 and "from the two intervals, as accepted.npz is not beside the baseline" in answer.out
     moved = json.loads((tmp_path / "accepted.json").read_text())

@@ -11,8 +11,9 @@ from test_quality_arms import build
 from qmerge.cli.run_texts import apart
 from qmerge.errors import Refused, UsageProblem
 from qmerge.quality import arms
+from qmerge.quality.asked import candidate_names
 from qmerge.quality.compare import compare, load_budget
-from qmerge.quality.evaluate import candidate_names, check_overlap, evaluate, evaluate_in_full
+from qmerge.quality.evaluate import check_overlap, evaluate, evaluate_in_full
 from qmerge.quality.running import public_path
 from qmerge.quality.sidecar import read_scores, recompute, write_results
 from qmerge.report.schema import faults

@@ -11,7 +11,8 @@ from qmerge.errors import UsageProblem
 from qmerge.quality import generation
 from qmerge.quality.generation import Generations, Prompts, check_room, choose_prompts, continuations, divergence, end_tokens
 from qmerge.quality.reference import Answers
-from qmerge.store.texts import Document, pack_windows, tokenize_documents
+from qmerge.store.texts import Document
+from qmerge.store.windows import pack_windows, tokenize_documents
 
 
 def load(folder):

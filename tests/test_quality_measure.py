@@ -14,7 +14,7 @@ from qmerge.quality import measure as module
 from qmerge.quality.measure import cluster_labels, compare_logits, measure
 from qmerge.quality.metrics import json_metric, reference_scores, text_metrics, text_row
 from qmerge.quality.sidecar import read_scores, recompute, text_rows, write_results
-from qmerge.store.texts import TokenDoc, pack_windows
+from qmerge.store.windows import TokenDoc, pack_windows
 from qmerge.types import Metric
 
 

@@ -15,7 +15,7 @@ from qmerge.quality.measure import CHUNK_BYTES, compare_logits, measure
 from qmerge.quality.perplexity import window_losses
 from qmerge.quality.protocols import Plan
 from qmerge.quality.reference import Answers
-from qmerge.store.texts import TokenDoc, pack_windows
+from qmerge.store.windows import TokenDoc, pack_windows
 
 VOCABULARY, LONG = 100_000, 512
 PEAK = """

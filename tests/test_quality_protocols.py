@@ -13,9 +13,10 @@ from oracles import perplexity_slow as slow
 
 from qmerge.errors import Refused, UsageProblem
 from qmerge.quality import measure, perplexity
+from qmerge.quality.asked import DEFAULTS, Request, parse_requests
 from qmerge.quality.compare import compare, load_budget
 from qmerge.quality.perplexity import Perplexities, metrics, window_losses
-from qmerge.quality.protocols import DEFAULTS, Request, context_length, parse_requests, plan, read_request
+from qmerge.quality.protocols import context_length, plan, read_request
 from qmerge.quality.reference import Answers
 
 CONTEXT = 64

@@ -60,6 +60,31 @@ def test_among_passing_candidates_measured_speed_decides() -> None:
     assert choose(_served(results, nf4=58.0, int4=60.0)).action == "ship nf4", "a difference within noise decides nothing"
 
 
+@pytest.mark.parametrize(("kind", "state", "engine", "word"), [
+    ("gptq", "pass", None, "back"), ("gptq", "pass", "vllm", "not measured here"), ("fp4", "pass", None, ""), ("none", "pass", None, ""), ("bitsandbytes", "pass", None, ""),
+    ("gptq", "fail", None, "before giving up on 4 bits"), ("bitsandbytes", "fail", None, ""),
+])  # fmt: skip
+def test_nf4_is_named_where_it_is_an_answer(kind: str, state: str, engine: str | None, word: str) -> None:
+    """Catches int4 or nothing, where the other file of 4 bits was never tried; and NF4 recommended to somebody who has it."""
+    results = passing_results()
+    results["arms"]["nf4"]["kind"] = kind
+    for check in results["verdict"]["checks"]:
+        check["state"] = state
+    results["verdict"] = judge(results["verdict"]["checks"])
+    found = choose(results, engine=engine)
+    assert bool(word) == bool(found.alternative) and (word == "back" or word in found.alternative), found
+    assert not word or "nf4" in found.alternative
+
+
+def test_nf4_that_was_measured_is_named_by_its_arm() -> None:
+    """Catches "not measured" of an arm in the same table."""
+    results = passing_results()
+    results["arms"]["int4"] = json.loads(json.dumps(results["arms"]["nf4"])) | {"kind": "gptq"}
+    results["verdict"]["checks"] += [check | {"arm": "int4"} for check in results["verdict"]["checks"] if check["arm"] == "nf4"]
+    found = choose(_served(results, nf4=20.0, int4=60.0))
+    assert found.action == "ship gptq" and found.alternative.startswith("nf4 (NF4) holds the budget too")
+
+
 def test_a_speed_whose_interval_reaches_the_others_decides_nothing() -> None:
     """Catches "ship gptq, it decodes 238 tokens/s, nf4 155" from two processes whose intervals are 34 to 441 and 0 to 473."""
     results = passing_results()

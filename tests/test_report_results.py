@@ -214,3 +214,14 @@ def test_worst_linears_first() -> None:
     results["arms"]["naive"]["linears"]["model.broken"] = {"delta_survival": float("nan")}
     kept = [row["delta_survival"] for _, row in fields.worst_linears(results, "naive")]
     assert kept == sorted(kept) and len(kept) == 10
+
+
+def test_a_share_above_all_is_explained_where_it_stands() -> None:
+    """Catches a retention of 103 % that a reader takes for a gain, and the sentence where nothing calls for it."""
+    results = build_results()
+    text = fields.text_names(results)[0]
+    assert not any("above 100 %" in line for line in tables.notes(results, text))
+    results["arms"]["nf4"]["texts"][text]["metrics"]["retention"] |= {"value": 1.031, "ci_low": 0.99, "ci_high": 1.07}
+    assert [line for line in tables.notes(results, text) if line.startswith("Retention above 100 % (nf4): ")]
+    for page in (render_markdown(results), render_html(results), tables.terminal_table(results)):
+        assert "above 100 %" in page

@@ -17,7 +17,7 @@ from conftest import TARGETS, save_adapter
 from support.forked import ended_within, fork
 from support.resume import SMALL, Jobs
 
-from qmerge.pipeline import before, dense, kept, resume, run, streams
+from qmerge.pipeline import before, dense, identity, kept, run, streams, tensors
 from qmerge.store.runs import find_runs
 
 
@@ -58,7 +58,7 @@ def interrupted(jobs: Jobs, cli: Any, fmt: str, *flags: object, block: int = 3, 
         if fmt == "bf16":
             At(patch, dense.ShardStream, "write", 12, problem)
         elif "--rtn" in flags:
-            At(patch, run, "round_to_nearest", 7 * (block - 1) + 3, problem)
+            At(patch, tensors, "round_to_nearest", 7 * (block - 1) + 3, problem)
         else:
             At(patch, streams, "requantize_group", GROUPS * (block - 1) + 2, problem)
         answer = cli(*jobs.words(out, fmt, *flags))
@@ -101,10 +101,10 @@ def test_same_bytes_without_calibration(jobs, cli):
     out = jobs.place() / "out"
     words[words.index(whole)] = out
     with pytest.MonkeyPatch.context() as patch:
-        At(patch, run, "round_to_nearest", 17)
+        At(patch, tensors, "round_to_nearest", 17)
         assert cli(*words).code == 75
     with pytest.MonkeyPatch.context() as patch:
-        again = At(patch, run, "round_to_nearest", None)
+        again = At(patch, tensors, "round_to_nearest", None)
         assert cli(*words, "--resume").code == 0
     assert content(out) == content(whole) and again.count == 7
 
@@ -214,7 +214,7 @@ def test_what_decides_the_result_may_not_change(jobs, cli, change):
 def test_versions_may_not_change(jobs, cli, monkeypatch, name, owner, value):
     """A pip install between the two: half of the blocks by one solver, half by another."""
     out, _ = interrupted(jobs, cli, "gptq")
-    monkeypatch.setattr(resume, owner, value)
+    monkeypatch.setattr(identity, owner, value)
     answer = cli(*jobs.words(out, "gptq", "--resume"))
     assert answer.code == 4 and name in answer.err and not out.exists(), answer.err
 

@@ -88,3 +88,22 @@ def test_the_calibration_file_is_no_held_out_text(zoo, cli, tmp_path: Path) -> N
     answer = cli("run", "--base", zoo.nf4("llama"), "--adapter", zoo.adapter("llama"), "--calibration", zoo.calibration, "--text", f"own={zoo.calibration}", "--out", tmp_path / "out", "--device", "cpu")
     assert answer.code == 4 and "the text to measure on is the calibration text" in answer.err and "--text own" in answer.err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.eval").exists()
+
+
+def test_a_part_of_the_calibration_file_is_held_out_where_it_was_not_drawn(zoo, cli, tmp_path: Path) -> None:
+    """Honest text refused because it stands in the same file, or text that the run saw taken because the file is another one."""
+    from transformers import AutoTokenizer
+
+    from qmerge.pipeline.calibrate import load_calibration
+
+    words = [f"word{number}" for number in range(3000)]
+    rows = [" ".join(words[start : start + 30]) for start in range(0, 3000, 30)]
+    whole = tmp_path / "calibration.jsonl"
+    whole.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    drawn = load_calibration(str(whole), None, AutoTokenizer.from_pretrained(zoo.nf4("llama")), template=None, generic_share=0.25, samples=4, tokens=64, seed=0).documents
+    seen = {document.text for document in drawn}
+    assert 0 < len(seen) < len(rows)
+    for name, kept, code in (("unseen", [row for row in rows if row not in seen], 0), ("seen", sorted(seen), 4)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in kept))
+        answer = cli("run", "--base", zoo.nf4("llama"), "--adapter", zoo.adapter("llama"), "--calibration", whole, "--samples", 4, "--tokens", 64, "--text", tmp_path / f"{name}.jsonl", "--out", tmp_path / "out", "--device", "cpu", "--dry-run")
+        assert answer.code == code and (code == 0 or "calibration and evaluation text overlap" in answer.err), answer.err

@@ -349,6 +349,6 @@ def test_a_recipe_file_lists_adapters(several, tmp_path):
 
 def test_a_place_that_no_file_system_can_name_is_a_choice_all_the_same():
     """A traceback of the operating system's for a long name with a weight (found by fuzzing a recipe); opening it says what is wrong."""
-    from qmerge.adapters.several_adapters import parse_choice
+    from qmerge.adapters.choices import parse_choice
 
     assert parse_choice("a" * 5000 + "=0.5").weight == 0.5

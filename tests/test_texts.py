@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qmerge.errors import Refused, UsageProblem
-from qmerge.store.texts import Document, TokenDoc, ngram_overlap, pack_windows, read_documents, text_fingerprint, tokenize_documents
+from qmerge.store.overlap import ngram_overlap
+from qmerge.store.texts import Document, read_documents
+from qmerge.store.windows import TokenDoc, pack_windows, text_fingerprint, tokenize_documents
 
 CHAT = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
 

@@ -14,7 +14,7 @@ from qmerge.adapters.lowrank import LowRank
 from qmerge.errors import Refused
 
 if TYPE_CHECKING:
-    from qmerge.adapters.several_adapters import Combination
+    from qmerge.adapters.choices import Combination
 
 
 def combined_edits(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.pipeline.along import identities, look, other_inputs, other_settings
-from qmerge.pipeline.resume import SOLVER, differences, processor, solver_digest, versions
+from qmerge.pipeline.identity import SOLVER, differences, processor, solver_digest, versions
 from qmerge.ranks import Ranks, agreed
 from qmerge.store.manifest import digest_file
 

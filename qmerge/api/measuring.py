@@ -15,7 +15,7 @@ from qmerge.errors import UsageProblem
 from qmerge.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
-    from qmerge.adapters.several_adapters import AdapterSet
+    from qmerge.adapters.choices import AdapterSet
     from qmerge.quality.evaluate import Evaluation
 
 Candidate = Place | MergeResult
@@ -40,7 +40,7 @@ def evaluate(
 
     Raises `UsageProblem` for what cannot be asked, `Refused` for inputs that cannot be measured.
     """
-    from qmerge.adapters.several_adapters import AdapterSet, Combination, parse_choice
+    from qmerge.adapters.choices import AdapterSet, Combination, parse_choice
     from qmerge.quality.compare import budget_of, exit_code
 
     chosen = AdapterSet(tuple(parse_choice(word) for word in adapter_words(adapter)), Combination(combine, density, combine_rank, seed), residual_base, allow_pickle)
@@ -69,10 +69,10 @@ def measure(
 ) -> Evaluation:  # fmt: skip
     """Evaluate and, with ``out``, write results.json there with what goes beside it. ``candidates``: folders or ids, under the names of their folders or those given; ``limits``: a budget, read;
     ``measures``: ``perplexity``, ``generate`` and ``new_tokens``. ``ranks`` share the work: the first writes and gives the results, the others give none. Raises as `evaluate`."""
-    from qmerge.device import own_device, pick_device
+    from qmerge.api.first import look_at_models, look_at_texts
+    from qmerge.device_names import check_device_name
     from qmerge.pipeline.recipe import read_nf4_recipe
-    from qmerge.quality.evaluate import candidate_names, evaluate_in_full
-    from qmerge.quality.sidecar import write_results
+    from qmerge.quality.asked import candidate_names, check_request, parse_requests
     from qmerge.quality.suites import load_suite, split_names
     from qmerge.store.hub import resolve
 
@@ -80,17 +80,24 @@ def measure(
     if out is not None and ranks.first:
         check_results_file(out, "--out", (base, *(one.place.partition("#")[0] for one in adapter.choices), *places))
     benchmarks = load_suite(suite, split_names(tasks), allow_task_code) if suite or tasks else None
-    recipe = read_nf4_recipe(nf4_recipe)
+    recipe, requests = read_nf4_recipe(nf4_recipe), parse_requests(measures.get("perplexity", ()))
+    check_device_name(device)
+    look_at_texts((*texts.values(), *(one.source for one in requests.values())))
+    look_at_models((base, original), adapter)
     folders = [str(resolve(place)[0]) for place in places]
     named = dict(zip(candidates, folders, strict=True)) if isinstance(candidates, Mapping) else candidate_names(folders)
+    check_request(named, texts, also, original)
+    from qmerge.device import own_device, pick_device
+    from qmerge.quality.evaluate import evaluate_in_full
+    from qmerge.quality.sidecar import write_results
+
     on_device, source, chosen = pick_device(own_device(device, ranks.local_rank, ranks.local_size)), str(resolve(base)[0]), str(resolve(original)[0]) if original else None
     agree = None
     if not ranks.alone:
         from qmerge.api.alike import check_fingerprint, check_folders, check_settings, told
-        from qmerge.quality.protocols import parse_requests
 
         agree = partial(check_fingerprint, ranks)
-        check_settings(ranks, told(adapter, {"candidates": named, "texts": texts, "also": also, "perplexity": parse_requests(measures.get("perplexity", ()))}, {
+        check_settings(ranks, told(adapter, {"candidates": named, "texts": texts, "also": also, "perplexity": requests}, {
             "tokens": tokens, "template": template, "original": original is not None, "on": on, "nf4 recipe": recipe.to_json() if recipe else None, "suite": benchmarks.content if benchmarks else None,
             "budget": limits, "device": on_device.type, "generate": measures.get("generate", 0), "new tokens": measures.get("new_tokens"),
         }))  # fmt: skip

@@ -118,26 +118,30 @@ def adapter_words(adapter: Adapters) -> tuple[str, ...]:
 
 def prepare(recipe: Recipe, *, resume: bool = False, check_fit: bool = True, warn: Hear, ranks: Ranks = ALONE) -> Prepared:
     """Everything that can be refused, asked before anything is written. ``warn`` hears what may go wrong. Raises `UsageProblem` and `Refused`."""
+    from qmerge.api.first import look_at_recipe
+
+    asked, recipe = recipe, to_plan(recipe, resume)
+    look_at_recipe(recipe, ranks.first)
     from qmerge.pipeline.plan import plan, plan_each
     from qmerge.pipeline.resume import Resume
     from qmerge.pipeline.run import calibration_for
 
-    asked, recipe = recipe, to_plan(recipe, resume)
     plans = tuple(plan_each(recipe, ranks.first)) if recipe.each else (plan(recipe, ranks.first),)
     calibration = None if recipe.each else calibration_for(plans[0])
     expected = foreseen(plans, calibration, warn, check_fit=check_fit and ranks.first, resumed=resume, processes=ranks.local_size)
     return Prepared(plans, calibration, expected, Resume(asked.overwrite) if resume else None, recipe.each)
 
 
-def carry_out(prepared: Prepared, step: Hear, count: Callable[[str, int, int], None], say: Hear, stop: Stop | None = None, ranks: Ranks = ALONE) -> list[RunReport]:
-    """One report per plan. ``step`` hears a line per step, ``count`` a label, what is done and what there is to do, ``say`` what a person must know. Raises as `qmerge.pipeline.run.run`."""
+def carry_out(prepared: Prepared, step: Hear, count: Callable[[str, int, int], None], say: Hear, stop: Stop | None = None, ranks: Ranks = ALONE, inside: Callable[[str, int, int], None] | None = None) -> list[RunReport]:
+    """One report per plan. ``step`` hears a line per step, ``count`` a label, what is done and what there is to do, ``inside`` the same within a step, ``say`` what a person must know. Raises as
+    `qmerge.pipeline.run.run`."""
     from qmerge.pipeline.run import run, run_dense
     from qmerge.pipeline.streams import Place
 
     plans = list(prepared.plans)
     if prepared.each:
         return run_dense(plans, step, count, prepared.resume, stop, say, ranks)
-    return [run(plans[0], step, prepared.calibration, count, resume=prepared.resume, stop=stop, say=say, ranks=ranks, place=Place(prepared.estimate.work.streams_on_host))]
+    return [run(plans[0], step, prepared.calibration, count, resume=prepared.resume, stop=stop, say=say, ranks=ranks, place=Place(prepared.estimate.work.streams_on_host), inside=inside)]
 
 
 def to_plan(recipe: Recipe, resume: bool) -> Recipe:

@@ -58,17 +58,22 @@ def bench_command(
     sizes, adapter = _sizes(batches), adapter_set(options)
     if out:
         check_results_file(out, "--out", (base, *(one.place.partition("#")[0] for one in adapter.choices), *candidates))
-    from qmerge.device import pick_device
+    from qmerge.api.first import look_at_models
+    from qmerge.device_names import check_device_name
     from qmerge.pipeline.recipe import read_nf4_recipe
-    from qmerge.quality.evaluate import candidate_names
-    from qmerge.quality.serving import Load, check_known, measure_serving
+    from qmerge.quality.asked import candidate_names
     from qmerge.report.load import load_results
     from qmerge.store.hub import resolve
 
+    check_device_name(device)
+    recipe, results = read_nf4_recipe(nf4_recipe), load_results(into) if into else None
+    look_at_models((base, merged, *candidates), adapter)
     names = candidate_names(str(resolve(place)[0]) for place in candidates)
-    if into:
-        check_known(load_results(into), names)
-    recipe = read_nf4_recipe(nf4_recipe)
+    from qmerge.device import pick_device
+    from qmerge.quality.serving import Load, check_known, measure_serving
+
+    if results:
+        check_known(results, names)
     load = Load(sizes, prompt_tokens, new_tokens, repeats, rounds, timeout)
     whole = str(resolve(merged)[0]) if merged else None
     section = measure_serving(str(resolve(base)[0]), adapter, names, load, device=str(pick_device(device)), merged=whole, with_merged=not without_merged, on=on,

@@ -18,7 +18,7 @@ from qmerge.cli.several import several
 from qmerge.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
-    from qmerge.adapters.several_adapters import AdapterSet
+    from qmerge.adapters.choices import AdapterSet
     from qmerge.pipeline.recipe import Recipe
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qmerge.cli.evidence import brief_verdict, show_verdict
 from qmerge.cli.options import json_option
 from qmerge.cli.output import QuietCommand, result_json, say, warn
 from qmerge.errors import Refused
+from qmerge.units import format_bytes
 
 
 @click.command("compare", cls=QuietCommand, short_help="Judge results by a budget and against accepted ones.", example="qmerge compare OUT.eval/results.json --budget strict\nqmerge compare OUT.eval/results.json --save-baseline accepted.json\nqmerge compare OUT.eval/results.json --baseline accepted.json")
@@ -56,8 +58,17 @@ def compare_command(
         show_verdict(verdict)
     if save_baseline and verdict["state"] == "fail":
         raise Refused("these results failed, so they do not become a baseline", where=save_baseline, found=verdict["reasons"][0], fix="a budget that they hold, if that is meant: --budget FILE")
-    say(f"Next: commit {save_baseline}, and hold later runs against it with --baseline {save_baseline}" if save_baseline else f"Next: qmerge report {results} --out DIR")
+    say(_keep(results, save_baseline) if save_baseline else f"Next: qmerge report {results} --out DIR")
     context.exit(exit_code(verdict, strict))
+
+
+def _keep(results: str, baseline: str) -> str:
+    """Which files a later ``--baseline`` reads, for whoever has just accepted one."""
+    tokens, beside = Path(results).with_suffix(".npz"), Path(baseline).with_suffix(".npz")
+    lines = [f"Next: commit {baseline}, and hold later runs against it with --baseline {baseline}. It is all that a baseline must have."]
+    if tokens.is_file() and tokens.resolve() != beside.resolve():
+        lines.append(f"Smaller differences can be told token by token: keep the per-token numbers ({format_bytes(tokens.stat().st_size)}) beside it: {shlex.join(('cp', str(tokens), str(beside)))}")
+    return "\n".join(lines)
 
 
 def not_compared(results: dict[str, Any], why: Refused) -> dict[str, Any]:

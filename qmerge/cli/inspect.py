@@ -16,7 +16,7 @@ from qmerge.cli.output import QuietCommand, result, result_json, say
 @json_option("what it is, its facts by name, and problems")
 def inspect_command(path: str, as_json: bool) -> None:
     """Say what PATH is: a base (recipe, blocks, linears, sizes), an adapter (type, features) or a folder of adapters, and what stands in the way of merging it."""
-    from qmerge.pipeline.inspection import inspect
+    from qmerge.api.looking import inspect
 
     facts = inspect(path)
     if as_json:

@@ -45,9 +45,9 @@ def _merge(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, re
     from qmerge.pipeline.recipe import build_recipe
 
     recipe = build_recipe(recipe_file, settings, flags)
+    prepared = prepare(recipe, resume=resume, check_fit=not unchecked, warn=warn, ranks=ranks)
     from qmerge.pipeline.plan import describe_plan
 
-    prepared = prepare(recipe, resume=resume, check_fit=not unchecked, warn=warn, ranks=ranks)
     plans, expected = prepared.plans, prepared.estimate
     if dry_run:
         if as_json:
@@ -65,7 +65,7 @@ def _merge(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, re
     announce(expected)
     steps = Steps()
     with Stop(say) as stop:
-        done = carry_out(prepared, steps.step, steps.count, say, stop, ranks)
+        done = carry_out(prepared, steps.step, steps.count, say, stop, ranks, steps.count)
     if not ranks.first:
         return
     rows = [

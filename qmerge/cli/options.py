@@ -9,6 +9,7 @@ import click
 
 from qmerge.cli.completing import PLACE, words_of
 from qmerge.cli.helping import BASE, CALIBRATION, FORMAT, INPUTS, MEASURE, RECIPE, RUNNING, SEVERAL, SOLVER, TOPIC
+from qmerge.errors import UsageProblem
 
 Command = Callable[..., Any]
 
@@ -134,8 +135,11 @@ measure_options = topic(
 
 def adapter_set(options: dict[str, Any]) -> Any:
     """Take `adapter_options` out of ``options``, as an ``AdapterSet``."""
-    from qmerge.adapters.several_adapters import AdapterSet, Combination, parse_choice
+    from qmerge.adapters.choices import AdapterSet, Combination, parse_choice
+    from qmerge.pipeline.recipe_values import value_fault
 
+    if fault := value_fault("combine", options["combine"]) or value_fault("density", options["density"]):
+        raise UsageProblem(fault, fix="as in the merge: manifest.json names it")
     combination = Combination(options.pop("combine"), options.pop("density"), options.pop("combine_rank"), options.pop("seed"))
     return AdapterSet(tuple(parse_choice(text) for text in options.pop("adapter")), combination, options.pop("residual_base"), options.pop("allow_pickle"))
 

@@ -1,4 +1,4 @@
-"""How does a person see that work goes on, and for how long? One line per finished step; on a terminal a counter that runs in place, and the time that is left.
+"""How does a person see that work goes on, and for how long? One line per finished step; on a terminal bars that run in place, for the whole and for the part under way, and the time that is left.
 
 Off a terminal nothing is drawn in place and no time is foretold: a log gets the lines of finished steps alone.
 """
@@ -18,7 +18,9 @@ from qmerge.units import format_seconds
 INDENT = 11
 """columns that a line's time takes"""
 REDRAW_S = 0.1
-"""a counter is drawn no more often"""
+"""bars are drawn no more often"""
+BAR = 10
+"""signs of a bar"""
 
 
 class Steps:
@@ -28,13 +30,19 @@ class Steps:
         self.clock, self.began = clock, clock()
         self.live = streams()[1].isatty() and os.environ.get("TERM") != "dumb"
         self.label, self.drawn = "", -REDRAW_S
+        self.whole = ""
+        """the bar of what the last counted line was a part of; nothing where that is done"""
         self._first: dict[str, tuple[int, float]] = {}
 
     def step(self, text: str) -> None:
         """``text`` is done. Where it counts (``block 3/32: …``), the time that the rest will take is told too, on a terminal."""
         self._clear()
-        counted = re.match(r"(\D*)(\d+)/(\d+)", text)
-        left = self._left(counted[1], int(counted[2]), int(counted[3])) if counted and self.live else ""
+        counted = re.match(r"([a-z: ]*)(\d+)/(\d+)(?=\W|$)", text)
+        left = self.whole = ""
+        if counted and self.live:
+            what, done, total = counted[1], int(counted[2]), int(counted[3])
+            left = self._left(what, done, total)
+            self.whole = f"{_bar(done, total)} {printable(what).strip()} {done}/{total}{left}   " if done < total else ""
         say(f"{self.clock() - self.began:7.1f} s  {text}{left}")
 
     def count(self, label: str, done: int, total: int) -> None:
@@ -42,7 +50,7 @@ class Steps:
         if done >= total:
             self.step(label)
         elif self.live:
-            text = f"{printable(label)} {done}/{total}{self._left(label, done, total)}"
+            text = f"{self.whole}{_bar(done, total)} {printable(label)} {done}/{total}{self._left(label, done, total)}"
             if (now := self.clock()) - self.drawn >= REDRAW_S:
                 self._clear()
                 self.label, self.drawn = text[: max(shutil.get_terminal_size().columns - INDENT - 1, 1)], now
@@ -57,6 +65,13 @@ class Steps:
         return f", about {format_seconds(left_s)} left" if left_s >= 1 else ""
 
     def _clear(self) -> None:
+        """Take the bars off the terminal."""
         if self.live and self.label:
             talk("\r" + " " * (len(self.label) + INDENT) + "\r", newline=False)
             self.label = ""
+
+
+def _bar(done: int, total: int) -> str:
+    """``[####......]``: letters that every terminal has."""
+    full = BAR * done // max(total, 1)
+    return f"[{'#' * full}{'.' * (BAR - full)}]"

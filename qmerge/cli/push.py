@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qmerge.api.looking import check_pairs
+from qmerge.api.looking import check_asked
 from qmerge.cli.completing import PLACE
 from qmerge.cli.options import json_option
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
@@ -35,7 +35,7 @@ def push_command(
 
     if not HUB_ID.fullmatch(repo):
         raise UsageProblem("this is no id of the hub", where="--repo", expected="ORG/NAME", found=repo, fix="write it as it stands in the address of the model: https://huggingface.co/ORG/NAME")
-    check_pairs(base, adapters, signature, public_key, "qmerge push")
+    check_asked(out, base, adapters, signature, public_key, "qmerge push")
     from qmerge.pipeline.verify import verify
     from qmerge.store.manifest import read_manifest
     from qmerge.store.push import parcel, push

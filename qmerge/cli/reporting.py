@@ -78,7 +78,7 @@ def _history(folder: str, metric: str, ignore_versions: bool, out: str) -> list[
 @click.argument("results", type=PLACE, metavar="results.json")
 @click.option("--adapters", metavar="N", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="How many adapters of this base are to be served.")
 @click.option("--engine", type=click.Choice(["transformers", "vllm", "sglang"]), help="What will serve it.")
-@json_option("the choice, its reason and the table")
+@json_option("the choice, its reason, an alternative and the table")
 def advise_command(results: str, adapters: int, engine: str | None, as_json: bool) -> None:
     """Keep the adapter separate, or ship a merged file? One line why, and the usual table with this model's measured values."""
     from qmerge.report.choice import choose, compared
@@ -91,7 +91,7 @@ def advise_command(results: str, adapters: int, engine: str | None, as_json: boo
         rows = [[cell if isinstance(cell, str) else list(cell) for cell in row] for row in table.rows] if table else []
         result_json(asdict(choice) | {"table": {"heads": list(table.heads) if table else [], "rows": rows}})
         return
-    result(f"{choice.sentence} {choice.reason}")
+    result(f"{choice.sentence} {choice.reason}" + (f"\n{choice.alternative}" if choice.alternative else ""))
     if table:
         result("\n" + plain_table(table))
         for note in table.notes:

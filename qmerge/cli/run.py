@@ -134,33 +134,38 @@ def _window(found: MergePlan, asked: Asked) -> int:
 
 
 def _check(recipe: Recipe, asked: Asked, recipe_file: str | None, ranks: Ranks) -> tuple[MergePlan, dict[str, Any], dict[str, Any]]:
-    """All that measuring would refuse, before hours of merging. The plan, the budget, and the perplexities that are asked for."""
-    from qmerge.pipeline.plan import plan
-    from qmerge.quality.arms import check_method
-    from qmerge.quality.attach import check_separate
+    """All that measuring would refuse, before hours of merging; what needs no torch first. The plan, the budget, and the perplexities that are asked for."""
+    from qmerge.api.first import look_at_models, look_at_recipe, look_at_texts
+    from qmerge.quality.asked import candidate_names, check_request, parse_requests
     from qmerge.quality.compare import load_budget
-    from qmerge.quality.evaluate import candidate_names, check_request
-    from qmerge.quality.protocols import parse_requests
     from qmerge.quality.suites import load_suite, split_names
-    from qmerge.quality.tasks import open_tasks
     from qmerge.report.load import load_results
     from qmerge.store.hub import resolve
 
-    limits = load_budget(asked.budget)
-    if asked.baseline and ranks.first:
-        check_versions(load_results(asked.baseline, whole=True), asked.ignore_versions)
+    limits, requests = load_budget(asked.budget), parse_requests(asked.perplexity)
+    baseline = load_results(asked.baseline, whole=True) if asked.baseline and ranks.first else None
     check_request(candidate_names((recipe.out,)), asked.texts or {"held-out": ""}, [part for part in asked.also.split(",") if part], recipe.original)
-    check_separate(recipe.adapter_set)
     need_loader(recipe.format)
-    requests = parse_requests(asked.perplexity)
-    if asked.suite or asked.tasks:
-        open_tasks(load_suite(asked.suite, split_names(asked.tasks), asked.allow_task_code))
+    suite = load_suite(asked.suite, split_names(asked.tasks), asked.allow_task_code) if asked.suite or asked.tasks else None
+    look_at_texts((*asked.texts.values(), *(one.source for one in requests.values())))
+    look_at_recipe(recipe, ranks.first)
+    look_at_models((recipe.base, recipe.original))
+    if ranks.first:
+        _check_places(recipe, asked, recipe_file)
+    from qmerge.pipeline.plan import plan
+    from qmerge.quality.arms import check_method
+    from qmerge.quality.attach import check_separate
+    from qmerge.quality.tasks import open_tasks
+
+    if baseline:
+        check_versions(baseline, asked.ignore_versions)
+    check_separate(recipe.adapter_set)
+    if suite:
+        open_tasks(suite)
     found = plan(recipe, ranks.first)
     for place in (recipe.base, recipe.original):
         if place:
             check_method(str(resolve(place)[0]))
-    if ranks.first:
-        _check_places(recipe, asked, recipe_file)
     return found, limits, requests
 
 
@@ -206,7 +211,7 @@ def _merge(found: MergePlan, calibration: Any, expected: Estimate, asked: Asked,
     from qmerge.pipeline.streams import Place
 
     with Stop(say) as stop:
-        done = run(found, steps.step, calibration, steps.count, resume=Resume(overwrite) if asked.resume else None, stop=stop, say=say, ranks=ranks, place=Place(expected.work.streams_on_host))
+        done = run(found, steps.step, calibration, steps.count, resume=Resume(overwrite) if asked.resume else None, stop=stop, say=say, ranks=ranks, place=Place(expected.work.streams_on_host), inside=steps.count)
     steps.step(f"wrote {done.out}")
     for note in done.notes:
         warn(note)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def apart(calibration: Sequence[Document], kept: list[Document]) -> list[Document]:
     """The held-out documents that share no 13 words in a row with the calibration text. All of them where that would leave less than half: such text has a
     template or copies, what is left would be a choice of the unusual, and the overlap is to be refused."""
-    from qmerge.store.texts import overlapping
+    from qmerge.store.overlap import overlapping
 
     shared = set(overlapping([one.text for one in calibration], [one.text for one in kept]))
     if not shared or 2 * len(shared) > len(kept):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qmerge.api.looking import check_pairs
+from qmerge.api.looking import check_asked
 from qmerge.cli.completing import PLACE
 from qmerge.cli.options import json_option
 from qmerge.cli.output import QuietCommand, result, result_json, say
@@ -24,7 +24,7 @@ def verify_command(out: str, base: str | None, adapters: tuple[str, ...], allow_
 
     Exit 1 where a check fails, 4 where there is nothing to check.
     """
-    check_pairs(base, adapters, signature, public_key, "qmerge verify")
+    check_asked(out, base, adapters, signature, public_key, "qmerge verify")
     from qmerge.pipeline.verify import verify
 
     checks = verify(out, base, adapters, allow_pickle, signature, public_key)

@@ -17,13 +17,14 @@ import torch
 from qmerge.errors import Refused
 from qmerge.formats import awq, gptq_base, int8
 from qmerge.formats import nf4 as nf4_format
-from qmerge.formats.fly import Nf4Recipe, decode_with_bitsandbytes, fly_reader, quantize_as_bitsandbytes
+from qmerge.formats.fly import decode_with_bitsandbytes, fly_reader, quantize_as_bitsandbytes
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.formats.rows import Device, Reader, count_rows, float_reader, four_bit_step
 from qmerge.store.checkpoint import Checkpoint
 from qmerge.store.headers import TORCH_DTYPES
 from qmerge.types import QuantizedWeight, known
 
-__all__ = ["Base", "Nf4Recipe", "decode_with_bitsandbytes", "open_base", "quantize_as_bitsandbytes"]
+__all__ = ["Base", "decode_with_bitsandbytes", "open_base", "quantize_as_bitsandbytes"]
 
 FOUR_BIT = ("nf4", "fp4")
 READ = "float, bitsandbytes NF4, FP4 or LLM.int8, GPTQ (gptq, gptq_v2) or AWQ (gemm)"

@@ -5,41 +5,12 @@ The recipe says how it was loaded; bitsandbytes' own code quantizes it again, so
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
-from qmerge.errors import UsageProblem
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.formats.rows import Device, Reader, decode_flat, four_bit_reader
 from qmerge.numerics import nf4
 from qmerge.types import Grid, QuantizedWeight, QuantState, known
-
-
-@dataclass(frozen=True)
-class Nf4Recipe:
-    """How a float base was quantized to 4 bits. ``dtype`` is the dtype of the weights at that moment (None: as the file holds them).
-
-    ``skip`` are the modules that ``llm_int8_skip_modules`` left float, empty where nothing was said (then transformers leaves the output head).
-    ``quant_type`` is ``nf4`` or ``fp4``.
-    """
-
-    block_size: int = 64
-    double_quant: bool = True
-    dtype: str | None = None
-    skip: tuple[str, ...] = ()
-    quant_type: str = "nf4"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"block_size": self.block_size, "double_quant": self.double_quant, "dtype": self.dtype, "skip": list(self.skip), "quant_type": self.quant_type}
-
-    def skips(self, module: str) -> bool:
-        """Whether ``skip`` names ``module``, by transformers' rule: a pattern matches from the start up to a dot or the end, or is how the name ends."""
-        try:
-            return any(re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(pattern) for pattern in self.skip)
-        except re.error as problem:
-            raise UsageProblem("a pattern of llm_int8_skip_modules is no regular expression", found=f"{problem.pattern!r}: {problem.msg}", fix="correct it: names of modules, or regular expressions of them") from problem
 
 
 def quantize(weight: torch.Tensor, recipe: Nf4Recipe, device: Device = "cpu") -> tuple[torch.Tensor, QuantState]:

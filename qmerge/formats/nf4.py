@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from qmerge.errors import Refused
-from qmerge.formats.fly import Nf4Recipe
 from qmerge.formats.integers import Layout
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.formats.rows import Reader, four_bit_reader
 from qmerge.numerics import nf4
 from qmerge.store.checkpoint import Checkpoint

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.errors import Refused, UsageProblem
-from qmerge.formats.fly import Nf4Recipe
+from qmerge.formats import BLOCK_SIZES
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.store.regular import read_plain
 from qmerge.store.yamlfiles import MAX_BYTES, BadYaml, read_yaml
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (None, "float32", "bfloat16", "float16")
 OWN = ("block_size", "blocksize", "bnb_4bit_blocksize", "double_quant", "bnb_4bit_use_double_quant", "dtype", "skip", "llm_int8_skip_modules", "quant_type")
 ACCEPTED = (
@@ -155,8 +155,8 @@ def _build(said: Mapping[str, Any], where: str, *, kind: Any, double: bool, dtyp
     dtype = str(dtype).removeprefix("torch.") if dtype is not None else None
     if kind not in ("nf4", "fp4"):
         raise _wrong(where, "the 4-bit type", "nf4 or fp4", kind)
-    if isinstance(size, bool) or size not in BLOCK_SIZES:
-        raise _wrong(where, "the block size", ", ".join(map(str, BLOCK_SIZES)), size)
+    if isinstance(size, bool) or size not in BLOCK_SIZES["nf4"]:
+        raise _wrong(where, "the block size", ", ".join(map(str, BLOCK_SIZES["nf4"])), size)
     if dtype not in DTYPES:
         raise _wrong(where, "dtype", ", ".join(map(str, DTYPES)), dtype)
     if skip is not None and (not isinstance(skip, list) or not skip or not all(isinstance(name, str) and name for name in skip)):

@@ -165,9 +165,3 @@ def nearest(weight: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, bloc
     scaled = weight.reshape(-1) * (1.0 / torch.where(scale == 0, torch.ones_like(scale), scale))
     levels, stored = sorted_levels(code)
     return stored[torch.bucketize(scaled, midpoints(levels))].reshape(weight.shape)
-
-
-def block_maxima(weight: torch.Tensor, block_size: int) -> torch.Tensor:
-    """``max|w|`` of each run of ``block_size`` elements of the flattened weight, fp32 ``[blocks]``."""
-    flat = weight.reshape(-1)
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).reshape(-1, block_size).abs().amax(dim=1).float()

@@ -14,9 +14,9 @@ from typing import Any
 
 from qmerge.errors import QmergeError, Refused, UsageProblem
 from qmerge.pipeline.calibrate import Calibration
+from qmerge.pipeline.identity import differences, processor, solver_digest, text_facts, versions
 from qmerge.pipeline.plan import MergePlan
 from qmerge.pipeline.requantize import Steps
-from qmerge.pipeline.resume import differences, processor, solver_digest, text_facts, versions
 from qmerge.ranks import Ranks, agreed
 
 ENDS_BYTES = 1 << 20

@@ -14,7 +14,8 @@ import torch
 
 from qmerge.errors import Refused
 from qmerge.store.foreign import check_tokenizer_folder
-from qmerge.store.texts import Document, Windows, pack_windows, read_documents, tokenize_documents
+from qmerge.store.texts import Document, read_documents
+from qmerge.store.windows import Windows, pack_windows, tokenize_documents
 
 HELD_OUT_EVERY = 7
 

@@ -17,7 +17,7 @@ from qmerge.formats.training import recipe_from_adapter
 from qmerge.pipeline.skeleton import Skeleton, build_skeleton
 from qmerge.store.adapter import CONFIG
 from qmerge.store.checkpoint import Checkpoint, open_checkpoint
-from qmerge.store.hub import is_hub_id, resolve
+from qmerge.store.hub import is_hub_id, resolve, split_name
 from qmerge.store.jsonfiles import read_object
 from qmerge.types import known
 from qmerge.units import format_bytes
@@ -35,7 +35,8 @@ def inspect(path: str) -> dict[str, Any]:
 
     ``problems`` are sentences, empty where nothing stands in the way of merging; ``notes`` say what to know before. Headers and configs only.
     """
-    place, _, name = path.rpartition("#") if "#" in path and not Path(path).exists() else (path, "", "")
+    place, wanted = split_name(path)
+    name = wanted or ""
     folder = Path(resolve(place)[0])
     below = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}"))
     if name or (folder / CONFIG).exists():

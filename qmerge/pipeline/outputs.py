@@ -13,8 +13,9 @@ from qmerge import __version__, formats
 from qmerge.errors import Refused
 from qmerge.formats import dense, registry
 from qmerge.formats import nf4 as nf4_format
-from qmerge.formats.base import Base, Nf4Recipe, quantize_as_bitsandbytes
+from qmerge.formats.base import Base, quantize_as_bitsandbytes
 from qmerge.formats.integers import Layout
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.pipeline.merge import is_nf4
 from qmerge.pipeline.pieces import Pieces
 from qmerge.pipeline.recipe import Recipe

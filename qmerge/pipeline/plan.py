@@ -11,16 +11,19 @@ from typing import Any
 
 from qmerge import formats
 from qmerge.adapters.adapter import Adapter
+from qmerge.adapters.choices import SUM
 from qmerge.adapters.claims import EMBEDDINGS
-from qmerge.adapters.several_adapters import SUM, check_several, joint_edits
+from qmerge.adapters.several_adapters import check_several, joint_edits
 from qmerge.device import pick_compute, pick_device
 from qmerge.errors import Refused
-from qmerge.formats.base import Base, Nf4Recipe, open_base
+from qmerge.formats.base import Base, open_base
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.pipeline import outputs
 from qmerge.pipeline.experts_names import ExpertWeight, float_experts, routed_weights, spell, written_edits
 from qmerge.pipeline.naming import Names, foreign_modules
 from qmerge.pipeline.pieces import Pieces, check_floats, expanded_config, make_pieces
 from qmerge.pipeline.recipe import Recipe, nf4_recipe_of
+from qmerge.pipeline.recipe_checks import check_calibration_given
 from qmerge.pipeline.skeleton import Skeleton, build_skeleton, may_hold_conv1d
 from qmerge.store.checkpoint import Checkpoint, open_checkpoint
 from qmerge.store.publish import check_output
@@ -222,12 +225,6 @@ def _on_experts(found: MergePlan, routed: tuple[ExpertWeight, ...]) -> list[str]
     count = sum(parameters[name].shape[0] for name in kept)
     why = "transformers knows no names for them one by one" if found.recipe.format in formats.BITS else "bitsandbytes quantizes no fused parameter"
     return [f"{count} routed experts' weights stay float ({why}), e.g. {kept[0]}: {sum(parameters[name].numel() for name in kept)} values"]
-
-
-def check_calibration_given(recipe: Recipe) -> None:
-    if recipe.format in formats.QUANTIZING and not recipe.calibration and not recipe.rtn:
-        raise Refused(f"format {recipe.format} rounds to 4 bits, and no calibration text was given", where="--calibration",
-                      expected="text like what the adapter was trained on", found="none", fix="--calibration FILE, or --rtn to round without it (this can erase a small adapter)")
 
 
 def check_room(out: Path, needed: int, fitting: Sequence[str] = ()) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qmerge.device_names import KNOWN, is_device_name
 from qmerge.formats import BITS, BLOCK_SIZES, BUILT, GROUP_SIZES, HEADS, MIXED, PADDED, QUANTIZING
 
 COMPUTES = ("auto", "fp32", "mixed", "bf16")
@@ -56,6 +57,8 @@ def value_fault(name: str, value: Any) -> str | None:
     flag, shown = name.replace("_", "-"), str(value)[:40]
     if (words := WORDS.get(name)) and value not in words:
         return f"--{flag} {shown}: expected {' or '.join(map(str, words)) if len(words) == 2 else 'one of ' + ', '.join(map(str, words))}"
+    if name == "device" and not is_device_name(value):
+        return f"--device {shown}: expected {KNOWN}"
     if (held := RANGES.get(name)) and not held.holds(value):
         return f"--{flag} {shown}: expected {held.says}"
     return None

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from qmerge.adapters.several_adapters import Choice, parse_choice
+from qmerge.adapters.choices import Choice, parse_choice
 from qmerge.errors import QmergeError, Refused, UsageProblem
 from qmerge.formats import QUANTIZING, dense
-from qmerge.formats.base import Nf4Recipe
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.formats.training import recipe_from_mapping
 from qmerge.numerics.distances import band_rows, fit, unpack_bands
 from qmerge.pipeline.merge import Merged

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,27 +15,26 @@ import torch
 from qmerge import formats
 from qmerge.device import exact_products, limit_device, own_device, pick_device
 from qmerge.errors import Refused
-from qmerge.formats import dense, nf4, registry
+from qmerge.formats import dense, registry
 from qmerge.pipeline import outputs
 from qmerge.pipeline.along import SameBytes, check_shared
 from qmerge.pipeline.before import Work, before_the_blocks
 from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokenizer
-from qmerge.pipeline.candidates import Linear
 from qmerge.pipeline.dense import DenseJob, write_dense
-from qmerge.pipeline.distill import DistillSettings, distill
 from qmerge.pipeline.experts import few_tokens
+from qmerge.pipeline.identity import already_there, versions
 from qmerge.pipeline.inputs import Digests, Steady
 from qmerge.pipeline.kept import Kept
 from qmerge.pipeline.kept_shards import KeptShards
 from qmerge.pipeline.kept_together import KeptTogether
 from qmerge.pipeline.merge import Merged
 from qmerge.pipeline.plan import MergePlan
-from qmerge.pipeline.requantize import Solved, Steps, round_to_nearest
+from qmerge.pipeline.requantize import Steps
 from qmerge.pipeline.residence import settled
-from qmerge.pipeline.resume import Resume, already_there, interrupted, joined, versions, working
-from qmerge.pipeline.spread import solved_apart
+from qmerge.pipeline.resume import Resume, interrupted, joined, working
 from qmerge.pipeline.stop import Stop
-from qmerge.pipeline.streams import USUAL, Place, requantize_blocks
+from qmerge.pipeline.streams import Count, Place
+from qmerge.pipeline.tensors import tensors, units
 from qmerge.ranks import ALONE, Ranks
 from qmerge.room import peak_rss_bytes
 from qmerge.store.durable import write_json
@@ -45,7 +43,7 @@ from qmerge.store.runs import RunFolder
 from qmerge.store.sidefiles import copy_side_files
 from qmerge.store.texts import Document
 from qmerge.store.writer import ShardWriter
-from qmerge.types import Grid, QuantState, known
+from qmerge.types import Grid, known
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,13 @@ def quiet(_: str) -> None:
 @exact_products()
 def run(
     plan: MergePlan, progress: Callable[[str], None] = quiet, calibration: Calibration | None = None, count: Callable[[str, int, int], None] | None = None, steps: Steps | None = None,
-    resume: Resume | None = None, stop: Stop | None = None, say: Callable[[str], None] = quiet, ranks: Ranks = ALONE, place: Place | None = None,
+    resume: Resume | None = None, stop: Stop | None = None, say: Callable[[str], None] = quiet, ranks: Ranks = ALONE, place: Place | None = None, inside: Count | None = None,
 ) -> RunReport:  # fmt: skip
     """Write ``plan`` to its OUT: absent or whole, never half. Raises `qmerge.errors.QmergeError` kinds only for what the inputs can cause, and `Interrupted` where it can be gone on with.
 
     ``progress`` gets a line per step, ``count`` a label, what is done and what there is to do. ``resume``: go on with an interrupted run of this OUT, or find that it is there already;
     ``stop``: somebody's wish to end it, ``say`` gets what a user must know of other runs. ``ranks``: the processes that share the work; the first writes, to the bytes that one alone would.
-    ``place``: where things lie meanwhile (None: as `residence.settled` finds); it changes no byte.
+    ``place``: where things lie meanwhile (None: as `residence.settled` finds); it changes no byte. ``inside`` hears how far a block has come, as ``count``.
     """
     if plan.recipe.format in dense.DTYPES:
         return run_dense([plan], progress, count, resume, stop, say, ranks)[0]
@@ -106,7 +104,7 @@ def run(
             before_the_blocks(plan, merged, calibration, work, kept, progress, steps, ranks)
             writer = ShardWriter(folder.path, recipe.shard_bytes, done=kept.shards, finished=kept.shard)
             with torch.no_grad():
-                for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps, ranks, place):
+                for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps, ranks, place, inside):
                     writer.add(name, tensor)
             writer.finish()
             merged.check_all_used()
@@ -132,7 +130,7 @@ def _follow(plan: MergePlan, merged: Merged, calibration: Calibration | None, wo
         try:
             before_the_blocks(plan, merged, calibration, work, kept, progress, steps, ranks)
             with torch.no_grad():
-                for _ in _units(plan, merged, calibration, work, kept, progress, steps, ranks, place):
+                for _ in units(plan, merged, calibration, work, kept, progress, steps, ranks, place):
                     pass
         except BaseException as problem:
             raise interrupted(problem) from None
@@ -248,92 +246,6 @@ def calibration_for(plan: MergePlan, documents: list[Document] | None = None) ->
         known(recipe.calibration), recipe.generic, tokenizer, template=recipe.template, generic_share=recipe.generic_share,
         samples=recipe.samples, tokens=min(recipe.tokens, context), seed=recipe.seed, documents=documents,
     )
-
-
-def tensors(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None = None,
-    ranks: Ranks = ALONE, place: Place = USUAL,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the output by name, each once; not those of linears that ``kept`` knows to be in finished shards."""
-    chosen = {} if work.division is None else work.division.grids
-    packed = {name for name in plan.requantized if chosen.get(name, plan.recipe.grid) is not None}
-    solved = _solved(plan, merged, calibration, work, kept, progress, steps, ranks, place)
-    trained: dict[str, torch.Tensor] = {}
-    if calibration is not None and "distill" in plan.recipe.polish:
-        everything = {name: result for _, found in solved for name, result in found.items()}
-        better = distill(plan, merged, calibration, everything, outputs.model_dtype(plan), DistillSettings(seed=plan.recipe.seed), workdir=known(kept.run.folder).journal, progress=progress, stop=kept.run.stop)
-        work.distilled, trained = better.record | {"floats": sorted(better.floats)}, better.floats
-        solved = iter([(0, better.solved)])
-    for name in merged.names:
-        if name in plan.kept_4bit:
-            yield from nf4.pack(name, known(merged.four_bit(name))).items()
-        elif name not in packed:
-            own = merged.float_tensor(name)  # also where it was trained: the adapter's part in it must have been used
-            yield name, trained.get(name, own)
-    found: dict[str, Solved] | None
-    result: Solved | None
-    tensor: torch.Tensor | None
-    for number, found in solved:
-        made: set[str] = set()
-        for name, result in found.items():
-            work.grids[name] = result.quantized.grid
-            for key, tensor in outputs.packed(plan, name, result, work.records):
-                made.add(key)
-                yield key, tensor
-            if name in work.traffic:
-                work.records[name.removesuffix(".weight")] |= work.traffic[name].to_json()
-        kept.tensors_of[number] = made
-        found = result = tensor = None  # a block is no longer held while the next one is solved
-
-
-def _solved(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks, place: Place
-) -> Iterator[tuple[int, dict[str, Solved]]]:
-    """The units of `Kept`, each with its linears. Those in finished shards are only noted."""
-    before = kept.count
-    found: dict[str, Solved] | None
-    for number, found in _units(plan, merged, calibration, work, kept, progress, steps, ranks, place):
-        if number < before:
-            rows = kept.facts(number)["linears"]
-            merged.used_before(row["name"] for row in rows)
-            for row in (row for row in rows if row["name"] not in found):
-                work.grids[row["name"]] = Grid(**row["grid"])
-                traffic = work.traffic.get(row["name"])
-                work.records[row["name"].removesuffix(".weight")] = row["record"] | (traffic.to_json() if traffic else {})
-        yield number, found
-        found = None  # nor here
-
-
-def _units(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks, place: Place
-) -> Iterator[tuple[int, dict[str, Solved]]]:
-    model_dtype, like = outputs.model_dtype(plan), outputs.nf4_template(plan)
-    if calibration is None:
-        return _stretches(plan, merged, kept, progress, like, ranks)
-    chosen = None if work.division is None else work.division.grids
-    return requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures.by_name, kept, ranks, place)
-
-
-def _stretches(plan: MergePlan, merged: Merged, kept: Kept | KeptTogether, progress: Callable[[str], None], like: QuantState | None, ranks: Ranks) -> Iterator[tuple[int, dict[str, Solved]]]:
-    """Round to nearest, without calibration: the linears of a block are a unit."""
-    model_dtype, blocks = outputs.model_dtype(plan), plan.tree.blocks_name + "."
-    units = [list(names) for _, names in itertools.groupby(plan.requantized, key=lambda name: name[len(blocks):].partition(".")[0] if name.startswith(blocks) else "")]
-    kept.expect(len(units))
-    done = 0
-    for number, names in enumerate(units):
-        done += len(names)
-        if number < kept.count:
-            yield number, kept.solved(number)
-            continue
-        kept.solving(number)
-        sizes = [torch.Size(plan.pieces.table[name].shape).numel() for name in names]
-        found = solved_apart(ranks, names, sizes, lambda name: round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like), model_dtype, merged.device)
-        if not ranks.alone:
-            merged.used_before(names)  # merged and proved by one of them
-        progress(f"linear {done}/{len(plan.requantized)}")
-        kept.commit(number, found, {}, None)
-        kept.rest()
-        yield number, found
 
 
 def manifest(plan: MergePlan, calibration: Calibration | None, work: Work, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,19 +48,21 @@ class Place:
 
 
 USUAL = Place()
+Count = Callable[[str, int, int], None]
+"""a label, what is done, what there is to do"""
 
 
 def requantize_blocks(
     plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, nf4_like: QuantState | None, progress: Callable[[str], None], steps: Steps | None = None,
     traffic: dict[str, Traffic] | None = None, grids: Mapping[str, Grid | None] | None = None, tuned: list[dict[str, Any]] | None = None,
     curvatures: dict[str, Curvature | Distant] | None = None, kept: Kept | KeptTogether | None = None,
-    ranks: Ranks = ALONE, place: Place | None = None,
+    ranks: Ranks = ALONE, place: Place | None = None, inside: Count | None = None,
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """Yields, per block, its number and the solved linears by weight name; the head comes last, where it is requantized. One block's weights and two streams are alive at a time.
     ``traffic`` fills with what routed experts saw. ``grids``: by weight name where it is not the recipe's, None for what stays float. ``tuned`` fills with what ``--polish blocks`` did.
     ``curvatures``: by weight name how rows count together; each is taken out as it is used. ``kept``: what an earlier process has solved is not solved again (without the linears whose
     tensors are in the output already), and what is solved here is kept. ``ranks``: each passes its own batches and solves its share; all of them yield the same.
-    ``place`` changes no bit of it."""
+    ``place`` changes no bit of it. ``inside`` hears, within a block, how many groups of linears are solved."""
     place = place or USUAL
     skeleton, grids, traffic = plan.tree, grids or {}, traffic if traffic is not None else {}
     head = grids.get(known(skeleton.output_embedding), plan.recipe.grid) if wants_head(plan) else None
@@ -75,7 +77,7 @@ def requantize_blocks(
     batches, spread = start(plan, merged, calibration, ranks, shelf=shelf)
     passed = kept.load_streams(batches) if kept is not None else 0
     with Loader(plan, merged, place.ahead) as loader:
-        work = _Blocks(plan, merged, model_dtype, nf4_like, steps, grids, curvatures if curvatures is not None else {}, traffic, batches, spread, shelf, loader)
+        work = _Blocks(plan, merged, model_dtype, nf4_like, steps, grids, curvatures if curvatures is not None else {}, traffic, batches, spread, shelf, loader, inside)
         for index in range(len(skeleton.blocks)):
             solved: dict[str, Solved] = {}
             if kept is not None and index < kept.count:
@@ -131,6 +133,7 @@ class _Blocks:
     spread: Spread
     shelf: Shelf
     loader: Loader
+    inside: Count | None = None
     tidied: float = field(default_factory=time.monotonic)
 
     def solve(self, index: int) -> tuple[dict[str, Solved], dict[str, Any] | None]:
@@ -145,7 +148,9 @@ class _Blocks:
         alone: dict[str, Linear] = {}
         record: dict[str, Any] | None = None
         with BlockPair(*load_block(self.loader, index, self.model_dtype, routed), self.batches, index, [*wanted, *experts], self.spread, self.shelf, COMPUTE[plan.recipe.compute].sums, plan.recipe.quick) as pair:
-            for group in pair.groups:
+            for number, group in enumerate(pair.groups):
+                if self.inside is not None:
+                    self.inside(f"in block {index + 1}:", number, len(pair.groups))
                 if group.modules[0] in experts:
                     here = [weight for weight in routed if weight.module == experts[group.modules[0]]]
                     solver = pair.experts(group, here, self.merged, plan, self.model_dtype, lambda linears, train, judge: requantize_group(linears, plan.recipe.grid, train, judge, self.model_dtype, self.nf4_like, len(plan.tree.blocks), self.steps),

@@ -21,7 +21,7 @@ from qmerge.store.foreign import check_model_folder
 from qmerge.store.inert import NAMES_CODE
 from qmerge.store.jsonfiles import read_object
 from qmerge.store.manifest import MANIFEST, read_manifest, seal_fault, special_files, verify_files
-from qmerge.store.publish import put_aside
+from qmerge.store.publish import written_folder
 from qmerge.store.sidefiles import is_side_file
 from qmerge.store.signature import check_signature
 
@@ -36,9 +36,7 @@ OWN = ("config.json", "quantize_config.json", INDEX, CARD)
 def verify(out: str, base: str | None = None, adapters: Sequence[str] = (), allow_pickle: bool = False, signature: str | None = None, public_key: str | None = None) -> list[Check]:
     """All checks in order. ``adapters``: places, in the order of the merge; weights are the manifest's (one that is named must be it). ``signature`` and ``public_key``:
     files of model-transparency. Raises `QmergeError` only where there is nothing to check (no folder, no manifest, one that is malformed) or the inputs are of another merge."""
-    folder = Path(out)
-    if not folder.is_dir():
-        raise Refused("there is no such folder", where=out, expected="a checkpoint that qmerge wrote", found="nothing" if not folder.exists() else "a file", fix=put_aside(folder))
+    folder = written_folder(out)
     here = _place(folder)
     if special := special_files(folder):
         fix = "; a download with links: hf download ORG/NAME --local-dir DIR" if any((folder / name).is_symlink() for name in special) else ""

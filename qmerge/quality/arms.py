@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from qmerge.adapters.choices import AdapterSet
 from qmerge.adapters.edits import Edit
-from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.errors import Refused, UsageProblem
 from qmerge.extras import need_loader
 from qmerge.quality.attach import as_set, attach

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qmerge.adapters.adapter import Adapter
+from qmerge.adapters.choices import SUM, AdapterSet
 from qmerge.adapters.claims import PREFIX
 from qmerge.adapters.config import changed_base
-from qmerge.adapters.several_adapters import SUM, AdapterSet, check_several
+from qmerge.adapters.several_adapters import check_several
 from qmerge.errors import Refused
 from qmerge.store.adapter import CONFIG, WEIGHTS
 

@@ -2,7 +2,7 @@
 
 Both were measured against their own separate model. Where the per-token numbers of both runs are there and belong to the same tokens,
 differences are taken token by token and clustered (paired); else from the two intervals, as for independent samples, which can only
-widen them. A worsening below a margin counts for nothing: it is smaller than what other threads or another processor change.
+widen them. A worsening below a margin is taken for noise: it is smaller than what other threads or another processor change.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def _judge(name: str, text: str, key: str, new: Mapping[str, Any], old: Mapping[
     word = {"fail": "worse", "pass": "not worse", "inconclusive": "perhaps worse, more text would tell"}[state]
     how = "token by token" if found else f"from the two intervals, as {why}"
     shown = [_shown(x) for x in (new.get("value"), old.get("value"), difference.value, difference.ci_low, difference.ci_high)]
-    reason = f"{name} on {text}: {key} {shown[0]}, the baseline's {shown[1]}: {word} ({how}: {shown[2]}, {shown[3]} to {shown[4]}; {margin:.2g} counts for nothing)"
+    change = f"{'a loss' if sign < 0 else 'a rise'} of up to {margin:.2g} is noise, as another processor changes as much"
+    reason = f"{name} on {text}: {key} {shown[0]}, the baseline's {shown[1]}: {word} (new minus old, {how}: {shown[2]}, {shown[3]} to {shown[4]}; {change})"
     return {
         "arm": name, "text": text, "metric": f"{key}_vs_baseline", "value": difference.value, "ci_low": difference.ci_low, "ci_high": difference.ci_high,
         "limit": {"min": -margin} if sign < 0 else {"max": margin}, "state": state, "reason": reason,

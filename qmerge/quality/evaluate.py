@@ -5,7 +5,6 @@ Two models are alive at a time: the reference and one other arm (`qmerge.quality
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ import torch
 from transformers import AutoTokenizer
 
 from qmerge.adapters.adapter import Adapter
-from qmerge.adapters.several_adapters import AdapterSet
+from qmerge.adapters.choices import AdapterSet
 from qmerge.device import exact_products
 from qmerge.errors import Refused, UsageProblem
 from qmerge.formats.training import recipe_from_adapter
 from qmerge.quality import arms as loading
+from qmerge.quality.asked import Request, check_request, parse_requests
 from qmerge.quality.attach import as_set, check_separate
-from qmerge.quality.compare import REFERENCE_ARMS, compare, load_budget
+from qmerge.quality.compare import compare, load_budget
 from qmerge.quality.fingerprint import protocol, text_protocol
 from qmerge.quality.generation import Generations, check_room, choose_prompts, end_tokens
 from qmerge.quality.loaders import quantization_method
@@ -31,7 +31,7 @@ from qmerge.quality.merging import edited_weights
 from qmerge.quality.paired import task_rows
 from qmerge.quality.perplexity import Perplexities
 from qmerge.quality.plain import place
-from qmerge.quality.protocols import context_length, parse_requests, plan, read_request
+from qmerge.quality.protocols import context_length, plan, read_request
 from qmerge.quality.running import Progress, Run, Work
 from qmerge.quality.samples import name_samples
 from qmerge.quality.sidecar import Scores
@@ -41,20 +41,11 @@ from qmerge.quality.tasks import items_digest, open_tasks
 from qmerge.quality.tokenizers import check_tokenizers
 from qmerge.ranks import ALONE, Ranks
 from qmerge.store.foreign import check_tokenizer_folder
-from qmerge.store.texts import (
-    Document,
-    Overlap,
-    TokenDoc,
-    Windows,
-    ngram_overlap,
-    overlapping,
-    pack_windows,
-    read_documents,
-    tokenize_documents,
-)
+from qmerge.store.overlap import Overlap, ngram_overlap, overlapping
+from qmerge.store.texts import Document, read_documents
+from qmerge.store.windows import TokenDoc, Windows, pack_windows, tokenize_documents
 
 SCHEMA_VERSION = 1
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def evaluate(base: str, adapter: str | AdapterSet, candidates: dict[str, str], texts: dict[str, str], tokens: int, **options: Any) -> dict[str, Any]:
@@ -114,18 +105,13 @@ def evaluate_in_full(
     opened = check_separate(adapter)
     for path in (base, *candidates.values(), *((original,) if original else ())):
         loading.check_method(path)
-    nf4_recipe = recipe_of(base, opened, on, nf4_recipe)
+    how: dict[str, Any] = {"on": on, "nf4_recipe": recipe_of(base, opened, on, nf4_recipe)}
     tokenizer = load_tokenizer(base, *(str(one.path) for one in opened))
     windows, prints, token_docs = _read_texts(texts, tokenizer, tokens, template, doc_separator, keep_tail)
     notes = check_tokenizers(candidates, tokenizer, texts, template=template, doc_separator=doc_separator)
-    how: dict[str, Any] = {"on": on, "nf4_recipe": nf4_recipe}
     reference = loading.load_separate(base, adapter, **how)
     _check_length(reference.model, tokens)
-    context = context_length(reference.model.config, tokenizer)
-    extras: list[Any] = [Perplexities({label: plan(request, documents, tokenizer, context) for label, (request, documents) in requests.items()})] if requests else []
-    if generate:
-        prompts = {text: choose_prompts(token_docs[text], windows[text], generate, check_room(new_tokens, context)) for text in windows}
-        extras.append(Generations(prompts, new_tokens, end_tokens(reference.model, tokenizer)))
+    extras = _extras(reference.model, tokenizer, requests, windows, token_docs, generate, new_tokens)
     edits = reference.edits or {}
     foundation = edited_weights(reference.model if original is None or on != "original" else loading.load_base(original, on="original").model, edits)
     place(reference.model, device)
@@ -133,7 +119,6 @@ def evaluate_in_full(
     options = {"merged_into": "another base" if elsewhere else "the reference's base", "window_tokens": tokens, "keep_tail": keep_tail, "template": template, "doc_separator": doc_separator, "seed": seed, **how}
     fingerprint = protocol(reference.model, tokenizer, device, options) | {"texts": prints, "suite": tasks.suite.content if tasks else None}
     fingerprint |= {extra.name: extra.fingerprint for extra in extras}
-
     if agree:
         agree(fingerprint)
 
@@ -144,16 +129,32 @@ def evaluate_in_full(
     run.noise_floor(base, adapter, how)
     if not run.gather():
         return Evaluation({}, {}, {})
-    results: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(), "noise_floor": run.floor()}
-    for name, note in notes.items():
-        results["arms"][name]["tokenizer_note"] = note
-    results["tasks"] = task_rows(run.samples, results["arms"], seed=seed) if tasks else {}
-    if tasks:
-        name_samples(run.samples, results["arms"])
-        fingerprint["suite"] |= {"items_sha256": items_digest(run.samples["separate"])}
+    results = _results(run, fingerprint, notes, tasks is not None, seed)
     results["verdict"] = compare(results, limits)
     results["elapsed_s"] = round(time.perf_counter() - started, 3)
     return Evaluation(results, run.scores, run.samples)
+
+
+def _extras(model: Any, tokenizer: Any, requests: dict[str, tuple[Request, list[str]]], windows: dict[str, Windows], token_docs: dict[str, list[TokenDoc]], generate: int, new_tokens: int) -> list[Any]:
+    """What is measured of each arm beside its windows: perplexities by protocol, and greedy continuations."""
+    context = context_length(model.config, tokenizer)
+    extras: list[Any] = [Perplexities({label: plan(request, documents, tokenizer, context) for label, (request, documents) in requests.items()})] if requests else []
+    if generate:
+        prompts = {text: choose_prompts(token_docs[text], windows[text], generate, check_room(new_tokens, context)) for text in windows}
+        extras.append(Generations(prompts, new_tokens, end_tokens(model, tokenizer)))
+    return extras
+
+
+def _results(run: Run, fingerprint: dict[str, Any], notes: dict[str, str], benchmarked: bool, seed: int) -> dict[str, Any]:
+    """results.json without its verdict; of benchmarks, the fingerprint learns which items were answered."""
+    results: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "arms": run.rows(), "noise_floor": run.floor()}
+    for name, note in notes.items():
+        results["arms"][name]["tokenizer_note"] = note
+    results["tasks"] = task_rows(run.samples, results["arms"], seed=seed) if benchmarked else {}
+    if benchmarked:
+        name_samples(run.samples, results["arms"])
+        fingerprint["suite"] |= {"items_sha256": items_digest(run.samples["separate"])}
+    return results
 
 
 def recipe_of(base: str, adapters: Iterable[Adapter], on: str, given: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -177,19 +178,6 @@ def load_tokenizer(base: str, *adapters: str) -> Any:
     except (OSError, ValueError) as error:
         where = Path(source).name
         raise Refused("the tokenizer cannot be loaded", where=where, expected="a tokenizer beside the model", found=str(error).splitlines()[0], fix="copy tokenizer.json and tokenizer_config.json of the original model into the folder of the base") from error
-
-
-def candidate_names(paths: Iterable[str | Path]) -> dict[str, str]:
-    """Folder names as arm names: unique (``-2``, ``-3`` …), of plain characters, and never the name of a reference arm."""
-    named: dict[str, str] = {}
-    for path in paths:
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).resolve().name).lstrip("-._") or "candidate"
-        stem = f"candidate-{stem}" if stem in (*REFERENCE_ARMS, "served") else stem
-        name, number = stem, 2
-        while name in named:
-            name, number = f"{stem}-{number}", number + 1
-        named[name] = str(path)
-    return named
 
 
 def check_overlap(calibration: Sequence[Document], text: Sequence[Document], *, allow: bool = False, n: int = 13) -> list[Overlap]:
@@ -230,18 +218,3 @@ def _check_length(model: torch.nn.Module, tokens: int) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise UsageProblem("the windows are longer than the model's context", expected=f"--tokens up to {longest}", found=tokens)
-
-
-def check_request(candidates: dict[str, str], texts: dict[str, str], also: Sequence[str], original: str | None) -> None:
-    """Raise ``UsageProblem`` for names and extra arms that an evaluation would refuse; costs nothing, so that callers can ask before long work."""
-    for what, names in (("candidate", candidates), ("text", texts)):
-        for name in names:
-            if not NAME.fullmatch(name) or (what == "candidate" and name in (*REFERENCE_ARMS, "served")):
-                raise UsageProblem(f"this name cannot be used for a {what}", expected=f"letters, digits, . _ -, and none of {', '.join(REFERENCE_ARMS)}", found=name)
-    unknown = set(also) - {"rtn", "original"}
-    if unknown:
-        raise UsageProblem("there is no such extra arm", expected="rtn, original", found=", ".join(sorted(unknown)))
-    if "original" in also and original is None:
-        raise UsageProblem("the arm `original` needs the float base", expected="--original PATH", found="none")
-    if not texts:
-        raise UsageProblem("an evaluation needs text", expected="at least one --text", found="none")

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from qmerge.store.texts import Document, TokenDoc, Windows, text_fingerprint
+from qmerge.store.texts import Document
+from qmerge.store.windows import TokenDoc, Windows, text_fingerprint
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "gptqmodel", "optimum", "compressed-tensors", "lm-eval")
 

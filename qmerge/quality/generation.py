@@ -20,7 +20,7 @@ from qmerge.quality.metrics import json_metric
 from qmerge.quality.reference import Answers
 from qmerge.quality.sharing import WHOLE, Share
 from qmerge.quality.stats import cluster_quantiles, wilson
-from qmerge.store.texts import TokenDoc, Windows
+from qmerge.store.windows import TokenDoc, Windows
 from qmerge.types import Metric
 
 PROMPT_TOKENS = 32

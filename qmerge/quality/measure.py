@@ -18,7 +18,7 @@ from qmerge.quality.divergence import compare_logits, divergence, support_diverg
 from qmerge.quality.heads import compare_answers
 from qmerge.quality.reference import Answers
 from qmerge.quality.sharing import WHOLE, Share
-from qmerge.store.texts import Windows
+from qmerge.store.windows import Windows
 
 BATCH_TOKENS, DEVICE_BATCH_TOKENS = 1024, 8192
 """tokens that run together on a CPU (more do not fit its caches: measured), and on an accelerator; one window is always allowed"""

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qmerge.adapters.choices import AdapterSet
 from qmerge.adapters.edits import Edit
-from qmerge.adapters.several_adapters import AdapterSet, joint_edits
+from qmerge.adapters.several_adapters import joint_edits
 from qmerge.adapters.tying import head_edit, head_follows
 from qmerge.errors import Refused
 from qmerge.quality.attach import as_set

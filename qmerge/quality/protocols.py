@@ -25,41 +25,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qmerge.errors import Refused, UsageProblem
+from qmerge.quality.asked import DEFAULTS, Request
 from qmerge.store.texts import read_documents
 
-DEFAULTS: dict[str, dict[str, int | None]] = {
-    "gptq": {"tokens": 2048, "windows": None},
-    "strided": {"tokens": 1024, "stride": None, "windows": None},
-    "llama.cpp": {"tokens": 512, "windows": None},
-    "lm-eval": {"tokens": None},
-}
-"""settings by protocol; ``tokens`` None: the model's context, ``stride`` None: half of ``tokens``, ``windows`` None: all of them"""
-SPELLING = "PROTOCOL[,KEY=N…]:FILE, as in gptq:wiki.txt or strided,tokens=512,stride=128:wiki.txt"
 NO_CONTEXT = 2048
 """where neither config nor tokenizer name a context length, as lm-eval assumes"""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One ``--perplexity``: ``settings`` holds what was given, no defaults."""
-
-    protocol: str
-    settings: dict[str, int]
-    source: str
-
-    @property
-    def label(self) -> str:
-        """The request as it was written, with the file's stem: a name for the results that holds no folder."""
-        how = ",".join([self.protocol, *(f"{key}={number}" for key, number in self.settings.items())])
-        return f"{how}:{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(self.source).stem)}"
 
 
 @dataclass(frozen=True)
@@ -88,17 +65,6 @@ class Plan:
 
 Window = tuple[list[int], int, float, int]
 """ids, index of the first scored token, weight, document"""
-
-
-def parse_requests(texts: Iterable[str]) -> dict[str, Request]:
-    """``--perplexity`` arguments by label. ``UsageProblem`` for a malformed one and for the same one twice."""
-    found: dict[str, Request] = {}
-    for text in texts:
-        request = _parse(text)
-        if request.label in found:
-            raise UsageProblem("two perplexities have the same name", where=f"--perplexity {text}", found=request.label, fix="give one of the files another name")
-        found[request.label] = request
-    return found
 
 
 def read_request(request: Request) -> list[str]:
@@ -132,25 +98,6 @@ def context_length(config: Any, tokenizer: Any = None) -> int:
 def adds_bos(tokenizer: Any) -> bool:
     """Does the tokenizer put BOS first by itself?"""
     return tokenizer.bos_token_id is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [tokenizer.bos_token_id]
-
-
-def _parse(text: str) -> Request:
-    how, colon, source = text.partition(":")
-    protocol, *pairs = how.split(",")
-    where = f"--perplexity {text}"
-    if not colon or not source:
-        raise UsageProblem("a perplexity names its protocol and its text", where=where, expected=SPELLING, found=text)
-    if protocol not in DEFAULTS:
-        raise UsageProblem("there is no such perplexity protocol", where=where, expected=", ".join(DEFAULTS), found=protocol)
-    known, settings = DEFAULTS[protocol], {}
-    for pair in pairs:
-        key, _, number = pair.partition("=")
-        if key not in known or key in settings:
-            raise UsageProblem(f"{protocol} has no such setting, or it is given twice", where=where, expected=", ".join(f"{name}=N" for name in known), found=pair)
-        if not number.isascii() or not number.isdigit() or int(number) < (1 if key == "windows" else 2):
-            raise UsageProblem(f"{key} is no number of tokens or windows", where=where, expected="a whole number, 2 or more (windows: 1)", found=number or "nothing")
-        settings[key] = int(number)
-    return Request(protocol, settings, source)
 
 
 def _settled(request: Request, context: int) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from qmerge.adapters.choices import AdapterSet
 from qmerge.adapters.edits import Edit
-from qmerge.adapters.several_adapters import AdapterSet
 from qmerge.errors import Refused
 from qmerge.quality import arms as loading
 from qmerge.quality.gathering import Found, gathered
@@ -30,7 +30,7 @@ from qmerge.quality.sidecar import Scores, text_rows
 from qmerge.quality.tasks import Answers as ItemAnswers
 from qmerge.quality.tasks import OpenSuite, run_suite
 from qmerge.ranks import ALONE, Ranks
-from qmerge.store.texts import Windows
+from qmerge.store.windows import Windows
 
 Progress = Callable[[str, int, int], None]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qmerge.adapters.several_adapters import AdapterSet
+from qmerge.adapters.choices import AdapterSet
 from qmerge.quality.arms import four_bit_config, full_recipe, load_separate
 from qmerge.quality.attach import attach
 from qmerge.quality.loaders import quantization_method

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qmerge.adapters.several_adapters import AdapterSet
+from qmerge.adapters.choices import AdapterSet
 from qmerge.device import device_name
 from qmerge.errors import QmergeError, Refused, UsageProblem
 from qmerge.extras import need_loader

@@ -23,10 +23,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qmerge.device import PeakMemory, wait_for
+from qmerge.extras import LOADERS, packages
 from qmerge.types import known
-
-LOADER_PACKAGES = {"bitsandbytes": ("bitsandbytes",), "gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",), "compressed-tensors": ("compressed_tensors",)}
-"""quantization method -> what transformers reads it with, beside accelerate"""
 
 
 def main(began: float) -> None:
@@ -48,7 +46,7 @@ def measure(job: dict[str, Any], began: float) -> dict[str, Any]:
     Gives ``import_s``, ``load_s``, ``peak_load_bytes``, ``process_bytes`` (the process before it loads), ``batches`` {size: {"prefill_s", "decode_s": per repeat, "peak_prefill_bytes", "peak_decode_bytes"} or
     {"error"}}, ``kernel``, ``packages``, ``threads``, ``memory`` (what the peaks count), and ``loader`` where a plain ``from_pretrained`` did not do.
     """
-    device, wanted = torch.device(job["device"]), (*(("peft",) if job["adapter"] else ()), *LOADER_PACKAGES.get(job["method"], ()))
+    device, wanted = torch.device(job["device"]), (*(("peft",) if job["adapter"] else ()), *LOADERS.get(job["method"], ()))
     _import(job["path"], wanted)
     answer: dict[str, Any] = {"import_s": time.perf_counter() - began}
     if job["adapter"]:  # ours, which no server needs
@@ -62,7 +60,7 @@ def measure(job: dict[str, Any], began: float) -> dict[str, Any]:
     model.eval()
     answer["batches"] = {str(size): _batch(model, size, job, memory) for size in job["batches"]}
     answer["kernel"] = kernel(model, job["prompt_tokens"])
-    answer["packages"] = [name.replace("_", "-") for name in wanted if name in sys.modules]
+    answer["packages"] = packages(*(name for name in wanted if name in sys.modules))
     answer["threads"] = torch.get_num_threads()
     return answer
 
@@ -117,7 +115,7 @@ def _separate(job: dict[str, Any]) -> tuple[nn.Module, str | None, float]:
     """Base and adapter as transformers and PEFT serve them; a float base is quantized while it loads, as QLoRA users do."""
     from transformers import AutoModelForCausalLM
 
-    from qmerge.adapters.several_adapters import AdapterSet, Choice, Combination
+    from qmerge.adapters.choices import AdapterSet, Choice, Combination
     from qmerge.quality.arms import four_bit_config
     from qmerge.quality.attach import attach
 

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from qmerge.errors import Refused
 from qmerge.store.foreign import check_tokenizer_folder
 from qmerge.store.sidefiles import TOKENIZER, VOCABULARIES
-from qmerge.store.texts import Document, TokenDoc, read_documents, tokenize_documents
+from qmerge.store.texts import Document, read_documents
+from qmerge.store.windows import TokenDoc, tokenize_documents
 
 SHOWN = 3
 OTHER_MARKS = ("pad_token", "unk_token", "sep_token", "cls_token", "mask_token")

@@ -122,7 +122,7 @@ def _cost(facts: Facts) -> list[str]:
     for text in fields.text_names(results)[:MAX_TEXTS]:
         names = {"base": "base", "separate": "separate", arm: "this model"}
         rows = [[names[row["arm"]] if key == "arm" else row[key] for key in keys] for row in tables.summary_rows(results, text) if row["arm"] in names]
-        parts += [f"On {md(text)}:", table(heads, rows, right=(1, 2, 3, 4, 5))]
+        parts += [f"On {md(text)}:", table(heads, rows, right=(1, 2, 3, 4, 5)), *(md(said, 400) for said in tables.more_than_all(results, text, (facts.arm,)))]
     for section in sections(results):
         rows = [[text_of(cell) for cell in row] for row in section.rows if row[0] == arm]
         if rows and section.title in ("Benchmarks", "Greedy continuations against separate", "Perplexity by protocol"):

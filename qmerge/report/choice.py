@@ -6,11 +6,12 @@ through; this adds how many adapters are to be served, by which engine, at which
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qmerge.report import fields
 from qmerge.report.advice import by_kl, recommend, worst_kl
+from qmerge.report.alternative import nf4_instead
 from qmerge.report.clean import clean
 from qmerge.report.engines import ENGINES, FLOAT, format_name, loads
 from qmerge.report.fields import Results
@@ -34,6 +35,8 @@ class Choice:
     arm: str | None
     sentence: str
     reason: str
+    alternative: str = ""
+    """another product worth a look, in one sentence, or nothing"""
 
 
 def choose(results: Results, adapters: int = 1, engine: str | None = None) -> Choice:
@@ -44,17 +47,18 @@ def choose(results: Results, adapters: int = 1, engine: str | None = None) -> Ch
         return several
     advice = recommend(results)
     if usable:
-        return _ship(results, usable, advice.reason if usable[0] == advice.candidate else "", adapters)
+        found = _ship(results, usable, advice.reason if usable[0] == advice.candidate else "", adapters)
+        return replace(found, alternative=nf4_instead(results, found.arm, engine))
     if advice.action == "ship":
         name = clean(str(advice.candidate))
-        found = format_name(fields.one_arm(results, str(advice.candidate)).get("kind"))
-        return Choice("keep separate", None, f"Keep the adapter separate: {known.name if known else engine} does not load {clean(found)}.", f"{name} holds the budget, but is in a format that this engine does not load; write another with --format.")
+        other = format_name(fields.one_arm(results, str(advice.candidate)).get("kind"))
+        return Choice("keep separate", None, f"Keep the adapter separate: {known.name if known else engine} does not load {clean(other)}.", f"{name} holds the budget, but is in a format that this engine does not load; write another with --format.")
     if advice.action == "collect_more":
         return Choice("collect more text", advice.candidate, advice.sentence, advice.reason)
     if advice.action == "keep_accepted":
         return Choice("keep what was accepted", None, advice.sentence, advice.reason)
     if advice.action == "keep_separate":
-        return _merged_instead(results) or Choice("keep separate", None, advice.sentence, advice.reason)
+        return replace(_merged_instead(results) or Choice("keep separate", None, advice.sentence, advice.reason), alternative=nf4_instead(results, None, engine))
     return Choice("none", None, advice.sentence, advice.reason)
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qmerge.extras import LOADERS, packages
+
 NAMES = {"none": "float", "bitsandbytes": "nf4", "nf4": "nf4", "fp4": "fp4", "gptq": "gptq", "awq": "awq", "compressed-tensors": "compressed-tensors", "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
 FLOAT = ("none", "bf16", "fp16", "fp32", "merged", "original")
-EXTRAS = {"gptq": "gptqmodel optimum", "awq": "gptqmodel optimum", "bitsandbytes": "bitsandbytes", "nf4": "bitsandbytes", "fp4": "bitsandbytes", "compressed-tensors": "compressed-tensors"}
+METHODS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes"}
+"""formats whose configs name another method"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def loads(engine: str, kind: object) -> bool:
 
 def snippets(kind: str) -> list[tuple[str, str, str]]:
     """(engine, language, code) for every engine that loads ``kind``."""
-    needed = " ".join(filter(None, ("transformers accelerate", EXTRAS.get(kind))))
+    needed = " ".join(("transformers", "accelerate", *packages(*LOADERS.get(METHODS.get(kind, kind), ()))))
     found = [("transformers", "python", f"# pip install torch {needed}\n{TRANSFORMERS}")]
     if loads("vllm", kind):
         found.append(("vLLM", "sh", "vllm serve MODEL"))

@@ -120,7 +120,8 @@ def choice_markdown(results: Results) -> str:
 def _choice(results: Results) -> list[str]:
     found = choose(results)
     comparison = compared(results)
-    return ["## Separate or merged?", f"**{md(found.sentence, 300)}** {md(found.reason, 900)}", *(_section(comparison)[2:] if comparison else [])]
+    said = " ".join(filter(None, (f"**{md(found.sentence, 300)}**", md(found.reason, 900), md(found.alternative, 300))))
+    return ["## Separate or merged?", said, *(_section(comparison)[2:] if comparison else [])]
 
 
 def _linears(results: Results) -> list[str]:

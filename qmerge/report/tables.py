@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qmerge.report import fields
@@ -14,6 +15,7 @@ from qmerge.report.numbers import (
     format_limit,
     format_metric,
     format_value,
+    fraction,
     metric_kind,
     metric_label,
     metric_parts,
@@ -33,6 +35,8 @@ SUMMARY = (
 )
 METRIC_OF = {"perplexity": ("ppl", "ppl"), "kl": ("kl_mean", "kl"), "top1": ("top1_agreement", "percent"), "retention": ("retention", "percent")}
 REFERENCE_KL = "0 (reference)"
+LEAST_ABOVE = 1.0005
+"""a retention that is shown as more than 100.0 %"""
 TERMINAL_COLUMNS = 110
 MAX_SKIPPED = 12
 
@@ -69,7 +73,14 @@ def notes(results: Results, text: str) -> list[str]:
             broken.append(f"{clean(name)}: {metric_label('js_mean')} {format_metric(js, 'kl')}, {clean(js.get('note') or 'the models exclude different tokens', 300)}.")
         if count := fields.value(results, name, text, "nonfinite"):
             broken.append(f"{clean(name)}: {count:,.0f} tokens with non-finite values.")
-    return broken + [f"{what[:1].upper()}{what[1:]} is undefined for {', '.join(names)}: {why}." for (what, why), names in because.items()]
+    return broken + [f"{what[:1].upper()}{what[1:]} is undefined for {', '.join(names)}: {why}." for (what, why), names in because.items()] + more_than_all(results, text, fields.arms(results))
+
+
+def more_than_all(results: Results, text: str, names: Iterable[str]) -> list[str]:
+    """One sentence where one of the arms ``names`` shows a retention above 100 %, else none."""
+    found = [(name, fields.metric(results, name, text, "retention") or {}) for name in names]
+    above = [clean(name) for name, row in found if (kept := fraction(fields.number(row.get("value")), row.get("unit"))) is not None and kept >= LEAST_ABOVE]
+    return [f"Retention above 100 % ({', '.join(above)}): rounding happened to predict this text a little better than separate does. It is chance, not more of the adapter."] if above else []
 
 
 def check_rows(results: Results, parts: bool = False) -> list[dict[str, Any]]:
@@ -147,7 +158,8 @@ def _block(results: Results, text: str) -> list[str]:
     for row in summary_rows(results, text, parts=True):
         kl, retention = (f"{row[key][0]} ({row[key][1]})" if row[key][1] else row[key][0] for key in ("kl", "retention"))
         table.append((row["arm"], row["perplexity"][0], kl, row["top1"][0], retention, row["bytes"]))
-    return [f"on {clean(text, 90)}", *_aligned(table, (TERMINAL_COLUMNS, 10, 31, 8, 25, 8))]
+    said = [line for sentence in more_than_all(results, text, fields.arms(results)) for line in textwrap.wrap(sentence, TERMINAL_COLUMNS)]
+    return [f"on {clean(text, 90)}", *_aligned(table, (TERMINAL_COLUMNS, 10, 31, 8, 25, 8)), *said]
 
 
 def _aligned(table: Sequence[Sequence[str]], caps: Sequence[int]) -> list[str]:

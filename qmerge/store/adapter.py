@@ -16,7 +16,7 @@ import torch
 from qmerge.errors import Refused
 from qmerge.numerics.finite import all_finite
 from qmerge.store.headers import read_header, rows_of
-from qmerge.store.hub import resolve
+from qmerge.store.hub import resolve, split_name
 from qmerge.store.jsonfiles import read_object
 from qmerge.store.regular import check_contained
 from qmerge.store.steady import Stamp, stamps_of
@@ -107,9 +107,7 @@ def open_files(path_or_id: str | Path, revision: str | None = None, allow_pickle
 
     Raises Refused: no such folder or name, a folder of several adapters and no name, missing or malformed files, pickle weights without ``allow_pickle``.
     """
-    text, wanted = str(path_or_id), None
-    if "#" in text and not Path(text).exists():
-        text, _, wanted = text.rpartition("#")
+    text, wanted = split_name(str(path_or_id))
     folder, name, commit = resolve(text if isinstance(path_or_id, str) or wanted else path_or_id, revision, (PICKLE,) if allow_pickle else ())
     if wanted and not _inside(folder, wanted) and (folder / CONFIG).is_file():
         named = name  # one file that may hold several adapters by name

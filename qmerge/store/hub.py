@@ -29,9 +29,19 @@ def resolve(path_or_id: str | Path, revision: str | None = None, also: Sequence[
     and nothing cached. No message contains a token or an address.
     """
     text = str(path_or_id)
+    if (local := local_folder(path_or_id)) is not None:
+        return _local(local, text, revision)
+    folder = Path(_download(text, revision, also))
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else None
+    return folder, text, commit
+
+
+def local_folder(path_or_id: str | Path) -> Path | None:
+    """The folder that is meant, or None for what can only be an id of the hub; nobody is asked. Raises Refused for what can be neither."""
+    text = str(path_or_id)
     local = Path(text).expanduser() if text.startswith("~") else Path(text)
     if text and local.is_dir():
-        return _local(local, text, revision)
+        return local
     if local.is_file():
         raise Refused("A folder was expected, not a file.", where=text, expected="a folder with config and weights", found="a file",
                       fix=f"name the folder: {local.parent}")
@@ -40,9 +50,15 @@ def resolve(path_or_id: str | Path, revision: str | None = None, also: Sequence[
                       fix="check the spelling")
     if not _ID.fullmatch(text):
         raise Refused("This is neither a folder nor a model id.", where=text, expected="an existing folder or a model id such as org/name", fix="check the spelling: qmerge inspect PATH")
-    folder = Path(_download(text, revision, also))
-    commit = folder.name if _COMMIT.fullmatch(folder.name) else None
-    return folder, text, commit
+    return None
+
+
+def split_name(text: str) -> tuple[str, str | None]:
+    """``folder#name``, one of several adapters in a folder: (folder or id, name). A folder whose own name holds ``#`` is taken as it is, with None."""
+    if "#" not in text or Path(text).exists():
+        return text, None
+    place, _, name = text.rpartition("#")
+    return place, name
 
 
 def is_hub_id(text: str) -> bool:

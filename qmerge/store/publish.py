@@ -33,6 +33,14 @@ def put_aside(out: Path) -> str | None:
     return f"{found[-1]} beside it is the old one, which a swap that was killed had put aside: rename it to {Path(out).name}" if found else None
 
 
+def written_folder(out: str) -> Path:
+    """``out``, a folder. Refused where there is none."""
+    folder = Path(out)
+    if not folder.is_dir():
+        raise Refused("there is no such folder", where=out, expected="a checkpoint that qmerge wrote", found="nothing" if not folder.exists() else "a file", fix=put_aside(folder))
+    return folder
+
+
 def check_output(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """Refused, with nothing touched, if ``out`` cannot or must not be written.
 

@@ -1,21 +1,16 @@
-"""How does text become token windows, for calibration and evaluation alike?
+"""Which documents does a file, a folder or a hub dataset hold, for calibration and evaluation alike?
 
-Files are read into documents, documents get BOS and EOS where the tokenizer defines them, and the stream of all documents is
-cut into windows of equal length. Left out on purpose: shuffling, sampling and held-out shares (their owner is the caller, who
-has the seed), and padding (no window is ever padded: a window is all tokens, or it is the tail).
+Left out on purpose: tokens and windows (`windows.py`), shuffling, sampling and held-out shares (their owner is the caller, who has the seed). Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from qmerge.errors import Refused, UsageProblem
 from qmerge.store.templates import ChatWriter
@@ -34,38 +29,6 @@ class Document:
     @property
     def parts(self) -> tuple[tuple[str, bool], ...]:
         return self.spans or ((self.text, True),)
-
-
-@dataclass(frozen=True)
-class TokenDoc:
-    """``ids`` int64 ``[n]`` and ``scored`` bool ``[n]`` (True: this token counts as a target; BOS never does)."""
-
-    ids: torch.Tensor
-    scored: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Consecutive windows of one token stream. Per window: ``ids`` int64 ``[T]``, ``scored`` bool ``[T]``, ``doc`` int64 ``[T]``
-    (index of the document that the token came from). All windows hold ``tokens`` tokens; only the last may be shorter."""
-
-    ids: tuple[torch.Tensor, ...]
-    scored: tuple[torch.Tensor, ...]
-    doc: tuple[torch.Tensor, ...]
-    tokens: int
-    dropped_tokens: int = 0
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """An n-gram that two sets of documents share, with the first document on each side that holds it."""
-
-    ngram: str
-    a_doc: int
-    b_doc: int
 
 
 def read_documents(
@@ -99,92 +62,25 @@ def read_documents(
     return docs
 
 
-def tokenize_documents(docs: Iterable[Document], tokenizer: Any) -> list[TokenDoc]:
-    """Each document's tokens, with BOS before and EOS after when the tokenizer defines them, and never twice.
-
-    A text that already brings its BOS or EOS (a chat template's, say, also with white space behind it) keeps its own.
-    """
-    return [_tokenize(doc, tokenizer) for doc in docs]
-
-
-def pack_windows(token_docs: Sequence[TokenDoc], tokens: int, keep_tail: bool = False) -> Windows:
-    """Concatenate the documents in order and cut windows of ``tokens``. The rest at the end stays if ``keep_tail``, or if it is all
-    there is, and has at least 2 tokens (one to predict from, one to predict); otherwise ``dropped_tokens`` counts it.
-
-    Where BOS and EOS are one token (GPT-2), a document's BOS after the previous one's EOS is not packed a second time.
-    """
-    if tokens < 2:
-        raise UsageProblem("a window needs at least 2 tokens", expected=">= 2", found=tokens)
-    ids, scored, doc, last = [], [], [], None
-    for index, item in enumerate(token_docs):
-        skip = int(len(item.ids) > 1 and last is not None and int(item.ids[0]) == last and not bool(item.scored[0]))
-        ids.append(item.ids[skip:])
-        scored.append(item.scored[skip:])
-        doc.append(torch.full((len(item.ids) - skip,), index, dtype=torch.int64))
-        last = int(item.ids[-1]) if len(item.ids) else last
-    total = sum(len(part) for part in ids)
-    if total < 2:
-        raise Refused("the text is too short to predict anything", expected="at least 2 tokens", found=total, fix="give more text")
-    cuts = [(start, min(start + tokens, total)) for start in range(0, total, tokens)]
-    kept = [c for c in cuts if c[1] - c[0] == tokens or (c[1] - c[0] >= 2 and (keep_tail or len(cuts) == 1))]
-    flat = [torch.cat(part) for part in (ids, scored, doc)]
-    rows = [tuple(part[start:stop].clone() for start, stop in kept) for part in flat]
-    return Windows(rows[0], rows[1], rows[2], tokens=tokens, dropped_tokens=total - sum(stop - start for start, stop in kept))
-
-
-def ngram_overlap(a_docs: Sequence[str], b_docs: Sequence[str], n: int = 13) -> list[Overlap]:
-    """The n-grams of lower-case words (split at white space) that both sides hold, in the order of ``b_docs``, each once.
-
-    Texts of fewer than ``n`` words have no n-gram; they are compared whole.
-    """
-    seen: dict[int, int] = {}
-    for index, text in enumerate(a_docs):
-        for gram in _ngrams(text, n):
-            seen.setdefault(hash(gram), index)
-    found: dict[int, Overlap] = {}
-    for index, text in enumerate(b_docs):
-        for gram in _ngrams(text, n):
-            key = hash(gram)
-            if key in seen and key not in found:
-                found[key] = Overlap(" ".join(gram), seen[key], index)
-    return list(found.values())
-
-
-def overlapping(a_docs: Sequence[str], b_docs: Sequence[str], n: int = 13) -> list[int]:
-    """Which of ``b_docs`` hold an n-gram of ``a_docs``: all of them, where `ngram_overlap` names the first for each n-gram."""
-    seen = {hash(gram) for text in a_docs for gram in _ngrams(text, n)}
-    return [index for index, text in enumerate(b_docs) if any(hash(gram) in seen for gram in _ngrams(text, n))]
-
-
-def text_fingerprint(docs: Sequence[Document], token_docs: Sequence[TokenDoc], tokenizer: Any) -> dict[str, Any]:
-    """What must be equal for two measurements to be on the same text: sha256 of the documents (texts and scored spans) and of
-    their token ids and masks, the counts, and whether BOS and EOS are added."""
-    text, ids = hashlib.sha256(), hashlib.sha256()
-    for doc in docs:
-        text.update(json.dumps(doc.parts, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-    for item in token_docs:
-        ids.update(len(item.ids).to_bytes(8, "little"))
-        ids.update(item.ids.to(torch.int64).numpy().tobytes())
-        ids.update(item.scored.to(torch.uint8).numpy().tobytes())
-    return {
-        "text_sha256": text.hexdigest(),
-        "token_ids_sha256": ids.hexdigest(),
-        "documents": len(docs),
-        "tokens": sum(len(item.ids) for item in token_docs),
-        "bos": "per document" if tokenizer.bos_token_id is not None else "none (the tokenizer defines none)",
-        "eos": "per document" if tokenizer.eos_token_id is not None else "none (the tokenizer defines none)",
-    }
-
-
-def _documents(path: str, template: list[tuple[str, str | None]] | None, chats: ChatWriter, separator: str | None) -> Iterator[Document]:
+def text_files(path: str) -> list[Path] | None:
+    """The files that ``path`` names, sorted; None where only a hub dataset can be meant, and nobody is asked. Raises Refused for what can be neither, and for files of another kind."""
     here = Path(path)
     if here.is_dir():
         files = sorted(p for p in here.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
             raise Refused("the folder holds no text files", where=path, expected=" ".join("*" + s for s in SUFFIXES), found="none")
-    elif here.is_file():
-        files = [here]
-    else:
+        return files
+    if here.is_file():
+        if here.suffix.lower() not in SUFFIXES:
+            raise Refused("the kind of this file is not known", where=path, expected=", ".join(SUFFIXES), found=here.suffix.lower() or "no suffix")
+        return [here]
+    _dataset(path)
+    return None
+
+
+def _documents(path: str, template: list[tuple[str, str | None]] | None, chats: ChatWriter, separator: str | None) -> Iterator[Document]:
+    files = text_files(path)
+    if files is None:
         yield from (_row_document(row, where, template, chats) for where, row in _hub_rows(path))
         return
     for file in files:
@@ -221,8 +117,6 @@ def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
             raise Refused("the Parquet file cannot be read", where=str(file), found=str(error).splitlines()[0], fix="see that it is whole: download or write it again; JSONL and plain text are read too") from error
         yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
         return
-    if suffix not in SUFFIXES:
-        raise Refused("the kind of this file is not known", where=str(file), expected=", ".join(SUFFIXES), found=suffix or "no suffix")
     text = _read_text(file)
     if suffix == ".json":
         rows = _parse(text, str(file))
@@ -290,13 +184,18 @@ def _whole(text: str, where: str) -> str:
     return text
 
 
-def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
+def _dataset(name: str) -> tuple[str, str | None, str | None]:
+    """(repository, configuration, split) of a hub dataset's name."""
     parts = name.split(":")
     looks_local = name.startswith((".", "/", "~")) or Path(name).suffix.lower() in SUFFIXES or parts[0].count("/") > 1 or len(parts) > 3
     if looks_local or not all(parts):
         raise Refused("no such file or folder", where=name, expected="a file, a folder, or a hub dataset as name[[:config]:split]", found="nothing there",
                       fix="check the spelling, and that the path is right from the folder that qmerge was started in")
-    repo, config, split = parts[0], parts[1] if len(parts) == 3 else None, parts[-1] if len(parts) > 1 else None
+    return parts[0], parts[1] if len(parts) == 3 else None, parts[-1] if len(parts) > 1 else None
+
+
+def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
+    repo, config, split = _dataset(name)
     try:
         import datasets
 
@@ -311,42 +210,3 @@ def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
             raise Refused("the dataset has several splits", where=name, expected="one", found=", ".join(rows), fix=f"name it, as in {repo}:{next(iter(rows))}")
         rows = next(iter(rows.values()))
     yield from ((f"{name}, row {i}", row) for i, row in enumerate(rows, 1))
-
-
-def _tokenize(doc: Document, tokenizer: Any) -> TokenDoc:
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids, scored = _encode(doc, tokenizer)
-    if bos is not None:
-        own = bool(ids) and ids[0] == bos
-        ids, scored = [bos] + (ids[1:] if own else ids), [False] + (scored[1:] if own else scored)
-    # "<|im_end|>\n": a template's own end of turn with white space behind it is an EOS too.
-    if eos is not None and not (len(ids) > 1 and ids[-1] == eos) and not doc.text.rstrip().endswith(tokenizer.eos_token):
-        ids, scored = ids + [eos], scored + [doc.parts[-1][1]]
-    return TokenDoc(torch.tensor(ids, dtype=torch.int64), torch.tensor(scored, dtype=torch.bool))
-
-
-def _encode(doc: Document, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Token ids and mask without special tokens. A token that reaches into a scored part is scored: the joined text is tokenized as
-    one, as in training, so a token may straddle the border."""
-    options = {"add_special_tokens": False, "verbose": False}
-    if len(doc.parts) == 1:
-        ids = list(tokenizer(doc.text, **options)["input_ids"])
-        return ids, [doc.parts[0][1]] * len(ids)
-    if not getattr(tokenizer, "is_fast", False):  # no offsets: the parts are tokenized one by one
-        pieces = [(list(tokenizer(text, **options)["input_ids"]), flag) for text, flag in doc.parts]
-        return [i for ids, _ in pieces for i in ids], [flag for ids, flag in pieces for _ in ids]
-    encoded = tokenizer(doc.text, return_offsets_mapping=True, **options)
-    borders, end = [], 0
-    for text, flag in doc.parts:
-        borders.append((end, end + len(text), flag))
-        end += len(text)
-    masks = [any(flag and start < stop and b > start and a < stop for start, stop, flag in borders) for a, b in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), masks
-
-
-def _ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    words = text.lower().split()
-    if words and len(words) < n:
-        yield tuple(words)
-    for start in range(len(words) - n + 1):
-        yield tuple(words[start : start + n])

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from fuzz import bending
 from fuzz.places import Broken, Seeds, folder, refused
 from qmerge.errors import QmergeError
-from qmerge.store.texts import pack_windows, read_documents, text_fingerprint, tokenize_documents
+from qmerge.store.texts import read_documents
+from qmerge.store.windows import pack_windows, text_fingerprint, tokenize_documents
 
 WORDS = ("messages", "role", "content", "user", "assistant", "system", "prompt", "completion", "text", "name", "\n", "\\ud800", "\\u0000", "<|im_end|>", "</s>", "{{", "}}")
 MAX_LEN = 5000

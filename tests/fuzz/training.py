@@ -8,7 +8,8 @@ from __future__ import annotations
 from fuzz import yamlish
 from fuzz.places import Broken, Seeds, folder, refused
 from qmerge.errors import QmergeError
-from qmerge.formats.training import BLOCK_SIZES, OWN, recipe_from_adapter, recipe_from_file
+from qmerge.formats import BLOCK_SIZES
+from qmerge.formats.training import OWN, recipe_from_adapter, recipe_from_file
 
 WORDS = (
     *OWN, "bnb_4bit_quant_type", "load_in_4bit", "_load_in_8bit", "quant_method", "bitsandbytes", "quantization_config", "adapter", "qlora", "bnb_config_kwargs", "bf16", "fp16", "quantization_bit", "quantization_method", "bnb",
@@ -38,6 +39,6 @@ def check(data: bytes) -> bool:
         recipe = recipe_from_file(_FILE)
     except QmergeError as error:
         return refused(error)
-    if recipe.block_size not in BLOCK_SIZES or not isinstance(recipe.double_quant, bool) or not all(isinstance(name, str) for name in recipe.skip):
+    if recipe.block_size not in BLOCK_SIZES["nf4"] or not isinstance(recipe.double_quant, bool) or not all(isinstance(name, str) for name in recipe.skip):
         raise Broken(f"{recipe}")
     return True

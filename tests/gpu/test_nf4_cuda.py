@@ -6,7 +6,8 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from qmerge.formats.base import Nf4Recipe, quantize_as_bitsandbytes
+from qmerge.formats.base import quantize_as_bitsandbytes
+from qmerge.formats.nf4_recipe import Nf4Recipe
 from qmerge.numerics import nf4
 from qmerge.types import QuantState
 

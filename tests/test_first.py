@@ -32,6 +32,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], int, str]] = {
     "NF4 recipe": (("merge", *MERGE, "--nf4-recipe", "dobble"), 2, "dobble"),
     "OUT is there": (("merge", *MERGE, "--out", DEMO), 4, "An input lies inside the output"),
     "text": (("run", *MERGE, "--text", "evl.jsonl"), 4, "evl.jsonl"),
+    "the calibration text": (("run", *MERGE, "--text", DEMO / "calibration.jsonl"), 4, "is the calibration text"),
     "budget": (("run", *MERGE, "--budget", "strikt"), 2, "strikt"),
     "extra arm": (("run", *MERGE, "--also", "rtm"), 2, "rtm"),
     "suite": (("run", *MERGE, "--suite", "nosuch.yaml"), 2, "nosuch.yaml"),

@@ -20,7 +20,7 @@ from qmerge.cli.options import json_option, measure_options, merge_options, topi
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
 from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, evaluation_of, fit_option
 from qmerge.cli.progress import Steps
-from qmerge.cli.run_texts import prepare_texts, tokens_about, write_held_out
+from qmerge.cli.run_texts import check_other_file, prepare_texts, tokens_about, write_held_out
 from qmerge.cli.several import several
 from qmerge.errors import Interrupted, Refused, UsageProblem
 from qmerge.extras import need_loader
@@ -148,6 +148,8 @@ def _check(recipe: Recipe, asked: Asked, recipe_file: str | None, ranks: Ranks) 
     need_loader(recipe.format)
     suite = load_suite(asked.suite, split_names(asked.tasks), asked.allow_task_code) if asked.suite or asked.tasks else None
     look_at_texts((*asked.texts.values(), *(one.source for one in requests.values())))
+    if not asked.allow_overlap:
+        check_other_file(recipe.calibration, asked.texts)
     look_at_recipe(recipe, ranks.first)
     look_at_models((recipe.base, recipe.original))
     if ranks.first:

@@ -36,7 +36,6 @@ def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool, reques
     from qmerge.store.texts import read_documents
 
     recipe = found.recipe
-    _check_other_file(recipe.calibration, texts, allow_overlap)
     tokenizer = load_tokenizer([*(adapter.path for adapter in found.adapters), found.checkpoint.path])
     evaluated = [document for path in texts.values() for document in read_documents(path, template=recipe.template, tokenizer=tokenizer)]
     others = [document for request in requests for document in _checked(request, tokenizer, found.context_length)]
@@ -57,10 +56,10 @@ def prepare_texts(found: Any, texts: dict[str, str], allow_overlap: bool, reques
     return calibration, kept
 
 
-def _check_other_file(calibration: str | None, texts: dict[str, str], allow_overlap: bool) -> None:
+def check_other_file(calibration: str | None, texts: dict[str, str]) -> None:
     """Only a part of the calibration text is drawn and compared; the file itself is never held-out text."""
     for name, path in texts.items():
-        if calibration and not allow_overlap and Path(path).exists() and Path(calibration).exists() and Path(path).samefile(calibration):
+        if calibration and Path(path).exists() and Path(calibration).exists() and Path(path).samefile(calibration):
             raise Refused("the text to measure on is the calibration text", where=f"--text {name}", expected="text that neither the adapter nor the merge has seen", found=Path(path).name,
                           fix="other text; or leave --text out, and a fifth of the calibration documents is held out")  # fmt: skip
 

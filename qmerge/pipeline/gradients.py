@@ -87,7 +87,7 @@ class Gradients:
             seen, gradients = block.backwards(entered.pop(), gradients, missing)
             for group in seen:
                 visit(group)
-            progress(f"gradients: block {index + 1}/{len(plan.tree.blocks)}")
+            progress(f"gradients: block {len(plan.tree.blocks) - index}/{len(plan.tree.blocks)} from the end")
 
     def _end(self, batches: list[Batch], visit: Callable[[Seen], None], inputs: bool) -> list[torch.Tensor]:
         """Per batch the gradient by the last block's output; and the head is visited, where it is to be requantized."""

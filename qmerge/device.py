@@ -142,6 +142,13 @@ def _triton_starts() -> bool:
     return find_spec("triton") is not None and compiler is not None and Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file()
 
 
+def without_triton(device: torch.device) -> str:
+    """What a user of a GPU must know where Triton does not start there; nothing elsewhere."""
+    if device.type != "cuda" or runs_triton(device):
+        return ""
+    return "Triton does not start here: columns are rounded, and adapters merged, by torch's own operations, which takes longer and may change last bits; it wants a C compiler (gcc) and Python's headers (python3-dev)"
+
+
 def launching_on(device: torch.device) -> AbstractContextManager[object]:
     """Within it, Triton launches on ``device``: it asks which one is the thread's current one (in a new thread the first), not where its tensors lie."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

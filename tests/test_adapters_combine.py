@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from qmerge.adapters.combine import COMBINATIONS, SEPARATE, check_combination, combine_all
+from qmerge.adapters.combine import _NOT_OFFERED, COMBINATIONS, SEPARATE, check_combination, combine_all
 from qmerge.errors import Refused, UsageProblem
+from qmerge.pipeline import recipe_values
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
 TARGETS = (["q_proj", "down_proj", "embed_tokens"], ["q_proj", "v_proj", "embed_tokens"])
@@ -152,3 +153,8 @@ def test_what_a_combination_loses_is_said():
     assert all("cross terms" in check_combination(how, [PLAIN, PLAIN], density=0.5)[0] for how in SEPARATE)
     assert "rank 4 of a sum that may have rank 8" in check_combination("svd", [PLAIN, PLAIN])[0]
     assert check_combination("svd", [PLAIN, PLAIN], rank=8) == ()
+
+
+def test_the_light_list_of_names_is_the_heavy_one():
+    """A name that a recipe takes and that is neither combined by nor refused with its reason, or the other way round."""
+    assert set(recipe_values.COMBINATIONS) == {*COMBINATIONS, *_NOT_OFFERED}

@@ -73,6 +73,14 @@ def test_without_a_compiler_triton_is_left_alone(monkeypatch, tmp_path) -> None:
     assert not device._triton_starts.__wrapped__()
 
 
+@pytest.mark.parametrize(("where", "starts", "said"), [("cuda", False, True), ("cuda:1", False, True), ("cuda", True, False), ("cpu", False, False)])
+def test_a_gpu_without_triton_is_said(monkeypatch, where, starts, said) -> None:
+    """Hours instead of minutes, and nobody told why; or a word about GPUs to somebody who has none."""
+    monkeypatch.setattr(device, "_triton_starts", lambda: starts)
+    word = device.without_triton(torch.device(where))
+    assert bool(word) is said and ("C compiler" in word) is said
+
+
 def test_a_merge_as_on_a_gpu(zoo, cli, tmp_path) -> None:
     """Rows of the wrong stretch, Conv1D's turned, a second adapter's output that starts from the first one's, a path that an accident of the inputs chooses. Last bits apart it is the CPU's merge."""
     adapter, other, dora = zoo.adapter("llama"), zoo.adapter("llama", "rslora-fused", seed=5, use_rslora=True), zoo.adapter("llama", "dora-fused", use_dora=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qmerge import formats
-from qmerge.device import exact_products, limit_device, own_device, pick_device
+from qmerge.device import exact_products, limit_device, own_device, pick_device, without_triton
 from qmerge.errors import Refused
 from qmerge.formats import dense, registry
 from qmerge.pipeline import outputs
@@ -80,6 +80,8 @@ def run(
     check_adapters(plan)
     recipe = plan.recipe
     device = pick_device(own_device(recipe.device, ranks.local_rank, ranks.local_size))
+    if ranks.first and (word := without_triton(device)):
+        say(word)
     if calibration is None:
         calibration = calibration_for(plan)
     check_shared([plan], calibration, steps, ranks)
@@ -167,6 +169,8 @@ def run_dense(
     for plan in plans:
         check_adapters(plan)
     device = pick_device(own_device(plans[0].recipe.device, ranks.local_rank, ranks.local_size))
+    if ranks.first and (word := without_triton(device)):
+        say(word)
     check_shared(plans, None, None, ranks)
     same, stop = SameBytes(plans, ranks), stop or Stop()
     if not ranks.first:

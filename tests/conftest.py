@@ -235,17 +235,17 @@ class Written:
         return self._made[key]
 
     def _merge(self, kind: str, fmt: str, flags: tuple[str, ...], base: str, adapter: str) -> tuple[Path, dict[str, torch.Tensor]]:
-        from qmerge.pipeline import outputs
+        from qmerge.pipeline import tensors
 
-        out, weights, inner = self.root / f"{kind}-{fmt}-{len(list(self.root.iterdir()))}", {}, outputs.packed
+        out, weights, inner = self.root / f"{kind}-{fmt}-{len(list(self.root.iterdir()))}", {}, tensors.to_pack
 
-        def packed(plan: Any, name: str, solved: Any, records: dict) -> Any:
-            weights[name] = solved.weight
-            return inner(plan, name, solved, records)
+        def to_pack(solved: Any) -> Any:
+            weights.update({name: result.weight for name, result in solved.items()})
+            return inner(solved)
 
         text = () if fmt in ("bf16", "fp16") or "--rtn" in flags else ("--calibration", self.zoo.calibration, "--samples", 8, "--tokens", 64)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(outputs, "packed", packed)
+            patch.setattr(tensors, "to_pack", to_pack)
             answer = run_cli("merge", "--base", base, "--adapter", adapter, "--out", out, "--format", fmt, "--device", "cpu", *text, *flags)
         assert answer.code == 0, answer.err
         return out, weights

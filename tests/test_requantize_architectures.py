@@ -77,18 +77,18 @@ class Shop:
         return self._outputs[asked]
 
     def _write(self, key: str, fmt: str, flags: tuple[str, ...], base: str | None, text: str | None) -> Output:
-        from qmerge.pipeline import outputs
+        from qmerge.pipeline import tensors
 
-        found, weights, inner = self.inputs(key), {}, outputs.packed
+        found, weights, inner = self.inputs(key), {}, tensors.to_pack
         out = self.root / key / f"out-{len(self._outputs)}"
 
-        def packed(plan: Any, name: str, solved: Any, records: dict) -> Any:
-            weights[name] = solved.weight
-            return inner(plan, name, solved, records)
+        def to_pack(solved: Any) -> Any:
+            weights.update({name: result.weight for name, result in solved.items()})
+            return inner(solved)
 
         group = () if fmt in ("nf4", "fp4") else ("--group-size", GROUP)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(outputs, "packed", packed)
+            patch.setattr(tensors, "to_pack", to_pack)
             answer = run_cli("merge", "--base", base or found.base, "--adapter", found.adapter, "--out", out, "--format", fmt, "--device", "cpu", "--calibration", text or self.zoo.calibration,
                              *group, *CALIBRATED, *flags)  # fmt: skip
         assert answer.code == 0, answer.err

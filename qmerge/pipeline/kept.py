@@ -132,6 +132,9 @@ class Kept:
         self._drop()
         self._at()
 
+    def wait(self) -> None:
+        """All that was given is kept: it is so at once."""
+
     def rest(self) -> None:
         """What belongs to a unit is done; raises Interrupted where the run is to end."""
         self.run.stop.finishing = ""

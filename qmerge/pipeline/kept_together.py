@@ -84,6 +84,9 @@ class KeptTogether:
         if self.kept is not None:
             self.kept.commit(number, solved, traffic, tuned)
 
+    def wait(self) -> None:
+        """All that was given is kept: it is so at once."""
+
     def rest(self) -> None:
         """A unit is done, and kept; raises Interrupted on all ranks where one is to end."""
         self.stop.finishing = ""

@@ -63,7 +63,8 @@ def _on_cpu(work: Workload, host: Mapping[str, float]) -> list[Phase]:
     streams = (3 if taped else 2) - work.quick
     held = {"what lies around the blocks": FP32 * around(work)}
     entering = held | {"streams of hidden states": streams * hidden, "inputs of linears": once + walked, "a pass forwards": passing, "a block in fp32": FP32 * work.block}
-    found = [phase("entering a block", host, entering)]
+    before = {"the block before, on its way to the disk": (1 + FP32) * work.solved if work.blocks > 1 else 0}  # pipeline.behind; it is there before linears are solved
+    found = [phase("entering a block", {**host, **before}, entering)]
     solved, best = 0, None
     for number, group in enumerate(work.groups):
         solved += group.elements * group.copies
@@ -87,7 +88,7 @@ def _on_device(work: Workload, host: Mapping[str, float]) -> list[Phase]:
     held, whole = {"what lies around the blocks": FP32 * around(work)}, FP32 * (work.block + routed)
     streams = {"streams of hidden states": ((3 if taped else 2) - work.quick) * hidden_bytes(work, work.calibration_tokens), "inputs of linears": captured_bytes(work) if taped and not work.quick else 0,
                "what reaches the experts": 2 * hidden_bytes(work, work.calibration_tokens) if routed else 0}  # fmt: skip
-    waiting = {**host, "solved linears": work.solved * (1 + (FP32 if away else 0)), "the next block, read ahead": FP32 * work.block if work.blocks > 1 else 0}
+    waiting = {**host, "solved linears": work.solved * (1 + FP32), "the next block, read ahead": FP32 * work.block if work.blocks > 1 else 0}
     if away:
         waiting |= {"the block, while a group is solved": whole + (0 if taped else FP32 * work.solved), "sums that wait": max((sums_bytes(work, group) for group in work.groups), default=0)}
     found = [phase("entering a block", *lying(work, streams, waiting, held | {"a pass forwards": _passing(work), "a block in fp32": whole}))]

@@ -19,6 +19,7 @@ from qmerge.formats import dense, registry
 from qmerge.pipeline import outputs
 from qmerge.pipeline.along import SameBytes, check_shared
 from qmerge.pipeline.before import Work, before_the_blocks
+from qmerge.pipeline.behind import Behind, KeptBehind
 from qmerge.pipeline.calibrate import Calibration, load_calibration, load_tokenizer
 from qmerge.pipeline.dense import DenseJob, write_dense
 from qmerge.pipeline.experts import few_tokens
@@ -100,14 +101,12 @@ def run(
         with working(plan, calibration, steps, lambda: inputs.result()[0], resume, stop, say) as under_way:
             folder = known(under_way.folder)
             own = Kept(under_way, outputs.model_dtype(plan), device, "distill" not in recipe.polish, calibration is not None, recipe.shard_bytes)
-            kept: Kept | KeptTogether = own
-            if not ranks.alone:
-                kept = KeptTogether(own, ranks, stop, outputs.model_dtype(plan), device, calibration is not None, lambda: same.check(inputs.result))
-            before_the_blocks(plan, merged, calibration, work, kept, progress, steps, ranks)
-            writer = ShardWriter(folder.path, recipe.shard_bytes, done=kept.shards, finished=kept.shard)
-            with torch.no_grad():
-                for name, tensor in tensors(plan, merged, calibration, work, kept, progress, steps, ranks, place, inside):
-                    writer.add(name, tensor)
+            together = None if ranks.alone else KeptTogether(own, ranks, stop, outputs.model_dtype(plan), device, calibration is not None, lambda: same.check(inputs.result))
+            before_the_blocks(plan, merged, calibration, work, together or own, progress, steps, ranks)
+            writer = ShardWriter(folder.path, recipe.shard_bytes, done=own.shards, finished=own.shard)
+            with torch.no_grad(), Behind(beside=ranks.alone) as behind:  # ranks speak to each other of what is kept, in one order
+                for piece in tensors(plan, merged, calibration, work, together or KeptBehind(own, behind), progress, steps, ranks, place, inside):
+                    behind.do(partial(writer.add_all, piece))
             writer.finish()
             merged.check_all_used()
             _finish(plan, folder, known(under_way.steady), manifest(plan, calibration, work, inputs.result()[0]), writer.digests, progress, work.grids)

@@ -34,6 +34,7 @@ from qmerge.types import Grid, QuantState, known
 if TYPE_CHECKING:
     import torch
 
+    from qmerge.pipeline.behind import KeptBehind
     from qmerge.pipeline.kept import Kept
     from qmerge.pipeline.kept_together import KeptTogether
 
@@ -55,7 +56,7 @@ Count = Callable[[str, int, int], None]
 def requantize_blocks(
     plan: MergePlan, merged: Merged, calibration: Calibration, model_dtype: torch.dtype, nf4_like: QuantState | None, progress: Callable[[str], None], steps: Steps | None = None,
     traffic: dict[str, Traffic] | None = None, grids: Mapping[str, Grid | None] | None = None, tuned: list[dict[str, Any]] | None = None,
-    curvatures: dict[str, Curvature | Distant] | None = None, kept: Kept | KeptTogether | None = None,
+    curvatures: dict[str, Curvature | Distant] | None = None, kept: Kept | KeptBehind | KeptTogether | None = None,
     ranks: Ranks = ALONE, place: Place | None = None, inside: Count | None = None,
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """Yields, per block, its number and the solved linears by weight name; the head comes last, where it is requantized. One block's weights and two streams are alive at a time.
@@ -77,7 +78,7 @@ def requantize_blocks(
     batches, spread = start(plan, merged, calibration, ranks, shelf=shelf)
     passed = kept.load_streams(batches) if kept is not None else 0
     with Loader(plan, merged, place.ahead) as loader:
-        work = _Blocks(plan, merged, model_dtype, nf4_like, steps, grids, curvatures if curvatures is not None else {}, traffic, batches, spread, shelf, loader, inside)
+        work = _Blocks(plan, merged, model_dtype, nf4_like, steps, grids, curvatures if curvatures is not None else {}, traffic, batches, spread, shelf, loader, inside, kept.wait if kept is not None else None)
         for index in range(len(skeleton.blocks)):
             solved: dict[str, Solved] = {}
             if kept is not None and index < kept.count:
@@ -102,6 +103,7 @@ def requantize_blocks(
     if head is not None:
         if kept is not None:
             kept.solving(units - 1)
+            kept.wait()
         solved = solve_head(plan, merged, [(batch.teacher, batch.runtime, batch.held_out, batch.slot) for batch in batches], head, model_dtype, nf4_like, steps, spread, shelf)
         if kept is not None:
             kept.commit(units - 1, solved, traffic, None)
@@ -109,7 +111,7 @@ def requantize_blocks(
         yield units - 1, solved
 
 
-def _recall(kept: Kept | KeptTogether, index: int, traffic: dict[str, Traffic], tuned: list[dict[str, Any]] | None) -> dict[str, Solved]:
+def _recall(kept: Kept | KeptBehind | KeptTogether, index: int, traffic: dict[str, Traffic], tuned: list[dict[str, Any]] | None) -> dict[str, Solved]:
     """A unit that was solved before, with what was noted of it."""
     traffic |= kept.traffic(index)
     if (record := kept.facts(index)["tuned"]) is not None and tuned is not None:
@@ -134,6 +136,7 @@ class _Blocks:
     shelf: Shelf
     loader: Loader
     inside: Count | None = None
+    before_solving: Callable[[], None] | None = None
     tidied: float = field(default_factory=time.monotonic)
 
     def solve(self, index: int) -> tuple[dict[str, Solved], dict[str, Any] | None]:
@@ -152,6 +155,7 @@ class _Blocks:
                 if self.inside is not None:
                     self.inside(f"in block {index + 1}:", number, len(pair.groups))
                 if group.modules[0] in experts:
+                    self._wait()
                     here = [weight for weight in routed if weight.module == experts[group.modules[0]]]
                     solver = pair.experts(group, here, self.merged, plan, self.model_dtype, lambda linears, train, judge: requantize_group(linears, plan.recipe.grid, train, judge, self.model_dtype, self.nf4_like, len(plan.tree.blocks), self.steps),
                                           lambda linear: round_to_nearest(linear, plan.recipe.grid, self.model_dtype, self.nf4_like))  # fmt: skip
@@ -186,6 +190,7 @@ class _Blocks:
         linears = {names[name]: self._linear(pair, name, names[name], curvatures.pop(name)) for name in mine}
         del curvatures
         pair.aside()
+        self._wait()
         own = requantize_group(list(linears.values()), grid, known(sums[0]), known(sums[1]), self.model_dtype, self.nf4_like, len(self.plan.tree.blocks), self.steps, spent=True) if linears else []
         del sums
         found = handed(ranks, owners, list(names), {linear.name: result for linear, result in zip(linears.values(), own, strict=True)}, self.model_dtype, self.merged.device)
@@ -196,6 +201,11 @@ class _Blocks:
             set_weight(pair.runtime, f"{module}.weight", result.weight.T.contiguous() if conv[name] else result.weight)
             solved[name] = self._hosted(result)
         return linears
+
+    def _wait(self) -> None:
+        """What is done with the block before (`behind`) ends before linears of this one are solved: that is the fullest moment."""
+        if self.before_solving is not None:
+            self.before_solving()
 
     def _linear(self, pair: BlockPair, name: str, module: str, curvature: Curvature | Distant | None) -> Linear:
         return Linear(name, pair.weight(module, self.plan.tree.linears[name]), self.merged.four_bit(name), self.merged.delta(name), curvature.near() if curvature is not None else None)

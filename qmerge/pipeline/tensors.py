@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
 from qmerge.formats import nf4
 from qmerge.pipeline import outputs
 from qmerge.pipeline.before import Work
+from qmerge.pipeline.behind import KeptBehind
 from qmerge.pipeline.calibrate import Calibration
 from qmerge.pipeline.candidates import Linear
 from qmerge.pipeline.distill import DistillSettings, distill
@@ -23,12 +25,16 @@ from qmerge.pipeline.streams import USUAL, Count, Place, requantize_blocks
 from qmerge.ranks import ALONE, Ranks
 from qmerge.types import Grid, QuantState, known
 
+NONE = torch.empty(0)
+"""in place of a weight that nobody asks for any more"""
+
 
 def tensors(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None = None,
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptBehind | KeptTogether, progress: Callable[[str], None], steps: Steps | None = None,
     ranks: Ranks = ALONE, place: Place = USUAL, inside: Count | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the output by name, each once; not those of linears that ``kept`` knows to be in finished shards."""
+) -> Iterator[Iterable[tuple[str, torch.Tensor]]]:
+    """Every tensor of the output by name, each once; not those of linears that ``kept`` knows to be in finished shards. In pieces, which must be gone through in their order, but may be while the next one is made: a
+    block's linears are packed then."""
     chosen = {} if work.division is None else work.division.grids
     packed = {name for name in plan.requantized if chosen.get(name, plan.recipe.grid) is not None}
     solved = _solved(plan, merged, calibration, work, kept, progress, steps, ranks, place, inside)
@@ -40,28 +46,37 @@ def tensors(
         solved = iter([(0, better.solved)])
     for name in merged.names:
         if name in plan.kept_4bit:
-            yield from nf4.pack(name, known(merged.four_bit(name))).items()
+            yield list(nf4.pack(name, known(merged.four_bit(name))).items())
         elif name not in packed:
             own = merged.float_tensor(name)  # also where it was trained: the adapter's part in it must have been used
-            yield name, trained.get(name, own)
+            yield [(name, trained.get(name, own))]
+        kept.wait()  # so that no two of them are held
     found: dict[str, Solved] | None
-    result: Solved | None
-    tensor: torch.Tensor | None
     for number, found in solved:
-        made: set[str] = set()
-        for name, result in found.items():
-            work.grids[name] = result.quantized.grid
-            for key, tensor in outputs.packed(plan, name, result, work.records):
-                made.add(key)
-                yield key, tensor
-            if name in work.traffic:
-                work.records[name.removesuffix(".weight")] |= work.traffic[name].to_json()
-        kept.tensors_of[number] = made
-        found = result = tensor = None  # a block is no longer held while the next one is solved
+        work.grids |= {name: result.quantized.grid for name, result in found.items()}
+        yield _packed(plan, number, to_pack(found), work, kept)
+        found = None  # a block's weights are no longer held while the next one is solved
+
+
+def to_pack(found: Mapping[str, Solved]) -> dict[str, Solved]:
+    """What is still needed of a unit's linears: not their weights."""
+    return {name: replace(result, weight=NONE) for name, result in found.items()}
+
+
+def _packed(plan: MergePlan, number: int, found: Mapping[str, Solved], work: Work, kept: Kept | KeptBehind | KeptTogether) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a unit's linears; notes their records, and which they are."""
+    made: set[str] = set()
+    for name, result in found.items():
+        for key, tensor in outputs.packed(plan, name, result, work.records):
+            made.add(key)
+            yield key, tensor
+        if name in work.traffic:
+            work.records[name.removesuffix(".weight")] |= work.traffic[name].to_json()
+    kept.tensors_of[number] = made
 
 
 def _solved(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks, place: Place, inside: Count | None = None
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptBehind | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks, place: Place, inside: Count | None = None
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """The units of `Kept`, each with its linears. Those in finished shards are only noted."""
     before = kept.count
@@ -79,7 +94,7 @@ def _solved(
 
 
 def units(
-    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks, place: Place, inside: Count | None = None
+    plan: MergePlan, merged: Merged, calibration: Calibration | None, work: Work, kept: Kept | KeptBehind | KeptTogether, progress: Callable[[str], None], steps: Steps | None, ranks: Ranks, place: Place, inside: Count | None = None
 ) -> Iterator[tuple[int, dict[str, Solved]]]:
     """(number, linears) of each unit of `Kept`, in order; a rank that does not write takes part in making them by going through them all."""
     model_dtype, like = outputs.model_dtype(plan), outputs.nf4_template(plan)
@@ -89,7 +104,7 @@ def units(
     return requantize_blocks(plan, merged, calibration, model_dtype, like, progress, steps, work.traffic, chosen, work.tuned, work.curvatures.by_name, kept, ranks, place, inside)
 
 
-def _stretches(plan: MergePlan, merged: Merged, kept: Kept | KeptTogether, progress: Callable[[str], None], like: QuantState | None, ranks: Ranks) -> Iterator[tuple[int, dict[str, Solved]]]:
+def _stretches(plan: MergePlan, merged: Merged, kept: Kept | KeptBehind | KeptTogether, progress: Callable[[str], None], like: QuantState | None, ranks: Ranks) -> Iterator[tuple[int, dict[str, Solved]]]:
     """Round to nearest, without calibration: the linears of a block are a unit."""
     model_dtype, blocks = outputs.model_dtype(plan), plan.tree.blocks_name + "."
     units = [list(names) for _, names in itertools.groupby(plan.requantized, key=lambda name: name[len(blocks):].partition(".")[0] if name.startswith(blocks) else "")]
@@ -101,6 +116,7 @@ def _stretches(plan: MergePlan, merged: Merged, kept: Kept | KeptTogether, progr
             yield number, kept.solved(number)
             continue
         kept.solving(number)
+        kept.wait()
         sizes = [torch.Size(plan.pieces.table[name].shape).numel() for name in names]
         found = solved_apart(ranks, names, sizes, lambda name: round_to_nearest(Linear(name, merged.weight(name), merged.four_bit(name), merged.delta(name)), plan.recipe.grid, model_dtype, like), model_dtype, merged.device)
         if not ranks.alone:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,11 @@ class ShardWriter:
         self._names.add(name)
         self._pending.add(name, tensor.detach())
         self.total_bytes += nbytes
+
+    def add_all(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """`add` for each."""
+        for name, tensor in tensors:
+            self.add(name, tensor)
 
     def finish(self) -> dict[str, str]:
         """Write the last shard, give all their final names, write the index if there are several. Returns tensor -> file name, sorted."""

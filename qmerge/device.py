@@ -131,6 +131,11 @@ def products_in(compute: torch.dtype, device: torch.device) -> AbstractContextMa
     return nullcontext() if compute == torch.float32 else torch.autocast(device.type, compute)
 
 
+def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    """``left @ right`` of bf16 matrices, in fp32 as a GPU's matrix units sum it; None elsewhere, where torch has no such product. Not yet run on a GPU."""
+    return torch.mm(left, right, out_dtype=torch.float32) if left.device.type == "cuda" else None
+
+
 def runs_triton(device: torch.device) -> bool:
     """Whether kernels that are written in Triton run there: a GPU, Triton (it comes with torch for Linux), and a C compiler with Python's headers, of which it makes what launches them."""
     return device.type == "cuda" and _triton_starts()

@@ -96,7 +96,7 @@ class Statistics:
             if complete:
                 known(closed)[rows, columns].add_(total)
 
-        in_parallel(strip, self._strips(), torch.device(self.device))
+        in_parallel(strip, sorted(self._strips(), key=_work, reverse=True), torch.device(self.device))  # the longest first, so that threads end together
         self._slot = slots[-1]
         if complete:
             self._open, self._slot = [None] * 3, None
@@ -180,6 +180,12 @@ class Statistics:
         """Free D, and R where ``residual``, once all that is needed of them has been multiplied."""
         self.settle()
         self._closed[1:] = [None, None if residual else self._closed[2]]
+
+
+def _work(job: tuple[int, slice, slice]) -> int:
+    """How long a strip takes, beside the others: H is had from two products where factors are bf16."""
+    which, rows, columns = job
+    return int(rows.stop - rows.start) * int(columns.stop) * (2 if which == 0 else 1)
 
 
 def _mirror_(lower: torch.Tensor) -> None:

@@ -1,12 +1,14 @@
 """How is a product of bf16 matrices added to an fp32 sum, where the library rounds each product to bf16?
 
 A CPU's matrix units sum in fp32, but torch hands the result out in bf16 only. What that rounding took away is had from a second product, which starts at minus the first one's
-result: together they hold some 17 bits.
+result: together they hold some 17 bits. A GPU's are handed out as they were summed (`device.wide_product`).
 """
 
 from __future__ import annotations
 
 import torch
+
+from qmerge.device import wide_product
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, exact: bool = True) -> None:
@@ -15,6 +17,9 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, ex
     if left.dtype == torch.float32:
         total.addmm_(left, right)
         return
+    if (whole := wide_product(left, right)) is not None:
+        total.add_(whole)
+        return
     first = torch.mm(left, right)
     total.add_(first)
     if exact:
@@ -22,5 +27,8 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, ex
 
 
 def times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right`` fp32 for ``left`` fp32 ``[m, k]``. Where ``right`` ``[k, n]`` is bf16, so are both factors and what comes out: 2⁻⁹ of each element, which averages out where many of them are summed."""
-    return left @ right if right.dtype == torch.float32 else (left.to(right.dtype) @ right).float()
+    """``left @ right`` fp32 for ``left`` fp32 ``[m, k]``. Where ``right`` ``[k, n]`` is bf16, so are both factors and, on a CPU, what comes out: 2⁻⁹ of each element, which averages out where many of them are summed."""
+    if right.dtype == torch.float32:
+        return left @ right
+    left = left.to(right.dtype)
+    return (left @ right).float() if (whole := wide_product(left, right)) is None else whole

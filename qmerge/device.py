@@ -62,13 +62,13 @@ def group_backend(device: str, local_rank: int) -> str:
 def exact_products() -> Iterator[None]:
     """Within it, fp32 products are taken in fp32 and by the quicker of torch's two libraries; settings of the whole process, put back afterwards.
 
-    On CUDA TF32 would put 1e-3 errors into a merge. On AMD's processors MKL leaves half of the vector width unused, and oneDNN is some two times quicker (docs/measurements/products.md). torch hands products to oneDNN
+    On CUDA TF32 would put 1e-3 errors into a merge, and parts of a bf16 product that different multiprocessors have summed would be added up in bf16. On AMD's processors MKL leaves half of the vector width unused, and oneDNN is some two times quicker (docs/measurements/products.md). torch hands products to oneDNN
     only where it may take them in bf16; whether it does is tried out on one that bf16 would spoil, and where it does MKL stays. torch's older name for the setting
     (``get_float32_matmul_precision``) cannot be asked meanwhile, and two threads of a process may not be in it at once.
     """
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    tf32, before = cuda.allow_tf32, cpu.fp32_precision
-    cuda.allow_tf32 = False
+    tf32, in_bf16, before = cuda.allow_tf32, cuda.allow_bf16_reduced_precision_reduction, cpu.fp32_precision
+    cuda.allow_tf32 = cuda.allow_bf16_reduced_precision_reduction = False
     try:
         if leaves_vectors_unused(_cpuinfo()):
             cpu.fp32_precision = "bf16"
@@ -76,7 +76,7 @@ def exact_products() -> Iterator[None]:
                 cpu.fp32_precision = before
         yield
     finally:
-        cuda.allow_tf32, cpu.fp32_precision = tf32, before
+        cuda.allow_tf32, cuda.allow_bf16_reduced_precision_reduction, cpu.fp32_precision = tf32, in_bf16, before
 
 
 def leaves_vectors_unused(cpuinfo: str) -> bool:
@@ -99,16 +99,18 @@ class Compute:
 
 
 COMPUTE = {"fp32": Compute(torch.float32, torch.float32), "mixed": Compute(torch.float32, torch.bfloat16), "bf16": Compute(torch.bfloat16, torch.bfloat16)}
-"""what says so in a recipe. ``mixed`` costs nothing that shows, ``bf16`` some percent of KL where two streams pass: their difference, rounded apart, is what the solver answers; one stream alone costs nothing that shows
-(docs/measurements/quick.md)"""
+"""what says so in a recipe. ``mixed`` costs nothing that shows, ``bf16`` a few percent of KL where two streams pass (more where that is far below the noise floor): their difference, rounded apart, is what the solver
+answers; one stream alone costs nothing that shows (docs/measurements/compute.md, quick.md)"""
 
 
 def pick_compute(wish: str, device: torch.device, alone: bool = False) -> str:
-    """A key of `COMPUTE`; ``auto`` is ``mixed`` (where one stream passes ``alone`` ``bf16``) on an accelerator and on CPUs that are quick at bf16, else ``fp32``. The same machine always gives the same answer: two runs
-    must give the same bytes."""
+    """A key of `COMPUTE`; ``auto`` is ``bf16`` on an accelerator, whose matrix units are some fifteen times as quick at it as fp32 products are; on CPUs that are quick at bf16, where passes are a small part of the time,
+    ``mixed`` (where one stream passes ``alone`` ``bf16``); else ``fp32``. The same machine always gives the same answer: two runs must give the same bytes."""
     if wish != "auto":
         return wish
-    if device.type == "cpu" and not quick_at_bf16(_cpuinfo()):
+    if device.type != "cpu":
+        return "bf16"
+    if not quick_at_bf16(_cpuinfo()):
         return "fp32"
     return "bf16" if alone else "mixed"
 

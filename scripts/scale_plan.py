@@ -74,10 +74,12 @@ MODELS = (llama("8B", 32, 4096, 14336, 1024), llama("70B", 80, 8192, 28672, 1024
 
 @dataclass(frozen=True)
 class Machine:
-    """Assumptions. FLOP/s that fp32-accurate products reach (fp32, not tensor cores: what the code asks for today), bytes/s of a device's link to others and of the disk."""
+    """Assumptions. FLOP/s that products of fp32 and of bf16 factors reach (half of what the maker names; `--compute auto` passes text and sums in bf16 there, and solves in fp32), bytes/s of a device's link to others and of
+    the disk."""
 
     name: str = "H200, 8 to a host"
     flops: float = 4.5e13
+    bf16: float = 5.0e14
     fp64: float = 3.0e13
     memory: float = 141e9
     link: float = 40e9
@@ -157,7 +159,7 @@ def costs(model: Model, ranks: int, tokens: int, machine: Machine) -> Costs:
     # a rank reads every block, so the disk is read once per host from its cache's point of view; the devices of a host share it
     read = STORED * model.parameters
     seconds = {
-        "read": read / machine.disk, "forwards": forward / working / machine.flops, "sums": sums / machine.flops, "factor": factor / machine.fp64, "solve": solve / machine.flops + chain,
+        "read": read / machine.disk, "forwards": forward / working / machine.bf16, "sums": sums / machine.bf16, "factor": factor / machine.fp64, "solve": solve / machine.flops + chain,
         "send": sent / ranks / machine.link if ranks > 1 else 0.0, "write": STORED * model.parameters / machine.disk,
     }  # fmt: skip
     block = FP32 * 2 * sum(group.elements * group.copies for group in model.groups)
@@ -197,7 +199,7 @@ def one_device(tokens: int) -> list[str]:
 
 def page(tokens: int, machine: Machine, counts: Sequence[int]) -> str:
     """Tables for people."""
-    lines = ["# Past what can be run here, by formula", "", f"Written by `scripts/scale_plan.py`. {tokens} calibration tokens. Assumed, not measured: {machine.name}, {machine.flops:.2g} FLOP/s in fp32, "
+    lines = ["# Past what can be run here, by formula", "", f"Written by `scripts/scale_plan.py`. {tokens} calibration tokens. Assumed, not measured: {machine.name}, {machine.flops:.2g} FLOP/s in fp32, {machine.bf16:.2g} in bf16, "
              f"{machine.fp64:.2g} in fp64, {machine.link / 1e9:.0f} GB/s between devices, {machine.disk / 1e9:.0f} GB/s of disk, {machine.column_s * 1e6:.0f} µs for a column of the solver's loop. Gradients (`--curvature-tokens`) are not counted. "
              "*a device holds* counts coarsely: streams on it, every sum, and all rows of a linear at once; the table at the end counts as the check before a run does.", ""]  # fmt: skip
     for model in MODELS:
@@ -209,7 +211,7 @@ def page(tokens: int, machine: Machine, counts: Sequence[int]) -> str:
             cells = [str(ranks), f"{found.read_bytes / 1e9:.0f} GB", f"{found.flop:.2g}", f"{found.sent_bytes / model.blocks / 1e9:.1f} GB", f"{found.sent_bytes / 1e12:.2f} TB", f"{found.device_bytes / 1e9:.0f} GB{fits}"]
             lines.append("| " + " | ".join([*cells, *(f"{value:.0f} s" for value in found.seconds.values()), f"{found.elapsed_s / 60:.0f} min"]) + " |")
         lines.append("")
-    lines += ["## One device: what it holds at most", "", f"By the formulas of the check before a run (`qmerge.pipeline.memory`), not measured on a device: gptq from an NF4 base, {tokens} tokens in windows of {WINDOW}, `--compute mixed`. CUDA's own memory (some 0.5 GB) comes on top.", "",
+    lines += ["## One device: what it holds at most", "", f"By the formulas of the check before a run (`qmerge.pipeline.memory`), not measured on a device: gptq from an NF4 base, {tokens} tokens in windows of {WINDOW}, `--compute bf16`. CUDA's own memory (some 0.5 GB) comes on top.", "",
               *one_device(tokens), ""]  # fmt: skip
     return "\n".join(lines)
 

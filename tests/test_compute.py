@@ -92,7 +92,7 @@ def test_bits_do_not_depend_on_threads_in_bf16(written):
 def test_auto_is_settled_and_said(written):
     """A manifest that says auto: nobody could make the file again on another machine."""
     assert pick_compute("fp32", CPU) == "fp32" and pick_compute("bf16", CPU) == "bf16"
-    assert pick_compute("auto", torch.device("cuda")) == "mixed" and pick_compute("auto", torch.device("cuda"), alone=True) == "bf16"
+    assert pick_compute("auto", torch.device("cuda")) == "bf16" and pick_compute("mixed", torch.device("cuda")) == "mixed" and pick_compute("auto", torch.device("cuda"), alone=True) == "bf16"
     assert (pick_compute("auto", CPU), pick_compute("auto", CPU, alone=True)) in (("fp32", "fp32"), ("mixed", "bf16"))
     out, _ = written("llama", "gptq")
     assert read_manifest(out)["recipe"]["compute"] in ("fp32", "mixed")
@@ -122,12 +122,12 @@ def test_mkl_is_left_only_where_it_is_slow(vendor, flags, unused):
 def test_products_stay_fp32_and_the_setting_goes_back():
     """Products of a merge in bf16 or TF32; or a user's own process that multiplies in another way after a merge than before it, even one that failed."""
     left, right = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), torch.randn(512, 64, generator=torch.Generator().manual_seed(1))
-    before = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.allow_tf32, torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     with pytest.raises(KeyError), exact_products():
         error = (left @ right).double() - left.double() @ right.double()
         assert float(error.abs().max()) < 2e-4  # bf16 gives some 0.1, TF32 0.01
         raise KeyError
-    assert (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.allow_tf32) == before
+    assert (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.allow_tf32, torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction) == before
     assert torch.get_float32_matmul_precision() == "highest"
 
 

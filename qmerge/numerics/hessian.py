@@ -6,8 +6,9 @@ Notation (the whole numerics layer): ``x`` a linear's inputs at run time, ``x̃`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -27,6 +28,19 @@ each forms whole partial sums, up to ``SLOTS`` of them at work. More would cost 
 
 Factors = tuple[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"]
 """of a batch's products: (x, x̃ - x, r), the latter None for zeros"""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """``work``: how long it takes, beside other strips; H is had from two products where factors are bf16."""
+
+    work: int
+    add: Callable[[], None]
+
+
+def summed_together(sums: Sequence[list[Strip]], device: torch.device) -> None:
+    """Strips of several sums side by side, the longest first, so that threads end together. Each is formed by one thread: the bits are those of one after the other."""
+    in_parallel(lambda strip: strip.add(), sorted((strip for strips in sums for strip in strips), key=lambda strip: -strip.work), device)
 
 
 def slot_of(batch: int, batches: int) -> int:
@@ -70,37 +84,41 @@ class Statistics:
 
     def add_factors(self, batches: list[Factors], slots: Sequence[int] | None = None, complete: bool = False) -> None:
         """`add_all` of what `factors` gives."""
+        summed_together([self.adding(batches, slots, complete)], torch.device(self.device))
+
+    def adding(self, batches: list[Factors], slots: Sequence[int] | None = None, complete: bool = False) -> list[Strip]:
+        """`add_factors` as jobs that do not depend on each other. Nothing else may be asked of these sums before they are done."""
         if not batches:
-            return
+            return []
         if self._means:
             raise ValueError("sums that were turned into means take no more batches")
         slots = slots if slots is not None else [0] * len(batches)
-        self._slot = slots[0] if self._slot is None else self._slot
+        began = slots[0] if self._slot is None else self._slot
         self.outputs = self.outputs or (0 if batches[0][2] is None else batches[0][2].shape[1])
-        if complete or slots[-1] != self._slot:
+        if complete or slots[-1] != began:
             self._closed = self._filled(self._closed)
         if not complete:
             self._open = self._filled(self._open)
+        closed, under_way = self._closed, self._open
 
-        def strip(job: tuple[int, slice, slice]) -> None:
-            which, rows, columns = job
-            under_way, closed, slot = self._open[which], self._closed[which], self._slot
-            total = under_way[rows, columns] if under_way is not None else torch.zeros(rows.stop - rows.start, columns.stop, device=self.device)
+        def strip(which: int, rows: slice, columns: slice) -> None:
+            here, before, slot = under_way[which], closed[which], began
+            total = here[rows, columns] if here is not None else torch.zeros(rows.stop - rows.start, columns.stop, device=self.device)
             for batch, its in zip(batches, slots, strict=True):
                 if its != slot:
-                    known(closed)[rows, columns].add_(total)
+                    known(before)[rows, columns].add_(total)
                     total.zero_()
                     slot = its
                 if (left := batch[which]) is not None:
                     add_product(total, left[:, rows].T, batch[0][:, columns], exact=which == 0)
             if complete:
-                known(closed)[rows, columns].add_(total)
+                known(before)[rows, columns].add_(total)
 
-        in_parallel(strip, sorted(self._strips(), key=_work, reverse=True), torch.device(self.device))  # the longest first, so that threads end together
         self._slot = slots[-1]
         if complete:
             self._open, self._slot = [None] * 3, None
         self.tokens += sum(batch[0].shape[0] for batch in batches)
+        return [Strip((rows.stop - rows.start) * columns.stop * len(batches) * (2 if which == 0 else 1), partial(strip, which, rows, columns)) for which, rows, columns in self._strips()]
 
     def factors(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None) -> Factors:
         """(x, x̃ - x, r) as they are multiplied; None for zeros. Differences are taken before anything is rounded."""
@@ -180,12 +198,6 @@ class Statistics:
         """Free D, and R where ``residual``, once all that is needed of them has been multiplied."""
         self.settle()
         self._closed[1:] = [None, None if residual else self._closed[2]]
-
-
-def _work(job: tuple[int, slice, slice]) -> int:
-    """How long a strip takes, beside the others: H is had from two products where factors are bf16."""
-    which, rows, columns = job
-    return int(rows.stop - rows.start) * int(columns.stop) * (2 if which == 0 else 1)
 
 
 def _mirror_(lower: torch.Tensor) -> None:

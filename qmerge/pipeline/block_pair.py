@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qmerge.device import in_parallel, to_device, to_host, worker_threads
-from qmerge.numerics.hessian import Statistics
+from qmerge.numerics.hessian import Statistics, summed_together
 from qmerge.pipeline.batches import Batch, Shelf, by_slot
 from qmerge.pipeline.blocks import (
     Group,
@@ -93,11 +93,13 @@ class BlockPair:
         sums = {held_out: Statistics(features, self.device, compute=self.compute, drifts=not self.quick) for held_out in (False, True)}
         for numbers in self._together(reached is not None):
             if self.device.type == "cpu":
-                parts = in_parallel(lambda number: self._inputs(group, number, reached), numbers, self.device)
+                found = in_parallel(lambda number: sums[self.batches[number].held_out].factors(*self._inputs(group, number, reached)), numbers, self.device)
+                strips = []
                 for held_out in (False, True):
-                    chosen = [(part, self.batches[number].slot) for number, part in zip(numbers, parts, strict=True) if self.batches[number].held_out is held_out]
+                    chosen = [(part, self.batches[number].slot) for number, part in zip(numbers, found, strict=True) if self.batches[number].held_out is held_out]
                     complete = bool(chosen) and all((batch.held_out, batch.slot) != (held_out, chosen[-1][1]) for batch in self.batches[numbers.stop :])
-                    sums[held_out].add_all([part for part, _ in chosen], [slot for _, slot in chosen], complete)
+                    strips.append(sums[held_out].adding([part for part, _ in chosen], [slot for _, slot in chosen], complete))
+                summed_together(strips, self.device)
                 if self.batches[numbers[-1]].held_out:  # the windows to solve on come first, and are through
                     sums[False].close()
                 continue

@@ -151,7 +151,7 @@ def solve_head(
         sums.append(own)
     found = {}
     if spread.ranks.rank == owner:
-        linear = Linear(name, weight, merged.four_bit(name), merged.delta(name))
+        linear = Linear(name, weight, merged.four_bit(name, grid), merged.delta(name))
         found = {name: requantize_group([linear], grid, known(sums[0]), known(sums[1]), model_dtype, nf4_like, len(skeleton.blocks), steps, spent=True)[0]}
     return {name: handed(spread.ranks, [owner], [name], found, model_dtype, device)[0]}
 

@@ -69,7 +69,7 @@ def _on_cpu(work: Workload, host: Mapping[str, float]) -> list[Phase]:
     for number, group in enumerate(work.groups):
         solved += group.elements * group.copies
         own = 0 if taped else FP32  # of the run-time block, beside the teacher's: those of solved groups are let go where nothing passes them again
-        weights = FP32 * work.block + solved * (1 + own) + group.elements * ((FP32 if group.edited else 0) + (1 if work.base_4bit else 0) - own)
+        weights = FP32 * work.block + solved * (1 + own) + group.elements * ((FP32 if group.edited else 0) + _base(work, group) - own)
         passed = FP32 * work.calibration_tokens * sum(other.inputs for other in work.groups[:number] if other.copies == 1) if taped else 0
         tokens = work.train * work.tokens if taped else together * batch
         moving = FP32 * tokens * (group.inputs + (work.hidden if group.writer else 0)) + (0 if taped else passing)
@@ -101,10 +101,15 @@ def _on_device(work: Workload, host: Mapping[str, float]) -> list[Phase]:
         sums = {"sums": once * (3 if group.copies > 1 else 1 if away else 2), "inputs of a slot": _slot_inputs(work, group), "a pass forwards": _passing(work), "strips that are open": 3 * FP32 * min(STRIP, group.inputs) * group.inputs}
         moments.append(phase("summing", *lying(work, streams, waiting, held | block | sums)))
         apart = away and group.copies == 1
-        own = group.elements * ((FP32 if apart else 0) + (FP32 if group.edited else 0) + (1 if work.base_4bit else 0))
+        own = group.elements * ((FP32 if apart else 0) + (FP32 if group.edited else 0) + _base(work, group))
         moments.append(phase("solving", *lying(work, streams, waiting, held | ({} if apart else block) | {"weights and deltas of a group": own} | solving(work, group))))
     best = {name: max((moment for moment in moments if moment.name == name), key=lambda moment: moment.on_device(True)) for name in dict.fromkeys(moment.name for moment in moments)}
     return [*found, *best.values()]
+
+
+def _base(work: Workload, group: Linears) -> int:
+    """Of an element: the base's own code, where it is a candidate (and of experts)."""
+    return 1 if work.base_4bit and (group.copies > 1 or work.format in formats_of_books()) else 0
 
 
 def _batch(work: Workload) -> int:

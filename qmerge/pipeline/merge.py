@@ -24,7 +24,7 @@ from qmerge.formats.rows import Reader
 from qmerge.numerics.finite import all_finite
 from qmerge.pipeline.pieces import Piece, Pieces
 from qmerge.store.adapter import check_finite
-from qmerge.types import QuantizedWeight, known
+from qmerge.types import Grid, QuantizedWeight, known
 
 STRETCH = 1 << 20
 """elements of a tensor that are merged at a time: 4 MB in fp32, which stays near a core and is quickly allocated"""
@@ -174,8 +174,10 @@ class Merged:
             region.write(whole, self.weight(part))
         return whole
 
-    def four_bit(self, name: str) -> QuantizedWeight | None:
-        """The base's own NF4 form of a weight, or None where it has none."""
+    def four_bit(self, name: str, grid: Grid | None = None) -> QuantizedWeight | None:
+        """The base's own NF4 form of a weight, or None where it has none, or what it is rounded to (``grid``) has no use for it."""
+        if grid is not None and grid.kind == "int":
+            return None
         source = self.pieces.table[name].source
         return self.base.four_bit(source, self.device) if source is not None and is_nf4(self.base, source) else None
 

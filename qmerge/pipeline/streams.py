@@ -187,7 +187,7 @@ class _Blocks:
         curvatures = {name: self.curvatures.pop(name, None) for name in names}
         sums = pair.statistics(group, owners, conv[next(iter(names))])
         mine = [name for name, owner in zip(names, owners, strict=True) if owner == ranks.rank]
-        linears = {names[name]: self._linear(pair, name, names[name], curvatures.pop(name)) for name in mine}
+        linears = {names[name]: self._linear(pair, name, names[name], curvatures.pop(name), grid) for name in mine}
         del curvatures
         pair.aside()
         self._wait()
@@ -207,8 +207,8 @@ class _Blocks:
         if self.before_solving is not None:
             self.before_solving()
 
-    def _linear(self, pair: BlockPair, name: str, module: str, curvature: Curvature | Distant | None) -> Linear:
-        return Linear(name, pair.weight(module, self.plan.tree.linears[name]), self.merged.four_bit(name), self.merged.delta(name), curvature.near() if curvature is not None else None)
+    def _linear(self, pair: BlockPair, name: str, module: str, curvature: Curvature | Distant | None, grid: Grid) -> Linear:
+        return Linear(name, pair.weight(module, self.plan.tree.linears[name]), self.merged.four_bit(name, grid), self.merged.delta(name), curvature.near() if curvature is not None else None)
 
     def _hosted(self, result: Solved) -> Solved:
         """Its weight in main memory, where streams lie there: it is needed again only to go forwards after an interruption, or to polish."""

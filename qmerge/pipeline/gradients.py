@@ -17,6 +17,7 @@ from torch import nn
 
 from qmerge.device import COMPUTE, in_parallel, products_in, worker_threads
 from qmerge.numerics.curvature import Curvature, Distant
+from qmerge.numerics.draws import drawn
 from qmerge.numerics.hessian import SLOTS, Statistics
 from qmerge.pipeline import ends
 from qmerge.pipeline.batches import Batch, start
@@ -212,8 +213,8 @@ def _draw(tail: Tail, hidden: torch.Tensor, seeds: list[int], compute: torch.dty
                 with products_in(compute, leaf.device):
                     x, logits = tail.logits(leaf)
                 logs = logits[0].float().log_softmax(-1)
-                drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=dice).to(logs.device)
-                by_logits, by_hidden = torch.autograd.grad(logs.gather(1, drawn).sum(), (logits, leaf))
+                words = drawn(logs.detach().exp(), torch.rand(len(logs), generator=dice, dtype=torch.float64)).unsqueeze(1)
+                by_logits, by_hidden = torch.autograd.grad(logs.gather(1, words).sum(), (logits, leaf))
             parts.append((by_hidden[0], x[0].detach()))
             found = by_logits[0].float().square().sum(0)
             squares = found if squares is None else squares + found

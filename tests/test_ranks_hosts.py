@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import OWN, run_cli, sentences, write_rows
+from support.hosts import ends, environment, on_hosts, pull, two_hosts
 from support.ranks import end, free_port, start
 from test_requantize_architectures import Shop
 
 from qmerge.pipeline import batches, gradients
 
-ROOT = Path(__file__).parents[1]
 LIMIT_S = 300
 pytestmark = pytest.mark.slow
 
@@ -61,10 +58,6 @@ def command(zoo, tmp_path: Path, out: Path) -> list[str]:
     return [str(word) for word in words]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
 def one(zoo, tmp_path: Path) -> dict[str, str]:
     subprocess.run([sys.executable, *command(zoo, tmp_path, tmp_path / "one")], env=environment(), check=True, capture_output=True, timeout=LIMIT_S)
     return files(tmp_path / "one")
@@ -79,60 +72,21 @@ def test_torchrun(zoo, tmp_path):
     assert found.stdout.strip() == str(tmp_path / "two"), "one rank alone talks"
 
 
-@contextlib.contextmanager
-def two_hosts() -> Iterator[list[str]]:
-    """Two network namespaces with a cable between them: their names. Skips where that is not allowed."""
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("network namespaces need root and iproute2")
-    names = [f"qm{os.getpid()}{side}" for side in "ab"]
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True)
-
-    try:
-        try:
-            for name in names:
-                ip("netns", "add", name)
-            ip("link", "add", f"v{names[0]}", "type", "veth", "peer", "name", f"v{names[1]}")
-            for number, name in enumerate(names):
-                ip("link", "set", f"v{name}", "netns", name)
-                ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", f"v{name}")
-                for device in (f"v{name}", "lo"):
-                    ip("-n", name, "link", "set", device, "up")
-        except subprocess.CalledProcessError as problem:
-            pytest.skip(f"no network namespaces here: {problem.stderr.decode().strip()}")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-def on_two_hosts(names: list[str], words: list[str]) -> list[subprocess.Popen]:
-    started = []
-    for rank, name in enumerate(names):
-        variables = environment() | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29555", "GLOO_SOCKET_IFNAME": f"v{name}"}
-        started.append(subprocess.Popen(["ip", "netns", "exec", name, sys.executable, *words], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    return started
-
-
 def test_two_hosts(zoo, tmp_path):
     """Addresses that only one of the hosts has."""
     with two_hosts() as names:
-        found = [one.communicate(timeout=LIMIT_S) + (one.returncode,) for one in on_two_hosts(names, command(zoo, tmp_path, tmp_path / "two"))]
-    assert [code for *_, code in found] == [0, 0], found
+        codes, told = ends(on_hosts(names, command(zoo, tmp_path, tmp_path / "two")), LIMIT_S)
+    assert codes == [0, 0], told
     assert files(tmp_path / "two") == one(zoo, tmp_path)
 
 
 def test_a_host_that_falls_silent_is_noticed(zoo, tmp_path):
     """A cable that is pulled closes no connection: without signs of life the other host would wait for ever."""
     with two_hosts() as names:
-        both = on_two_hosts(names, command(zoo, tmp_path, tmp_path / "two"))
+        both = on_hosts(names, command(zoo, tmp_path, tmp_path / "two"))
         for line in both[0].stderr:
             if "output" in line:
                 break
-        subprocess.run(["ip", "-n", names[1], "link", "set", f"v{names[1]}", "down"], check=True)
-        codes, told = [], []
-        for one_of in both:
-            told.append(one_of.communicate(timeout=200)[1])
-            codes.append(one_of.returncode)
+        pull(names[1])
+        codes, told = ends(both, 200)
     assert codes == [75, 75] and not (tmp_path / "two").exists(), told

@@ -10,10 +10,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench_speed import ROOT, in_turn, ratio
 from bench_speed_gpu import on_a_gpu
+
+if TYPE_CHECKING:
+    from bench_quality_cases import Case
 
 DEMO = ROOT / "examples" / "demo"
 Rows = list[dict[str, Any]]
@@ -77,7 +80,7 @@ def requantize(rounds: int) -> Rows:
     """`qmerge merge --format gptq` of the demo on 128 windows of 256 tokens, and the same with `--quick`, against gptqmodel's and llm-compressor's defaults on the same merged model and windows, fresh processes,
     imports not counted; and against the operations that they cannot do without, at this machine's own measured rate of matrix products."""
     from bench_quality_arms import OURS, PEERS
-    from bench_quality_cases import CACHE, SAMPLES, WINDOW, all_cases
+    from bench_quality_cases import CACHE, all_cases
     from bench_quality_make import Maker
     from bench_speed import say
     from torch import get_num_threads
@@ -101,7 +104,7 @@ def requantize(rounds: int) -> Rows:
         except LookupError as lost:  # make bench-peers installs it
             say(f"skipped: {lost.args[0]}")
             del calls["llm-compressor"]
-        found = in_turn(rounds, calls | {f"{way} floor": (lambda way=way: floor_seconds(case.base, SAMPLES * WINDOW, way == "quick")) for way in ("whole", "bf16", "quick")})
+        found = in_turn(rounds, calls | {f"{way} floor": (lambda way=way: floor_seconds(case, way == "quick")) for way in ("whole", "bf16", "quick")})
     labels, rows = {"whole": "gptq int4 of the demo", "bf16": "the same, --compute bf16", "quick": "the same, --quick"}, []
     for way, label in labels.items():
         rows += [ratio(f"requantize/{way}/{peer}", f"{label} / by {peer}", found[way], found[peer], 0.5) for peer in ("gptqmodel", "llm-compressor") if peer in found]
@@ -109,40 +112,26 @@ def requantize(rounds: int) -> Rows:
     return rows
 
 
-GRADIENTS, TRIALS = 8192, 10
-"""tokens that gradients are taken on; candidates: scales and shifts tried on 128 rows, the whole counted once"""
-
-
-def floor_seconds(base: Path, tokens: int, quick: bool) -> float:
-    """The operations of the method, each once, at the rate of one large fp32 product. Streams: 2 FLOP per weight and token each. Statistics, once per input: the lower half of H (in² per token) and, with a teacher, the
-    whole of E[(x̃ - x) xᵀ] (2 in²) and where a linear is added to the residual of that with it (2 out in). With gradients: three products per weight, the head's three, and the lower half of G (out²). Solving: H factored and inverted
-    (in³), columns updated (out in²), and as much for each candidate's rows."""
+def floor_seconds(case: Case, quick: bool) -> float:
+    """The operations of the method, each once (`qmerge.pipeline.floor`), at the rate of one large fp32 product."""
     import torch
+    from bench_quality_cases import SAMPLES, WINDOW
 
     from qmerge.device import exact_products
-    from qmerge.pipeline.skeleton import build_skeleton
-    from qmerge.store.checkpoint import open_checkpoint
+    from qmerge.pipeline.floor import operations
+    from qmerge.pipeline.plan import plan
+    from qmerge.pipeline.recipe import Recipe
+    from qmerge.pipeline.workload import measure_plan
 
-    skeleton = build_skeleton(open_checkpoint(str(base)))
-    block = skeleton.blocks[0]
-    shapes = {name: tuple(module.weight.shape) for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
-    writers = {name for name in shapes if name.endswith(("o_proj", "down_proj"))}
-    inputs = {name if name in writers else (name.rpartition(".")[0], width): width for name, (_, width) in shapes.items()}
-    weights, streams = sum(out * width for out, width in shapes.values()), 1 if quick else 2
-    work = tokens * (2 * streams * weights + sum((1 if quick else 3) * width**2 for width in inputs.values()))
-    work += sum(width**3 for width in inputs.values()) + sum(out * width**2 + (1 if quick else TRIALS) * min(128, out) * width**2 for out, width in shapes.values())
-    ends = 0
-    if not quick:
-        embedding = skeleton.model.get_input_embeddings().weight
-        work += tokens * sum(2 * out * width for name, (out, width) in shapes.items() if name in writers)
-        work += GRADIENTS * (6 * weights + sum(out**2 for out, _ in shapes.values()))
-        ends = GRADIENTS * 6 * embedding.numel()
+    quickly = {"quick": True, "curvature_tokens": 0} if quick else {}
+    recipe = Recipe(base=str(case.base), adapter=(str(case.adapter),), out="out", calibration=str(case.calibration), samples=SAMPLES, tokens=WINDOW, device="cpu", **quickly)
+    work = measure_plan(plan(recipe, writes=False), torch.device("cpu"))
     size = 2048
     one, two = torch.randn(size, size), torch.randn(size, size)
     with exact_products():
         torch.mm(one, two)
         rate = 2 * size**3 / min(seconds_of(lambda: torch.mm(one, two))() for _ in range(3))
-    return (len(skeleton.blocks) * work + ends) / rate
+    return operations(work).total / rate
 
 
 def evaluate(rounds: int) -> Rows:

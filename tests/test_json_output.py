@@ -18,8 +18,8 @@ from qmerge.cli.main import cli as group
 
 WITHOUT = {"qmerge recipe schema": "is JSON itself", "qmerge completion": "is a shell's script"}
 KEYS = {
-    "inspect": {"what", "problems"}, "recipe init": {"written"}, "recipe check": {"recipe", "missing", "changed", "settings"}, "merge": {"out", "estimate", "elapsed_s"}, "merge --dry-run": {"estimate"},
-    "run": {"verdict", "out", "results", "report"}, "run --dry-run": {"estimate"}, "eval": {"arms", "verdict"}, "compare": {"state", "reasons", "checks"}, "report": {"report"},
+    "inspect": {"what", "problems"}, "recipe init": {"written"}, "recipe check": {"recipe", "missing", "changed", "settings"}, "merge": {"out", "estimate", "elapsed_s", "floor_s", "peak_rss_bytes"}, "merge --dry-run": {"estimate"},
+    "run": {"verdict", "out", "results", "report", "merge"}, "run --dry-run": {"estimate"}, "eval": {"arms", "verdict"}, "compare": {"state", "reasons", "checks"}, "report": {"report"},
     "report --history": {"report"}, "advise": {"action", "reason", "alternative", "table"}, "bench": {"rows", "settings"}, "verify": {"out", "passed", "checks"}, "card": {"card", "written"}, "card --print": {"card", "written"},
     "push": {"repo", "private", "files", "bytes"},
 }  # fmt: skip

@@ -94,6 +94,7 @@ def merge(
     Raises `UsageProblem` for settings that cannot be, `Refused` for inputs that cannot be merged (both before anything is written), `Interrupted` for a run that ``resume=True`` can go on with.
     In a process that torchrun or srun started this is still one process's work: call it on one rank, or run the command on all.
     """
+    from qmerge.pipeline.floor import floor_seconds
     from qmerge.pipeline.recipe import build_recipe
 
     flags: dict[str, Any] = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
@@ -106,7 +107,7 @@ def merge(
     (done,) = carry_out(prepared, hear, lambda label, count, total: hear(f"{label} {count}/{total}"), notes.append)
     survival = {name: float(row["delta_survival"]) for name, row in done.linears.items() if "delta_survival" in row}
     nbytes = sum(file.stat().st_size for file in done.out.iterdir())
-    return MergeResult(done.out, wanted.format, nbytes, done.elapsed_s, done.peak_rss_bytes, survival, (*prepared.plans[0].warnings, *notes, *done.notes))
+    return MergeResult(done.out, wanted.format, nbytes, done.elapsed_s, done.peak_rss_bytes, survival, (*prepared.plans[0].warnings, *notes, *done.notes), floor_seconds(prepared.estimate, wanted, resume))
 
 
 def adapter_words(adapter: Adapters) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class MergeResult:
     """A written checkpoint. ``nbytes``: of all its files. ``delta_survival``: per linear, how much of ΔW is in the written weights, ⟨W_out − W_base, ΔW⟩ / ⟨ΔW, ΔW⟩; 1 is all of it.
 
-    ``notes`` are sentences that a person has to read, such as warnings of the plan.
+    ``notes`` are sentences that a person has to read, such as warnings of the plan. ``floor_s``: what the matrix products of its method alone would take, at the rate that this machine showed before it began; None where that
+    cannot be told (`qmerge.pipeline.floor`).
     """
 
     out: Path
@@ -28,6 +29,7 @@ class MergeResult:
     peak_rss_bytes: int
     delta_survival: Mapping[str, float] = field(repr=False)
     notes: tuple[str, ...] = ()
+    floor_s: float | None = None
 
 
 @dataclass(frozen=True)

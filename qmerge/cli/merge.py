@@ -11,7 +11,7 @@ from qmerge.cli.evidence import eval_line
 from qmerge.cli.helping import RUNNING
 from qmerge.cli.options import json_option, merge_options, topic
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
-from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, fit_option
+from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, fit_option, took, took_json
 from qmerge.cli.progress import Steps
 from qmerge.cli.several import several
 from qmerge.ranks import Ranks
@@ -30,7 +30,7 @@ qmerge merge --base BASE --adapter ADAPTER --out OUT --format bf16
     click.option("--resume", is_flag=True, help="Continue an interrupted run of this OUT; where there is none, start; where OUT is there whole, say so."),
 )
 @fit_option
-@json_option("out, the plan, the estimate and what was measured; with --each a list of these")
+@json_option("out, elapsed_s, floor_s, peak_rss_bytes, the plan and the estimate; with --each a list of these")
 def merge_command(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, resume: bool, unchecked: bool, as_json: bool, **flags: Any) -> None:
     """Merge an adapter into its base and write one checkpoint.
 
@@ -57,8 +57,8 @@ def _merge(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, re
             result("\n".join([*(describe_plan(found) for found in plans), describe_estimate(expected), detail(expected)]))
             say("dry run: nothing was written. Next: the same command without --dry-run")
         return
+    from qmerge.pipeline.floor import floor_seconds
     from qmerge.pipeline.stop import Stop
-    from qmerge.units import format_bytes, format_seconds
 
     for found in plans:
         say(describe_plan(found))
@@ -68,9 +68,8 @@ def _merge(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, re
         done = carry_out(prepared, steps.step, steps.count, say, stop, ranks, steps.count)
     if not ranks.first:
         return
-    rows = [
-        {"out": str(one.out), "elapsed_s": round(one.elapsed_s, 2), "peak_rss_bytes": one.peak_rss_bytes, **found.to_json(), **estimate_json(expected)} for one, found in zip(done, plans, strict=True)
-    ]
+    floor_s = floor_seconds(expected, recipe, resume, ranks)
+    rows = [{"out": str(one.out), **took_json(one, floor_s), **found.to_json(), **estimate_json(expected)} for one, found in zip(done, plans, strict=True)]
     if as_json:
         result_json(rows if recipe.each else rows[0])
     else:
@@ -79,7 +78,7 @@ def _merge(recipe_file: str | None, settings: tuple[str, ...], dry_run: bool, re
         say(_survival(one.linears))
         for note in one.notes:
             say(note)
-    say(f"merged in {format_seconds(done[0].elapsed_s)}, peak memory {format_bytes(done[0].peak_rss_bytes)}")
+    say(took(done[0], floor_s))
     say(f"Next: {eval_line(plans[0].recipe, plans[0].recipe.out)}")
 
 

@@ -1,4 +1,4 @@
-"""What is said of a run before it begins, and is it refused because it cannot fit?"""
+"""What is said of a run before it begins, is it refused because it cannot fit, and what is said of its time at its end?"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from qmerge.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from qmerge.pipeline.estimate import Estimate
     from qmerge.pipeline.plan import MergePlan
+    from qmerge.pipeline.run import RunReport
 
 fit_option = topic(RUNNING, click.option("--no-fit-check", "unchecked", is_flag=True, help="Start even where the estimate says that disk or memory will not do. The estimate is shown all the same."))
 
@@ -62,3 +63,20 @@ def evaluation_of(plan: MergePlan, found_bytes: int, text_tokens: int, window: i
 
 def estimate_json(found: Estimate, evaluating: int = 0) -> dict[str, Any]:
     return {"estimate": found.to_json() | ({"evaluation_ram_bytes": found.base_bytes + evaluating} if evaluating else {})}
+
+
+def took(done: RunReport, floor_s: float | None) -> str:
+    """At the end of a merge. ``floor_s``: what its products alone would take, where that can be told."""
+    said, peak = f"merged in {format_seconds(done.elapsed_s)}", f"peak memory {format_bytes(done.peak_rss_bytes)}"
+    if floor_s is None:
+        return f"{said}, {peak}"
+    return f"{said}, {_times(done.elapsed_s / floor_s)} times what its matrix products alone take at the rate that this machine showed at the start ({format_seconds(floor_s) if floor_s >= 1 else f'{floor_s:.2g} s'}); {peak}"
+
+
+def took_json(done: RunReport, floor_s: float | None) -> dict[str, Any]:
+    """``floor_s`` is null where it cannot be told."""
+    return {"elapsed_s": round(done.elapsed_s, 2), "floor_s": None if floor_s is None else float(f"{floor_s:.3g}"), "peak_rss_bytes": done.peak_rss_bytes}
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"

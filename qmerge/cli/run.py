@@ -18,7 +18,7 @@ from qmerge.cli.gate import not_compared
 from qmerge.cli.helping import JUDGE, MEASURE, RUNNING
 from qmerge.cli.options import json_option, measure_options, merge_options, topic
 from qmerge.cli.output import QuietCommand, result, result_json, say, warn
-from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, evaluation_of, fit_option
+from qmerge.cli.planning import announce, describe_estimate, detail, estimate_json, evaluation_of, fit_option, took, took_json
 from qmerge.cli.progress import Steps
 from qmerge.cli.run_texts import check_other_file, prepare_texts, tokens_about, write_held_out
 from qmerge.cli.several import several
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     click.option("--resume", is_flag=True, help="Continue an interrupted run of this OUT; where there is none, start; where OUT is there whole, measure it."),
 )
 @fit_option
-@json_option("verdict, out, results, report (paths); with --dry-run the plan and the estimate")
+@json_option("verdict, out, results, report (paths), merge (elapsed_s, floor_s, peak_rss_bytes); with --dry-run the plan and the estimate")
 @click.pass_context
 def run_command(context: click.Context, /, strict: bool, **options: Any) -> None:
     """Merge, then measure the result against base + separate adapter, judge it by a budget, and write a report to OUT.eval/.
@@ -121,11 +121,11 @@ def _run(ranks: Ranks, *, recipe_file: str | None, settings: tuple[str, ...], te
         _dry(found, expected, evaluating, asked.as_json)
         return None
     announce(expected, evaluating)
-    out = _merge(found, calibration, expected, asked, overwrite, steps, ranks)
+    out, merge = _merge(found, calibration, expected, asked, overwrite, steps, ranks)
     files = asked.texts or {"held-out": str(write_held_out(evidence, held_out, ranks))}
     ranks.barrier()  # OUT is there, and what was held out
     results = _measure(found, out, files, evidence, asked, steps, ranks)
-    return None if results is None else _judge(results, out, evidence, asked, limits, steps)
+    return None if results is None else _judge(results, out, merge, evidence, asked, limits, steps)
 
 
 def _window(found: MergePlan, asked: Asked) -> int:
@@ -205,8 +205,9 @@ def _dry(found: MergePlan, expected: Estimate, evaluating: int, as_json: bool) -
     say("dry run: nothing was written. Next: the same command without --dry-run")
 
 
-def _merge(found: MergePlan, calibration: Any, expected: Estimate, asked: Asked, overwrite: bool, steps: Steps, ranks: Ranks) -> Path:
-    """OUT, written."""
+def _merge(found: MergePlan, calibration: Any, expected: Estimate, asked: Asked, overwrite: bool, steps: Steps, ranks: Ranks) -> tuple[Path, dict[str, Any]]:
+    """OUT, written, and what that took."""
+    from qmerge.pipeline.floor import floor_seconds
     from qmerge.pipeline.resume import Resume
     from qmerge.pipeline.run import run
     from qmerge.pipeline.stop import Stop
@@ -217,7 +218,10 @@ def _merge(found: MergePlan, calibration: Any, expected: Estimate, asked: Asked,
     steps.step(f"wrote {done.out}")
     for note in done.notes:
         warn(note)
-    return Path(done.out)
+    floor_s = floor_seconds(expected, found.recipe, asked.resume, ranks)
+    if not asked.resume:  # it may have found all done
+        say(took(done, floor_s))
+    return Path(done.out), took_json(done, floor_s)
 
 
 def _measure(found: MergePlan, out: Path, files: dict[str, str], evidence: Path, asked: Asked, steps: Steps, ranks: Ranks) -> dict[str, Any] | None:
@@ -238,7 +242,7 @@ def _measure(found: MergePlan, out: Path, files: dict[str, str], evidence: Path,
     return results if ranks.first else None
 
 
-def _judge(results: dict[str, Any], out: Path, evidence: Path, asked: Asked, limits: dict[str, Any], steps: Steps) -> dict[str, Any]:
+def _judge(results: dict[str, Any], out: Path, merge: dict[str, Any], evidence: Path, asked: Asked, limits: dict[str, Any], steps: Steps) -> dict[str, Any]:
     """The verdict, reported."""
     from qmerge.report.tables import terminal_table
     from qmerge.report.write import write_json, write_junit, write_report
@@ -258,7 +262,7 @@ def _judge(results: dict[str, Any], out: Path, evidence: Path, asked: Asked, lim
         raise Refused(refused.what, where=refused.where, expected=refused.expected, found=refused.found, fix=refused.fix, written=f"{out} and {evidence}: the checkpoint and its results are whole, and judged by the budget alone")
     verdict: dict[str, Any] = results["verdict"]
     if asked.as_json:
-        result_json({"verdict": verdict, "out": str(out), "results": str(evidence / "results.json"), "report": pages})
+        result_json({"verdict": verdict, "out": str(out), "results": str(evidence / "results.json"), "report": pages, "merge": merge})
         brief_verdict(verdict)
     else:
         result(terminal_table(results))

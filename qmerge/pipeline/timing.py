@@ -100,13 +100,18 @@ def text_operations(work: Workload) -> tuple[float, float]:
     passes = 1 if memory.inside_bytes(work) <= TAPE_BYTES else 1 + len(work.groups) / 2
     forwards = (1 if work.quick else 2) * passes * 2 * tokens * (work.block + 2 * work.tokens * work.hidden)
     gradients = memory.gradient_tokens(work) * (8 * work.block + 2 * memory.curvature_rows(work)) if work.curvature_tokens else 0
-    sums = sum(_statistics(work, group, tokens) * group.copies for group in work.groups)
-    head = _statistics(work, work.head, tokens) if work.head is not None else 0
-    ends = 6 * memory.gradient_tokens(work) * work.hidden * work.vocabulary if work.curvature_tokens else 0
-    return blocks * forwards, blocks * (gradients + sums) + head + ends
+    sums = sum(statistics(work, group, tokens) * group.copies for group in work.groups)
+    head = statistics(work, work.head, tokens) if work.head is not None else 0
+    return blocks * forwards, blocks * (gradients + sums) + head + (ends_gradients(work) if work.curvature_tokens else 0)
 
 
-def _statistics(work: Workload, group: Linears, tokens: int) -> float:
+def ends_gradients(work: Workload) -> float:
+    """The head's three products, where gradients start."""
+    return 6 * memory.gradient_tokens(work) * work.hidden * work.vocabulary
+
+
+def statistics(work: Workload, group: Linears, tokens: int) -> float:
+    """Sums over what a group receives."""
     return tokens * (group.inputs**2 if work.quick else 3 * group.inputs**2 + (2 * group.elements if group.writer else 0))
 
 

@@ -1,8 +1,9 @@
 """How much quicker do several ranks evaluate than one, each with one core, and in which parts?
 
-    python scripts/bench_eval_ranks.py --base B --adapter A --candidate D --text T [--tokens 256] [--generate 0] [--ranks 1,2] [--rounds 3] [--json FILE] [--page docs/measurements/eval-ranks.md]
+    python scripts/bench_eval_ranks.py --base B --adapter A --candidate D --text T [--tokens 256] [--generate 0] [--ranks 1,2] [--rounds 3] [--hosts] [--json FILE] [--page docs/measurements/eval-ranks.md]
 
 Each rank is a process of its own on a core of its own, with one thread; importing is not counted. The numbers of ranks take turns. Results and per-token arrays are compared, and must be equal.
+``--hosts``: each rank in a network namespace of its own (root, iproute2).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_ranks_runs import SECONDS, command, measured, one_run, table
+from bench_ranks_runs import SECONDS, command, measured, one_run, table, unmeasured
 
 SPLIT = {"read": "not split: every rank tokenizes all text", "load": "not split: each rank loads each arm that it measures", "measure": "by batches of 1024 tokens", "linears": "by linear", "perplexity": "by batches",
          "continuations": "by batches of 16 prompts", "statistics": "not split: rank 0 alone", "write": "not split: rank 0 alone", "wait and send": "for the other ranks, and what is sent"}  # fmt: skip
@@ -35,18 +36,18 @@ def found_digest(results: Path) -> str:
     return digest.hexdigest()
 
 
-def timed(sizes: list[int], rounds: int, wish: dict[str, Any]) -> list[dict[str, Any]]:
+def timed(sizes: list[int], rounds: int, wish: dict[str, Any], apart: bool) -> list[dict[str, Any]]:
     def words(place: Path) -> list[str]:
         return [__file__, "--work", json.dumps(wish | {"out": str(place / "results.json")})]
 
-    return measured(sizes, rounds, lambda size: one_run(size, words, lambda place: found_digest(place / "results.json")), SPLIT)
+    return measured(sizes, rounds, lambda size: one_run(size, words, lambda place: found_digest(place / "results.json"), apart), SPLIT)
 
 
-def page(asked: str, rows: list[dict[str, Any]], rounds: int) -> str:
+def page(asked: str, rows: list[dict[str, Any]], rounds: int, apart: bool) -> str:
     """For people."""
     lines = ["# Several ranks evaluate, against one", "", "Written by `scripts/bench_eval_ranks.py`; each rank has one core and one thread, and results and per-token arrays are equal.", "", f"    {asked}", "",
              f"Seconds of the rank that took most in a part, medians over {rounds} round(s); {SECONDS}", ""]  # fmt: skip
-    return "\n".join([*lines, *table(rows, SPLIT, SPLIT), "Not measured: several hosts, a network, GPUs and NCCL, benchmarks.", ""])
+    return "\n".join([*lines, *table(rows, SPLIT, SPLIT), unmeasured(apart, ", benchmarks"), ""])
 
 
 def work(wish: dict[str, Any]) -> None:
@@ -91,14 +92,15 @@ def main() -> None:
     for name, usual in (("tokens", 256), ("generate", 0), ("new-tokens", 64), ("rounds", 3)):
         words.add_argument(f"--{name}", type=int, default=usual)
     words.add_argument("--ranks", default="1,2")
+    words.add_argument("--hosts", action="store_true")
     words.add_argument("--json")
     words.add_argument("--page")
     asked = words.parse_args()
     wish = {"base": asked.base, "adapters": asked.adapter, "candidates": asked.candidate, "texts": asked.text, "tokens": asked.tokens, "perplexity": asked.perplexity, "generate": asked.generate, "new_tokens": asked.new_tokens}
-    rows = timed([int(size) for size in asked.ranks.split(",")], asked.rounds, wish)
+    rows = timed([int(size) for size in asked.ranks.split(",")], asked.rounds, wish, asked.hosts)
     if asked.json:
         Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n")
-    told = page(command(), rows, asked.rounds)
+    told = page(command(), rows, asked.rounds, asked.hosts)
     if asked.page:
         Path(asked.page).write_text(told)
     print(told)

@@ -53,6 +53,14 @@ def test_a_merge_says_what_its_products_alone_would_take(zoo: Any, cli: Any, tmp
     assert float(floor_s) == pytest.approx(found["floor_s"], rel=0.06) and float(ratio) == pytest.approx(found["elapsed_s"] / found["floor_s"], rel=0.1)
 
 
+def test_a_run_says_it_too(zoo: Any, cli: Any, tmp_path: Any) -> None:
+    """What `merge` says, and `run` keeps to itself."""
+    answer = cli("run", *words(zoo, tmp_path / "out")[1:], "--text", zoo.held_out, "--allow-overlap", "--budget", "lenient", "--json")
+    assert answer.code in (0, 3), answer.err
+    merge = json.loads(answer.out)["merge"]
+    assert merge["elapsed_s"] > merge["floor_s"] > 0 and "times what its matrix products alone take" in answer.err
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_formula_counts_each_linear(zoo: Any, quick: bool) -> None:
     """Products of two linears with one input counted twice, or those of a teacher where there is none."""

@@ -46,7 +46,7 @@ def test_kernel_is_torch(block_size, kind):
 @pytest.mark.parametrize("count", [2, 4096, 3 * 4096 + 18, 1_000_001])
 def test_threads_do_not_show(monkeypatch, threads, count):
     """Threads that share a block, begin at the wrong scale, or leave the last blocks to nobody."""
-    monkeypatch.setattr(nf4, "_SHARED", 0)
+    monkeypatch.setattr(nf4, "_SHARE", 5000)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -41,7 +41,7 @@ FP4_LEVELS = tuple(sign * level / 12 for sign in (1.0, -1.0) for level in (0.0, 
 
 _PIECE = 1 << 18  # codes looked up at once: the indices of a piece stay in a core's cache
 _WORTH = 1 << 19  # codes of a call from which on the kernel's machine code is fetched, where numba is loaded
-_SHARED = 1 << 22  # codes of a call that are worth several threads
+_SHARE = 1 << 21  # codes that a thread takes at a time: more than it costs to hand them over
 _MAPPED = 1 << 25  # bytes from which on glibc maps memory afresh at each allocation
 
 
@@ -154,15 +154,15 @@ def decode_by_kernel(packed: torch.Tensor, absmax: torch.Tensor, table: torch.Te
 
     levels = table.view(torch.float32)[1:32:2].contiguous().numpy()  # of the bytes 0x00 to 0x0F the second
     codes, maxima, out = packed.numpy(), absmax.numpy(), flat.numpy()
-    threads = torch.get_num_threads() if flat.numel() >= _SHARED else 1
-    if threads == 1:
+    threads = torch.get_num_threads()
+    if threads == 1 or flat.numel() < 2 * _SHARE:
         decode_blocks(codes, maxima, levels, block_size, out)
         return
-    blocks = -(-out.size // (block_size * threads))
+    blocks = max(_SHARE // block_size, 1)
 
     def some(first: int) -> None:
-        codes_from, codes_to = (at * block_size // 2 for at in (first, first + blocks))
-        decode_blocks(codes[codes_from:codes_to], maxima[first : first + blocks], levels, block_size, out[2 * codes_from : 2 * codes_to])
+        begin, end = first * block_size, (first + blocks) * block_size
+        decode_blocks(codes[begin // 2 : end // 2], maxima[first : first + blocks], levels, block_size, out[begin:end])
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(some, range(0, -(-out.size // block_size), blocks)))

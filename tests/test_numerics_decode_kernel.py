@@ -12,7 +12,7 @@ import torch
 
 from qmerge.numerics import nf4
 
-BLOCK_SIZES = (16, 20, 32, 64, 96, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES = (16, 20, 22, 32, 64, 96, 128, 256, 512, 1024, 2048, 4096)
 
 
 def stored(count: int, block_size: int, kind: str = "nf4") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

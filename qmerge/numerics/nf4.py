@@ -113,11 +113,11 @@ def pair_table(code: torch.Tensor) -> torch.Tensor:
 def decode(packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int, count: int) -> torch.Tensor:
     """uint8 ``packed`` ``[ceil(count / 2)]`` and fp32 block maxima to weights fp32 ``[count]``: the bits of `dequantize`, without one integer per code.
 
-    ``table`` is `pair_table` of the code book. The first code must begin a block. On a CPU, `decode_kernel` does it where numba is loaded anyway (by a solver, or by `load_kernel`): six times as quick as torch, but
-    numba's import takes what torch takes for a billion weights.
+    ``table`` is `pair_table` of the code book. The first code must begin a block. On a CPU, `decode_kernel` does it where numba is loaded (by a solver, or by `load_kernel`): five times as quick as torch, but
+    numba's import takes as long as torch takes for more than a billion weights.
     """
     flat = room(packed.numel() * 2, packed.device)
-    if flat.numel() >= _WORTH and "numba" in sys.modules and _fits_kernel(packed, absmax, block_size):
+    if flat.numel() >= _WORTH and _numba_is_there() and _fits_kernel(packed, absmax, block_size):
         decode_by_kernel(packed, absmax, table, block_size, flat)
     else:
         decode_in_torch(packed, absmax, table, block_size, flat)
@@ -125,11 +125,16 @@ def decode(packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, bloc
 
 
 def load_kernel() -> None:
-    """Import numba and make the kernel's machine code: half a second, and once per machine one more. `decode` uses it from then on."""
+    """Import numba and the kernel, which `decode` uses from then on: 0.4 s and 130 MB, and for its first compilation on a machine 0.2 s more."""
     from qmerge.numerics import decode_kernel
 
     nothing = torch.empty(0)
     decode_kernel.decode_blocks(nothing.to(torch.uint8).numpy(), nothing.numpy(), nothing.numpy(), 2, nothing.numpy())
+
+
+def _numba_is_there() -> bool:
+    """Whether the solvers' loops, and so numba, are loaded; a thread that is still at it is not waited for."""
+    return hasattr(sys.modules.get("qmerge.numerics.kernels"), "compiled")
 
 
 def room(count: int, device: torch.device) -> torch.Tensor:

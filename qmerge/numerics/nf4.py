@@ -159,18 +159,24 @@ def decode_by_kernel(packed: torch.Tensor, absmax: torch.Tensor, table: torch.Te
 
     levels = table.view(torch.float32)[1:32:2].contiguous().numpy()  # of the bytes 0x00 to 0x0F the second
     codes, maxima, out = packed.numpy(), absmax.numpy(), flat.numpy()
-    threads = torch.get_num_threads()
-    if threads == 1 or flat.numel() < 2 * _SHARE:
-        decode_blocks(codes, maxima, levels, block_size, out)
+    share = max(_SHARE // block_size, 1) * block_size
+    shares = range(0, out.size, share)
+    left = iter(shares)
+
+    def take() -> None:
+        for begin in left:
+            end = begin + share
+            decode_blocks(codes[begin // 2 : end // 2], maxima[begin // block_size : end // block_size], levels, block_size, out[begin:end])
+
+    others = min(torch.get_num_threads(), len(shares)) - 1
+    if others < 1:
+        take()
         return
-    blocks = max(_SHARE // block_size, 1)
-
-    def some(first: int) -> None:
-        begin, end = first * block_size, (first + blocks) * block_size
-        decode_blocks(codes[begin // 2 : end // 2], maxima[first : first + blocks], levels, block_size, out[begin:end])
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(some, range(0, -(-out.size // block_size), blocks)))
+    with ThreadPoolExecutor(others) as pool:
+        helped = [pool.submit(take) for _ in range(others)]
+        take()  # this thread is awake already
+        for one in helped:
+            one.result()
 
 
 def decode_in_torch(packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int, flat: torch.Tensor) -> None:

@@ -35,23 +35,46 @@ def start_up(rounds: int) -> Rows:
 
 
 def dequantize(rounds: int) -> Rows:
-    """Decoding a 4096 x 4096 NF4 weight to fp32 against bitsandbytes' own, and against filling as many bytes (the floor: it writes eight times what it reads)."""
+    """Decoding NF4 to fp32 against bitsandbytes' own, and against filling as many bytes (the floor: it writes eight times what it reads), which lie ready: a 4096 x 4096 weight in one call, on all threads, into memory that
+    the system gives anew each time; and 2^20 values on one thread, what a merge decodes at a time. In torch: as before numba is loaded, which small merges never do."""
+    import torch
+
+    def of(what: str, rows: int, columns: int, threads: int, calls: int) -> Rows:
+        torch.set_num_threads(threads)
+        found = in_turn(rounds, decoders(rows, columns, calls))
+        labels = {"bitsandbytes": f"NF4 {what} decoded / by bitsandbytes", "fill": f"NF4 {what} decoded / writing its bytes", "torch": f"NF4 {what} decoded / in torch"}
+        part = "dequantize" if calls == 1 else "dequantize-stretch"
+        return [ratio(f"{part}/{other}", label, found["ours"], found[other]) for other, label in labels.items()]
+
+    threads = torch.get_num_threads()
+    try:
+        return of("4096²", 4096, 4096, threads, 1) + of("2^20 on one thread", 256, 4096, 1, 20)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def decoders(rows: int, columns: int, calls: int) -> dict[str, Callable[[], float]]:
+    """Seconds of ``calls`` decodings of one random weight, by who decodes; all give the same bits."""
     import bitsandbytes.functional as bnb
     import torch
 
     from qmerge.numerics import nf4
 
-    weight = torch.randn(4096, 4096) * 0.02
+    weight = torch.randn(rows, columns) * 0.02
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64)
     table, flat, out = nf4.pair_table(state.code), packed.reshape(-1), torch.empty(weight.numel())
-    ours, theirs = (lambda: nf4.decode(flat, state.absmax, table, 64, weight.numel())), (lambda: bnb.dequantize_4bit(packed, state))
-    if not torch.equal(ours().reshape(weight.shape), theirs()):
-        raise SystemExit("the two decode to other values, so their times mean nothing")
-    found = in_turn(rounds, {"ours": seconds_of(ours), "bitsandbytes": seconds_of(theirs), "fill": seconds_of(lambda: out.fill_(1.0))})
-    return [
-        ratio("dequantize/bitsandbytes", "NF4 4096² decoded / by bitsandbytes", found["ours"], found["bitsandbytes"]),
-        ratio("dequantize/fill", "NF4 4096² decoded / writing its bytes", found["ours"], found["fill"]),
-    ]
+
+    def in_torch() -> torch.Tensor:
+        found = nf4.room(flat.numel() * 2, flat.device)
+        nf4.decode_in_torch(flat, state.absmax, table, 64, found)
+        return found
+
+    nf4.load_kernel()
+    found = {"ours": lambda: nf4.decode(flat, state.absmax, table, 64, weight.numel()), "torch": in_torch, "bitsandbytes": lambda: bnb.dequantize_4bit(packed, state)}
+    wanted = bnb.dequantize_4bit(packed, state)
+    if not all(torch.equal(call().reshape(weight.shape), wanted) for call in found.values()):
+        raise SystemExit("two of them decode to other values, so their times mean nothing")
+    return {name: seconds_of(call, calls) for name, call in (found | {"fill": lambda: out.fill_(1.0)}).items()}
 
 
 def merge(rounds: int) -> Rows:
@@ -141,15 +164,17 @@ def evaluate(rounds: int) -> Rows:
     return [row for case in CASES if case.name in ("demo", "32k") for row in run(case, rounds)[0]]
 
 
-def seconds_of(call: Callable[[], Any]) -> Callable[[], float]:
-    """A call that says how long it took, without what is freed afterwards."""
+def seconds_of(call: Callable[[], Any], calls: int = 1) -> Callable[[], float]:
+    """A call that says how long it took on average, without what is freed afterwards."""
 
     def timed() -> float:
-        began = time.perf_counter()
-        kept = call()
-        taken = time.perf_counter() - began
-        del kept
-        return taken
+        taken = 0.0
+        for _ in range(calls):
+            began = time.perf_counter()
+            kept = call()
+            taken += time.perf_counter() - began
+            del kept
+        return taken / calls
 
     return timed
 

@@ -140,6 +140,19 @@ def test_base_weights_are_bitsandbytes(zoo, kind, double):
         assert base.shape(f"{name}.weight") == tuple(weight.shape)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_base_weights_by_the_compiled_loop(zoo, monkeypatch, kind):
+    """Rows handed to the loop with the maxima of other rows, in stretches as a large merge reads them."""
+    nf4.load_kernel()
+    monkeypatch.setattr(nf4, "_WORTH", 0)
+    folder = zoo.nf4(kind, True)
+    base = opened(folder)
+    for name, weight in nf4_weights(folder).items():
+        reader = base.reader(f"{name}.weight")
+        starts = range(0, weight.shape[0], 3 * reader.row_step)
+        assert torch.equal(torch.cat([reader.rows(start, min(start + 3 * reader.row_step, weight.shape[0])) for start in starts]), weight), name
+
+
 @DOUBLE
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_recipe_gives_the_codes_of_the_saved_model(zoo, kind, double):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +86,6 @@ def four_bit_reader(state: QuantState, fetch: Callable[[int, int], torch.Tensor]
     absmax, levels = nf4.effective_absmax(state).float().cpu(), state.code.float().cpu()
     table = nf4.pair_table(levels)
     known = block_size in BNB_BLOCK_SIZES and torch.equal(levels, nf4.code_book(state.quant_type))
-    kernel_on_cpu = known and _bitsandbytes_is_there() and _agrees(state)
 
     def coded(start: int, stop: int, device: torch.device) -> CodedRows:
         first, count = start * inputs, (stop - start) * inputs
@@ -98,7 +96,7 @@ def four_bit_reader(state: QuantState, fetch: Callable[[int, int], torch.Tensor]
     def read(start: int, stop: int, device: torch.device) -> torch.Tensor:
         rows = coded(start, stop, device)
         count = rows.rows * inputs
-        if count and count % 2 == 0 and (kernel_on_cpu if device.type == "cpu" else known):
+        if device.type != "cpu" and known and count and count % 2 == 0:
             return decode_flat(rows.packed, rows.absmax, state, count).view(rows.rows, inputs)
         if runs_triton(device):
             from qmerge.numerics import merge_kernels
@@ -119,16 +117,3 @@ def decode_flat(packed: torch.Tensor, absmax: torch.Tensor, state: QuantState, c
     as_row = bnb.QuantState(absmax, shape=torch.Size((1, count)), code=nf4.code_book(state.quant_type, packed.device), blocksize=state.block_size,
                             quant_type=state.quant_type, dtype=torch.float32)
     return bnb.dequantize_4bit(packed, quant_state=as_row).reshape(-1)
-
-
-def _bitsandbytes_is_there() -> bool:
-    """Whether somebody imported it already, to its last line. Importing it for this would take seconds, more than it saves on bases below some 10B."""
-    return getattr(sys.modules.get("bitsandbytes"), "__version__", None) is not None
-
-
-def _agrees(state: QuantState) -> bool:
-    """Whether bitsandbytes decodes every byte as plain torch does, at this block size."""
-    packed = torch.arange(256, dtype=torch.uint8).repeat(max(1, state.block_size // 128))
-    absmax = torch.linspace(0.01, 3.0, -(-packed.numel() * 2 // state.block_size))
-    ours = nf4.decode(packed, absmax, nf4.pair_table(nf4.code_book(state.quant_type)), state.block_size, packed.numel() * 2)
-    return torch.equal(ours, decode_flat(packed, absmax, state, packed.numel() * 2))

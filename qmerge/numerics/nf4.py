@@ -7,8 +7,11 @@ Tests hold these functions to bitsandbytes bit for bit.
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from qmerge.types import QuantState, known
@@ -37,6 +40,9 @@ FP4_LEVELS = tuple(sign * level / 12 for sign in (1.0, -1.0) for level in (0.0, 
 """bitsandbytes' 4-bit float: a sign bit and eight magnitudes, not sorted"""
 
 _PIECE = 1 << 18  # codes looked up at once: the indices of a piece stay in a core's cache
+_WORTH = 1 << 19  # codes of a call from which on the kernel's machine code is fetched, where numba is loaded
+_SHARE = 1 << 21  # codes that a thread takes at a time: more than it costs to hand them over
+_MAPPED = 1 << 25  # bytes from which on glibc maps memory afresh at each allocation
 
 
 def code_book(quant_type: str, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -107,15 +113,79 @@ def pair_table(code: torch.Tensor) -> torch.Tensor:
 def decode(packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int, count: int) -> torch.Tensor:
     """uint8 ``packed`` ``[ceil(count / 2)]`` and fp32 block maxima to weights fp32 ``[count]``: the bits of `dequantize`, without one integer per code.
 
-    ``table`` is `pair_table` of the code book. The first code must begin a block.
+    ``table`` is `pair_table` of the code book. The first code must begin a block. On a CPU, `decode_kernel` does it where numba is loaded (by a solver, or by `load_kernel`): five times as quick as torch, but
+    numba's import takes as long as torch takes for more than a billion weights.
     """
-    flat = torch.empty(packed.numel() * 2, dtype=torch.float32, device=packed.device)
+    flat = room(packed.numel() * 2, packed.device)
+    if flat.numel() >= _WORTH and _numba_is_there() and _fits_kernel(packed, absmax, block_size):
+        decode_by_kernel(packed, absmax, table, block_size, flat)
+    else:
+        decode_in_torch(packed, absmax, table, block_size, flat)
+    return flat[:count]
+
+
+def load_kernel() -> None:
+    """Import numba and the kernel, which `decode` uses from then on: 0.4 s and 130 MB, and for its first compilation on a machine 0.2 s more."""
+    from qmerge.numerics import decode_kernel
+
+    nothing = torch.empty(0)
+    decode_kernel.decode_blocks(nothing.to(torch.uint8).numpy(), nothing.numpy(), nothing.numpy(), 2, nothing.numpy())
+
+
+def _numba_is_there() -> bool:
+    """Whether the solvers' loops, and so numba, are loaded; a thread that is still at it is not waited for."""
+    return hasattr(sys.modules.get("qmerge.numerics.kernels"), "compiled")
+
+
+def room(count: int, device: torch.device) -> torch.Tensor:
+    """fp32 ``[count]``, not yet filled. What the C library maps afresh each time would cost more to touch, page by page of 4 KB, than to decode: numpy asks Linux for pages of 2 MB."""
+    if device.type != "cpu" or count * 4 < _MAPPED:
+        return torch.empty(count, dtype=torch.float32, device=device)
+    whole = np.empty(count + 15, dtype=np.float32)
+    first = -whole.ctypes.data // 4 % 16  # torch's own begin at multiples of 64 bytes
+    return torch.from_numpy(whole[first : first + count])
+
+
+def _fits_kernel(packed: torch.Tensor, absmax: torch.Tensor, block_size: int) -> bool:
+    """What the kernel does not check itself."""
+    here = packed.device.type == absmax.device.type == "cpu" and packed.is_contiguous() and absmax.is_contiguous()
+    typed = packed.dtype == torch.uint8 and absmax.dtype == torch.float32 and packed.dim() == absmax.dim() == 1
+    return here and typed and block_size % 2 == 0 and absmax.numel() * block_size >= packed.numel() * 2
+
+
+def decode_by_kernel(packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int, flat: torch.Tensor) -> None:
+    """`decode` into ``flat``, on as many threads as torch has in this one, whole blocks for each. All arguments lie together on the CPU, ``block_size`` is even, ``absmax`` has all blocks: none of it is checked."""
+    from qmerge.numerics.decode_kernel import decode_blocks
+
+    levels = table.view(torch.float32)[1:32:2].contiguous().numpy()  # of the bytes 0x00 to 0x0F the second
+    codes, maxima, out = packed.numpy(), absmax.numpy(), flat.numpy()
+    share = max(_SHARE // block_size, 1) * block_size
+    shares = range(0, out.size, share)
+    left = iter(shares)
+
+    def take() -> None:
+        for begin in left:
+            end = begin + share
+            decode_blocks(codes[begin // 2 : end // 2], maxima[begin // block_size : end // block_size], levels, block_size, out[begin:end])
+
+    others = min(torch.get_num_threads(), len(shares)) - 1
+    if others < 1:
+        take()
+        return
+    with ThreadPoolExecutor(others) as pool:
+        helped = [pool.submit(take) for _ in range(others)]
+        take()  # this thread is awake already
+        for one in helped:
+            one.result()
+
+
+def decode_in_torch(packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int, flat: torch.Tensor) -> None:
+    """`decode` into ``flat`` by torch's own operations, on any device."""
     piece = max(_PIECE // (2 * block_size), 1) * 2 * block_size  # whole blocks and bytes
     for start in range(0, flat.numel(), piece):
         part = flat[start : start + piece]
         torch.index_select(table, 0, packed[start // 2 : (start + piece) // 2].int(), out=part.view(torch.int64))
         _scale(part, absmax[start // block_size :], block_size)
-    return flat[:count]
 
 
 def _scale(flat: torch.Tensor, absmax: torch.Tensor, block_size: int) -> None:

@@ -4,6 +4,9 @@ Makes a model with random NF4 weights in Llama-3-8B's shape (`synthetic_llama`) 
 the time of each progress line. What costs once a block is scaled to 32 of them. Writes the page and a JSON beside it.
 
     scripts/bench_8b.py --blocks 1 --page docs/measurements/large-shapes.md
+    scripts/bench_8b.py --blocks 2 --device cuda --calibration TEXT.jsonl --samples 128 --tokens 2048      # on a GPU; not yet run on one
+
+Then the products that the method cannot do without, at the rates of large products measured on that device once the run is over.
 """
 
 from __future__ import annotations
@@ -102,7 +105,53 @@ def watch(words: list[str], share: float, limit_s: float, home: Path) -> Taken:
     return Taken(lines, seen[1], round(time.perf_counter() - began, 1), ended, load, found)
 
 
-def page(shape: Shape, taken: Taken, command: str) -> str:
+@dataclass
+class Floor:
+    """``flop``: of passes, sums and solving (`qmerge.pipeline.floor`); rates in FLOP/s of large square products on the device, of fp32 and of bf16 factors."""
+
+    device: str
+    flop: tuple[float, float, float]
+    fp32: float
+    bf16: float
+    compute: str
+
+    @property
+    def seconds(self) -> float:
+        passing, summing, solving = self.flop
+        return passing / (self.bf16 if self.compute == "bf16" else self.fp32) + summing / (self.fp32 if self.compute == "fp32" else self.bf16) + solving / self.fp32
+
+
+def floor_of(words: list[str]) -> Floor:
+    """Of the run that `qmerge merge` was given ``words`` for."""
+    import torch
+
+    from qmerge.device import device_name, exact_products, pick_device, wait_for
+    from qmerge.pipeline.estimate import estimate
+    from qmerge.pipeline.floor import operations
+    from qmerge.pipeline.plan import plan
+    from qmerge.pipeline.recipe import build_recipe
+    from qmerge.pipeline.run import calibration_for
+
+    given = {word.removeprefix("--"): value for word, value in zip(words[1::2], words[2::2], strict=True)}
+    recipe = build_recipe(None, (), given | {"adapter": (given["adapter"],), "samples": int(given["samples"]), "tokens": int(given["tokens"]), "overwrite": True})
+    made, device = plan(recipe), pick_device(given["device"])
+    counted, size = operations(estimate([made], calibration_for(made)).work), 2048 if device.type == "cpu" else 8192
+
+    def rate(dtype: torch.dtype) -> float:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        spent = []
+        for _ in range(6):
+            began = time.perf_counter()
+            torch.mm(left, right)
+            wait_for(device)
+            spent.append(time.perf_counter() - began)
+        return 2 * size**3 / min(spent)
+
+    with exact_products():
+        return Floor(device_name(device), (counted.passing, counted.summing, counted.solving), rate(torch.float32), rate(torch.bfloat16), made.recipe.compute)
+
+
+def page(shape: Shape, taken: Taken, command: str, floor: Floor) -> str:
     rows = "\n".join(f"| {at:.0f} | {held / 1e9:.2f} | {text} |" for at, held, text in taken.lines)
     end = "the run ended by itself" if taken.ended == 0 else f"the run ended with {taken.ended}" if taken.ended is not None else "the run was cut off, so the peak is of what it came to"
     solved, gradients = seconds_each(taken, "  block "), seconds_each(taken, "gradients: block ")
@@ -110,12 +159,17 @@ def page(shape: Shape, taken: Taken, command: str) -> str:
         f"A block took {gradients:.0f} s for its gradients and {solved:.0f} s to be solved, so {WHOLE} of them take {WHOLE * (solved + gradients) / 3600:.1f} h on these {os.cpu_count()} cores."
         if solved and gradients else "No block was finished in the time that it was given."
     )  # fmt: skip
+    passing, summing, solving = floor.flop
+    least = f"""Its products, each once ({passing:.2g} FLOP of passes, {summing:.2g} of sums and gradients, {solving:.2g} of solving), take {floor.seconds:.0f} s at the rates of large products that were measured on
+{floor.device} after the run, {floor.fp32 / 1e9:.0f} GFLOP/s in fp32 and {floor.bf16 / 1e9:.0f} in bf16 (`--compute {floor.compute}`): the whole run took **{taken.elapsed_s / floor.seconds:.2f} times** that."""
     return f"""# Large shapes
 
 `{command}`: hidden {shape.hidden}, inner {shape.ffn}, vocabulary {shape.vocab}, {shape.layers} blocks of random NF4 weights, merged to GPTQ by a fresh process on {os.cpu_count()} cores (load {taken.load_before:.1f}
 before the start, n = 1). Curvatures are as narrow as they are in a model of {WHOLE} blocks.
 
 Peak resident memory **{taken.peak_bytes / 1e9:.2f} GB**; {end}, after {taken.elapsed_s:.0f} s. {scaled}
+
+{least}
 
 {breakdown(taken)}
 
@@ -155,19 +209,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--limit", type=float, default=460, help="seconds after which the merge is ended")
     parser.add_argument("--made", type=Path, help="a folder with base and adapter of an earlier run")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--calibration", type=Path, default=DEMO / "calibration.jsonl")
     parser.add_argument("--page", type=Path)
     asked = parser.parse_args()
     shape = Shape(layers=asked.blocks, hidden=asked.hidden, ffn=asked.ffn, vocab=asked.vocab)
     with tempfile.TemporaryDirectory() as home:
         base, adapter = (asked.made / "base", asked.made / "adapter") if asked.made else make(Path(home), shape)
-        words = ["merge", "--base", base, "--adapter", adapter, "--format", "gptq", "--calibration", DEMO / "calibration.jsonl", "--samples", asked.samples, "--tokens", asked.tokens, "--out", f"{home}/out"]
+        words = ["merge", "--base", base, "--adapter", adapter, "--format", "gptq", "--calibration", asked.calibration, "--samples", asked.samples, "--tokens", asked.tokens, "--device", asked.device, "--out", f"{home}/out"]
         taken = watch(list(map(str, words)), asked.blocks / WHOLE, asked.limit, Path(home))
+        floor = floor_of(list(map(str, words)))
     command = " ".join(["scripts/bench_8b.py", *sys.argv[1:]])
-    text = page(shape, taken, command)
+    text = page(shape, taken, command, floor)
     print(text)
     if asked.page:
         asked.page.write_text(text, encoding="utf-8")
-        asked.page.with_suffix(".json").write_text(json.dumps({"command": command, "shape": asdict(shape), "taken": asdict(taken)}, indent=1) + "\n", encoding="utf-8")
+        asked.page.with_suffix(".json").write_text(json.dumps({"command": command, "shape": asdict(shape), "taken": asdict(taken), "floor": asdict(floor)}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -99,20 +99,18 @@ class Compute:
 
 
 COMPUTE = {"fp32": Compute(torch.float32, torch.float32), "mixed": Compute(torch.float32, torch.bfloat16), "bf16": Compute(torch.bfloat16, torch.bfloat16)}
-"""what says so in a recipe. ``mixed`` costs nothing that shows, ``bf16`` a few percent of KL where two streams pass (more where that is far below the noise floor): their difference, rounded apart, is what the solver
-answers; one stream alone costs nothing that shows (docs/measurements/compute.md, quick.md)"""
+"""what says so in a recipe. ``mixed`` costs nothing that shows; ``bf16`` next to nothing in whole numbers of up to 4 bits (KL 1.00 to 1.04 of mixed on light and strong), and 2 to 17 % of the KL of an NF4 file,
+which is smaller: where two streams pass, their difference, rounded apart, is what the solver answers (docs/measurements/passes-bf16.md; quick.md for one stream)"""
 
 
-def pick_compute(wish: str, device: torch.device, alone: bool = False) -> str:
-    """A key of `COMPUTE`; ``auto`` is ``bf16`` on an accelerator, whose matrix units are some fifteen times as quick at it as fp32 products are; on CPUs that are quick at bf16, where passes are a small part of the time,
-    ``mixed`` (where one stream passes ``alone`` ``bf16``); else ``fp32``. The same machine always gives the same answer: two runs must give the same bytes."""
+def pick_compute(wish: str, device: torch.device, coarse: bool = False) -> str:
+    """A key of `COMPUTE`; ``auto`` is, on an accelerator and on CPUs that are quick at bf16, ``bf16`` where the output is ``coarse`` enough that its rounding does not show beside that of the output, else ``mixed``; on other
+    CPUs ``fp32``. The same machine always gives the same answer: two runs must give the same bytes."""
     if wish != "auto":
         return wish
-    if device.type != "cpu":
-        return "bf16"
-    if not quick_at_bf16(_cpuinfo()):
+    if device.type == "cpu" and not quick_at_bf16(_cpuinfo()):
         return "fp32"
-    return "bf16" if alone else "mixed"
+    return "bf16" if coarse else "mixed"
 
 
 def quick_at_bf16(cpuinfo: str) -> bool:

@@ -120,15 +120,15 @@ def requantize(rounds: int) -> Rows:
             return row["seconds"]
 
         timed("ours-gptq-int4")  # compiled loops are cached, files are in the page cache
-        names = {"whole": "ours-gptq-int4", "bf16": "ours-gptq-int4-bf16", "quick": "ours-gptq-int4-quick", "gptqmodel": "gptqmodel", "llm-compressor": "llmcompressor"}
+        names = {"whole": "ours-gptq-int4", "mixed": "ours-gptq-int4-mixed", "quick": "ours-gptq-int4-quick", "gptqmodel": "gptqmodel", "llm-compressor": "llmcompressor"}
         calls: dict[str, Callable[[], float | None]] = {arm: (lambda name=name: timed(name)) for arm, name in names.items()}
         try:
             timed("llmcompressor")
         except LookupError as lost:  # make bench-peers installs it
             say(f"skipped: {lost.args[0]}")
             del calls["llm-compressor"]
-        found = in_turn(rounds, calls | {f"{way} floor": (lambda way=way: floor_seconds(case, way == "quick")) for way in ("whole", "bf16", "quick")})
-    labels, rows = {"whole": "gptq int4 of the demo", "bf16": "the same, --compute bf16", "quick": "the same, --quick"}, []
+        found = in_turn(rounds, calls | {f"{way} floor": (lambda way=way: floor_seconds(case, way == "quick")) for way in ("whole", "mixed", "quick")})
+    labels, rows = {"whole": "gptq int4 of the demo", "mixed": "the same, --compute mixed", "quick": "the same, --quick"}, []
     for way, label in labels.items():
         rows += [ratio(f"requantize/{way}/{peer}", f"{label} / by {peer}", found[way], found[peer], 0.5) for peer in ("gptqmodel", "llm-compressor") if peer in found]
         rows.append(ratio(f"requantize/{way}/floor", f"{label} / its FLOP at the rate of a 2048³ product", found[way], found[f"{way} floor"], 2.5))

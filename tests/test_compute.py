@@ -92,10 +92,18 @@ def test_bits_do_not_depend_on_threads_in_bf16(written):
 def test_auto_is_settled_and_said(written):
     """A manifest that says auto: nobody could make the file again on another machine."""
     assert pick_compute("fp32", CPU) == "fp32" and pick_compute("bf16", CPU) == "bf16"
-    assert pick_compute("auto", torch.device("cuda")) == "bf16" and pick_compute("mixed", torch.device("cuda")) == "mixed" and pick_compute("auto", torch.device("cuda"), alone=True) == "bf16"
-    assert (pick_compute("auto", CPU), pick_compute("auto", CPU, alone=True)) in (("fp32", "fp32"), ("mixed", "bf16"))
-    out, _ = written("llama", "gptq")
-    assert read_manifest(out)["recipe"]["compute"] in ("fp32", "mixed")
+    assert (pick_compute("auto", torch.device("cuda")), pick_compute("auto", torch.device("cuda"), coarse=True)) == ("mixed", "bf16")
+    assert (pick_compute("auto", CPU), pick_compute("auto", CPU, coarse=True)) in (("fp32", "fp32"), ("mixed", "bf16"))
+
+
+@pytest.mark.parametrize(("fmt", "flags", "coarse"), [
+    ("gptq", (), True), ("nf4", (), False), ("compressed-tensors", ("--bits", "8"), False), ("nf4", ("--quick",), True), ("gptq", ("--compute", "mixed"), False),
+])  # fmt: skip
+def test_passes_are_rounded_where_that_does_not_show(written, fmt, flags, coarse):
+    """bf16 in a file so fine that its rounding shows, or a slow merge of a coarse one."""
+    out, _ = written("llama", fmt, *flags)
+    quick = pick_compute("auto", CPU) != "fp32" or "--compute" in flags
+    assert read_manifest(out)["recipe"]["compute"] == ("fp32" if not quick else "bf16" if coarse else "mixed")
 
 
 @pytest.mark.parametrize(("vendor", "flags", "quick"), [

@@ -82,7 +82,7 @@ merge_options = stack(
         click.option("--curvature-tokens", type=int, metavar="N", help="Calibration tokens that gradients are taken on, to learn which errors of a linear's outputs cancel (8192); 0: none, quicker and worse."),
         click.option("--polish", type=words_of("polish"), multiple=True, metavar="HOW", help="Slow steps after the solver, for less loss at the same size: distill (scales and norms trained on the separate model's logits), blocks (codes tuned block by block). Repeat it, or separate with commas."),
         click.option("--low-traffic", type=words_of("low_traffic"), metavar="HOW", help="Experts that saw too few tokens: pooled (default: the layer's pooled statistics) or rtn (round to nearest)."),
-        click.option("--compute", type=words_of("compute"), metavar="HOW", help="In what matrix products on calibration text are taken: fp32, mixed (statistics and gradients in bf16, summed in fp32), bf16 (the passes too: quicker, a little worse), or auto (default: on a GPU bf16; on CPUs that are quick at bf16 mixed, with --quick bf16; else fp32)."),
+        click.option("--compute", type=words_of("compute"), metavar="HOW", help="In what matrix products on calibration text are taken: fp32, mixed (statistics and gradients in bf16, summed in fp32), bf16 (the passes too: quicker; it shows in outputs as fine as nf4), or auto (default: on a GPU and on CPUs that are quick at bf16, bf16 for whole numbers of up to 4 bits and with --quick, else mixed; on other CPUs fp32)."),
     ),
     topic(
         BASE,

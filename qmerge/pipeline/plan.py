@@ -100,6 +100,11 @@ def plan(recipe: Recipe, writes: bool = True) -> MergePlan:
     return with_outputs(found)
 
 
+def _coarse(recipe: Recipe) -> bool:
+    """Is what bf16 takes from two streams of activations small beside what rounding to the output's grid does? Measured in docs/measurements/passes-bf16.md, and for one stream alone in quick.md."""
+    return (recipe.quick and not recipe.curvature_tokens) or (recipe.grid.kind == "int" and recipe.grid.bits <= 4 and recipe.bits_per_weight is None)
+
+
 def read_inputs(recipe: Recipe, trained_with: Nf4Recipe | None = None) -> MergePlan:
     """The plan without its output: what the merged model consists of. ``trained_with`` overrides the recipe's own word on how a float base was quantized."""
     adapters = recipe.adapter_set.open()
@@ -109,7 +114,7 @@ def read_inputs(recipe: Recipe, trained_with: Nf4Recipe | None = None) -> MergeP
         raise Refused("DoRA's magnitudes were trained over the quantized base, so they do not belong on the float one.", where=dora.name, expected="--on dequantized", found="--on original --original …",
                       fix="leave --on and --original out")
     if recipe.format in formats.QUANTIZING and not recipe.rtn:
-        recipe = replace(recipe, compute=pick_compute(recipe.compute, pick_device(recipe.device), alone=recipe.quick and not recipe.curvature_tokens))
+        recipe = replace(recipe, compute=pick_compute(recipe.compute, pick_device(recipe.device), _coarse(recipe)))
     four_bit = trained_with or nf4_recipe_of(recipe, adapters)
     skeleton = build_skeleton(checkpoint) if four_bit is not None or _skeleton_needed(recipe, checkpoint, adapters) else None
     base = open_base(checkpoint, on=recipe.on, recipe=four_bit, linears=skeleton.linears if skeleton else _conv_by_adapter(adapters),

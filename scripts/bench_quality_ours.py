@@ -30,6 +30,7 @@ from qmerge.pipeline.recipe import build_recipe
 from qmerge.pipeline.run import calibration_for, run
 from qmerge.quality.arms import load_merged
 from qmerge.quality.evaluate import load_tokenizer
+from qmerge.room import one_heap
 from qmerge.store.checkpoint import open_checkpoint
 
 
@@ -70,7 +71,8 @@ def in_child(job: dict[str, Any]) -> None:
 
 
 def make(job: dict[str, Any]) -> dict[str, Any]:
-    """The cost of plan and run. Texts are read outside: the peers get token ids too."""
+    """The cost of plan and run, in a heap as `qmerge merge` sets it up. Texts are read outside: the peers get token ids too."""
+    one_heap()
     recipe = build_recipe(None, (), job["recipe"])
     warm(recipe.base)
     clock = Clock()

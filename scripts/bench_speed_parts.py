@@ -143,10 +143,10 @@ def floor_seconds(case: Case, quick: bool) -> float:
     from qmerge.device import exact_products
     from qmerge.pipeline.floor import operations
     from qmerge.pipeline.plan import plan
-    from qmerge.pipeline.recipe import Recipe
+    from qmerge.pipeline.recipe import QUICK_TOKENS, Recipe
     from qmerge.pipeline.workload import measure_plan
 
-    quickly = {"quick": True, "curvature_tokens": 0} if quick else {}
+    quickly = {"quick": True, "curvature_tokens": QUICK_TOKENS} if quick else {}
     recipe = Recipe(base=str(case.base), adapter=(str(case.adapter),), out="out", calibration=str(case.calibration), samples=SAMPLES, tokens=WINDOW, device="cpu", **quickly)
     work = measure_plan(plan(recipe, writes=False), torch.device("cpu"))
     size = 2048

@@ -9,7 +9,10 @@ from oracles.dequantized import divergence, load_public, logits, separate_model
 from qmerge.device import exact_products, leaves_vectors_unused, pick_compute, quick_at_bf16
 from qmerge.numerics.curvature import Curvature
 from qmerge.numerics.hessian import Statistics
-from qmerge.numerics.products import add_product
+from qmerge.numerics.products import add_in_pieces, add_product
+from qmerge.pipeline.blocks import record_calls
+from qmerge.pipeline.skeleton import build_skeleton
+from qmerge.store.checkpoint import open_checkpoint
 from qmerge.store.manifest import read_manifest
 
 CPU = torch.device("cpu")
@@ -35,6 +38,43 @@ def test_a_sum_of_bf16_products_is_an_fp32_sum():
     add_product(rounded, left.T, right, exact=False)
     assert error(exact, wanted, left, right) < 2**-16
     assert 2**-14 < error(rounded, wanted, left, right) < 2**-8
+
+
+def test_pieces_average_their_rounding_out():
+    """Pieces that are left out or rounded together: H of a quick run, from one product, would be as rough as its roughest."""
+    draw = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(512 * 32 + 100, width, generator=draw).add_(0.3).bfloat16() for width in (64, 80))
+    wanted, at_once, pieces = left.double().T @ right.double(), torch.zeros(64, 80), torch.zeros(64, 80)
+    add_product(at_once, left.T, right, exact=False)
+    add_in_pieces(pieces, left.T, right)
+    rough, fine = (float((found.double() - wanted).norm() / wanted.norm()) for found in (at_once, pieces))
+    assert fine < rough / 3 and fine < 2**-11, (fine, rough)
+    whole = [torch.zeros(64, 80), torch.zeros(64, 80)]
+    add_in_pieces(whole[0], left.float().T, right.float())
+    add_product(whole[1], left.float().T, right.float())
+    assert torch.equal(*whole), "fp32 needs no pieces"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_difference_is_rounded_once(dtype):
+    """x̃ - x of bf16 activations, or of a few rows at a time, to other bits than taken in fp32 and rounded."""
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randn(1300, 24, generator=draw).to(dtype)
+    teacher = (x.float() * (1 + 0.01 * torch.randn(1300, 24, generator=draw))).to(dtype)
+    _, moved, _ = Statistics(24, compute=torch.bfloat16).factors(x, teacher, None)
+    assert torch.equal(moved, (teacher.float() - x.float()).bfloat16())
+
+
+def test_positions_are_turned_in_what_passes_are_in(zoo):
+    """Cosines that stay in fp32 beside heads in bf16: each is then turned in fp32 and rounded back, a seventh of a block's time. And masks or positions that are rounded with them."""
+    skeleton = build_skeleton(open_checkpoint(zoo.nf4("llama")))
+    with torch.no_grad():
+        skeleton.model.to_empty(device="cpu") if any(part.is_meta for part in skeleton.model.parameters()) else None
+        calls = {compute: record_calls(skeleton.model, skeleton.blocks_name, [torch.ones(2, 8, dtype=torch.long)], compute)[1][0][0] for compute in (torch.float32, torch.bfloat16)}
+    full, low = (calls[compute].kwargs for compute in (torch.float32, torch.bfloat16))
+    assert {part.dtype for part in full["position_embeddings"]} == {torch.float32} and {part.dtype for part in low["position_embeddings"]} == {torch.bfloat16}
+    kept = [name for name in full if name != "position_embeddings" and isinstance(full[name], torch.Tensor)]
+    assert "position_ids" in kept and all(torch.equal(full[name], low[name]) for name in kept)
 
 
 def test_statistics_hold_differences_of_what_was_not_rounded_yet():

@@ -34,10 +34,10 @@ def counted(base: str, tokens: int, gradients: int, quick: bool) -> float:
     weights = sum(parameter.numel() for parameter in skeleton.blocks[0].parameters())
     work = tokens * (2 * (1 if quick else 2) * weights + sum((1 if quick else 3) * width**2 for width in inputs.values()))
     work += sum(width**3 for width in inputs.values()) + sum(width**2 * (out + (1 if quick else 10) * min(128, out)) for out, width in shapes.values())
-    ends = 0
+    work += gradients * (6 * weights + sum(out**2 for out, _ in shapes.values()))
     if not quick:
-        work += tokens * sum(2 * out * width for name, (out, width) in shapes.items() if name in writers) + gradients * (6 * weights + sum(out**2 for out, _ in shapes.values()))
-        ends = 6 * gradients * skeleton.model.get_input_embeddings().weight.numel()
+        work += tokens * sum(2 * out * width for name, (out, width) in shapes.items() if name in writers)
+    ends = 6 * gradients * skeleton.model.get_input_embeddings().weight.numel()
     return len(skeleton.blocks) * work + ends
 
 

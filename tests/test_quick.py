@@ -32,10 +32,23 @@ def test_it_is_between_rounding_and_the_whole_way(cli, tmp_path):
 def test_it_is_said(written):
     """A manifest of which nobody could tell how the file was made; or one that changes for those who never asked."""
     quick, whole = (read_manifest(written("llama", "gptq", *flags)[0]) for flags in (("--quick",), ()))
-    assert quick["recipe"]["quick"] is True and quick["recipe"]["curvature_tokens"] == 0
+    assert quick["recipe"]["quick"] is True and 0 < quick["recipe"]["curvature_tokens"] < whole["recipe"]["curvature_tokens"]
     assert "quick" not in whole["recipe"]
-    shifts = [(row["own_shift"], row["residual_shift"], row["row_damp"]) for row in quick["linears"].values() if "own_shift" in row]
-    assert shifts and set(shifts) == {(0.0, 0.0, 0.0)}
+    assert _shifts(quick) == {(0.0, 0.0)} and all(row["row_damp"] > 0 for row in _rows(quick))
+
+
+def test_without_gradients_it_is_plain_gptq(written):
+    """`--curvature-tokens 0` overridden by what --quick brings along."""
+    plain = read_manifest(written("llama", "gptq", "--quick", "--curvature-tokens", "0")[0])
+    assert plain["recipe"]["curvature_tokens"] == 0 and _shifts(plain) == {(0.0, 0.0)} and all(row["row_damp"] == 0 for row in _rows(plain))
+
+
+def _rows(manifest):
+    return [row for row in manifest["linears"].values() if "own_shift" in row]
+
+
+def _shifts(manifest):
+    return {(row["own_shift"], row["residual_shift"]) for row in _rows(manifest)}
 
 
 @pytest.mark.parametrize(("fmt", "flags"), [("compressed-tensors", ("--quantize-head",)), ("nf4", ()), ("awq", ())])

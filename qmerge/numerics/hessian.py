@@ -14,7 +14,7 @@ import torch
 
 from qmerge.device import in_parallel, to_device, to_host
 from qmerge.errors import CheckFailed
-from qmerge.numerics.products import add_product
+from qmerge.numerics.products import add_in_pieces, add_product
 from qmerge.numerics.triangles import invert_flipped_
 from qmerge.types import known
 
@@ -22,6 +22,8 @@ STRIP = 512
 """rows of a sum that are formed together, at most: a product of few rows spends its time on bringing the other factor into shape"""
 NARROW, NARROW_STRIP = 2048, 128
 """up to this many features that takes no time, and fewer rows leave less of the upper half to be formed, and more strips for threads to share"""
+NEAR_ROWS = 512
+"""rows of activations of which a difference is taken at a time"""
 SLOTS = 16
 """A sum over batches is formed in at most so many partial sums of consecutive batches, which are then added in order. So the bits do not depend on how many processes share the batches:
 each forms whole partial sums, up to ``SLOTS`` of them at work. More would cost communication, one matrix each."""
@@ -64,7 +66,7 @@ class Statistics:
     compute: torch.dtype = torch.float32
     """what factors are rounded to before they are multiplied; products are summed in fp32"""
     drifts: bool = True
-    """is D summed? Not where there is no teacher; it is None then"""
+    """is D summed? Not where there is no teacher; it is None then, and H is had for half the time (`add_in_pieces`)"""
     _open: list[torch.Tensor | None] = field(default_factory=lambda: [None] * 3, init=False, repr=False)
     """H (its lower half), D and R of a slot that is not complete; None while there is none"""
     _closed: list[torch.Tensor | None] = field(default_factory=lambda: [None] * 3, init=False, repr=False)
@@ -110,7 +112,8 @@ class Statistics:
                     total.zero_()
                     slot = its
                 if (left := batch[which]) is not None:
-                    add_product(total, left[:, rows].T, batch[0][:, columns], exact=which == 0)
+                    factors = left[:, rows].T, batch[0][:, columns]
+                    add_in_pieces(total, *factors) if not self.drifts else add_product(total, *factors, exact=which == 0)
             if complete:
                 known(before)[rows, columns].add_(total)
 
@@ -123,7 +126,7 @@ class Statistics:
     def factors(self, runtime: torch.Tensor, teacher: torch.Tensor, residual: torch.Tensor | None) -> Factors:
         """(x, x̃ - x, r) as they are multiplied; None for zeros. Differences are taken before anything is rounded."""
         same = not self.drifts or runtime is teacher or torch.equal(runtime, teacher)
-        moved = None if same else (teacher.float() - runtime.float()).to(self.compute)
+        moved = None if same else _difference(teacher, runtime, self.compute)
         return runtime.to(self.compute), moved, None if residual is None else residual.to(self.compute)
 
     def _filled(self, sums: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -198,6 +201,17 @@ class Statistics:
         """Free D, and R where ``residual``, once all that is needed of them has been multiplied."""
         self.settle()
         self._closed[1:] = [None, None if residual else self._closed[2]]
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``one - other`` taken in fp32, then rounded to ``dtype``. On a CPU some rows at a time: what is between lies near a core."""
+    if one.dtype == other.dtype == dtype:  # one operation, which computes in fp32
+        return one - other
+    found = torch.empty(one.shape, dtype=dtype, device=one.device)
+    step = NEAR_ROWS if one.device.type == "cpu" else len(one)
+    for a, b, out in zip(one.split(step), other.split(step), found.split(step), strict=True):
+        out.copy_(a.float() - b.float())
+    return found
 
 
 def _mirror_(lower: torch.Tensor) -> None:

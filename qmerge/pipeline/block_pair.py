@@ -55,7 +55,7 @@ class BlockPair:
         if batches:
             probe = batches[0]
             call, first = first_row(probe.calls[index], probe.runtime.shape[0]), shelf.take(probe.runtime[:1])
-            groups = find_groups(runtime, linears, first, call) if linears and spread.ranks.first else []
+            groups = find_groups(runtime, linears, first, call, residuals=not quick) if linears and spread.ranks.first else []
             inside = activation_bytes(runtime, first, call) * sum(batch.runtime.shape[0] for batch in batches)
         told = spread.ranks.tell([[group.modules, group.residual] for group in groups])  # the first rank has the first batch
         self.groups = [Group(tuple(modules), residual) for modules, residual in told]

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+TURNS = "position_embeddings"
+"""how names of blocks' arguments begin that hold (cos, sin) of rotary positions in transformers"""
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of one block call besides the hidden states, and in what its matrix products are taken."""
@@ -81,7 +85,7 @@ def record_calls(
         if len(log) != len(blocks):
             raise Refused("the decoder does not call its blocks once each in order", where=blocks_name, expected=f"{len(blocks)} calls", found=f"{len(log)}", fix="use --rtn or --format bf16, which do not run the model")
         hidden.append(keep(log[0][0].detach()))
-        calls.append([_share(Call(args, kwargs, compute), calls[0][index] if calls else None) for index, (_, args, kwargs) in enumerate(log)])
+        calls.append([_share(Call(args, _turned_in(compute, kwargs), compute), calls[0][index] if calls else None) for index, (_, args, kwargs) in enumerate(log)])
     return hidden, calls
 
 
@@ -100,6 +104,20 @@ def _record(model: PreTrainedModel, blocks_name: str, blocks: nn.ModuleList, ids
         if handle is not None:
             handle.remove()
     return log
+
+
+def _turned_in(compute: torch.dtype, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the cosines and sines of positions in ``compute``, as a model of that dtype makes them: heads that come out of a product in bf16 are else turned in fp32 and rounded back, which took
+    a seventh of a small block's time and left KL where it was."""
+    if compute == torch.float32:
+        return kwargs
+    return {name: _as_dtype(value, compute) if name.startswith(TURNS) else value for name, value in kwargs.items()}
+
+
+def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return tuple(_as_dtype(item, dtype) for item in value) if isinstance(value, tuple) else value
 
 
 def _stop(*_: Any) -> None:
@@ -145,8 +163,8 @@ def empty_copy(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block)
 
 
-def find_groups(block: nn.Module, linears: list[str], hidden: torch.Tensor, call: Call) -> list[Group]:
-    """Linears in the order in which they run, grouped by the identity of the tensor that they receive.
+def find_groups(block: nn.Module, linears: list[str], hidden: torch.Tensor, call: Call, residuals: bool = True) -> list[Group]:
+    """Linears in the order in which they run, grouped by the identity of the tensor that they receive; and, with ``residuals``, where that is told of those that have one.
 
     Raises `Refused` for a linear that is never called (a routed expert, say), naming it.
     """
@@ -178,7 +196,7 @@ def find_groups(block: nn.Module, linears: list[str], hidden: torch.Tensor, call
     idle = [name for name in linears if name not in inputs]
     if idle:
         raise Refused("a linear saw no calibration tokens", where=idle[0], expected="every linear of a block is called", found=f"{len(idle)} were not", fix="use --rtn or --format bf16")
-    writers = _find_writers(hidden, result, seen, {name: outputs[name] for name in inputs})
+    writers = _find_writers(hidden, result, seen, {name: outputs[name] for name in inputs}) if residuals else {}
     grouped: dict[int, list[str]] = {}
     for name, tensor in inputs.items():
         grouped.setdefault(id(tensor), []).append(name)

@@ -235,7 +235,7 @@ class _Block:
         groups: list[Group] = []
         if linears and spread.ranks.first:
             first = batches[0].runtime  # the shape is what matters here; `start` left the embeddings in it
-            groups = find_groups(self.module, linears, first[:1], first_row(self.calls[0], first.shape[0]))
+            groups = find_groups(self.module, linears, first[:1], first_row(self.calls[0], first.shape[0]), residuals=False)
         self.groups = [Group(tuple(modules), residual) for modules, residual in spread.ranks.tell([[group.modules, group.residual] for group in groups])]
         self._here = threading.local()
 

@@ -101,8 +101,8 @@ def plan(recipe: Recipe, writes: bool = True) -> MergePlan:
 
 
 def _coarse(recipe: Recipe) -> bool:
-    """Is what bf16 takes from two streams of activations small beside what rounding to the output's grid does? Measured in docs/measurements/passes-bf16.md, and for one stream alone in quick.md."""
-    return (recipe.quick and not recipe.curvature_tokens) or (recipe.grid.kind == "int" and recipe.grid.bits <= 4 and recipe.bits_per_weight is None)
+    """Is what bf16 takes from two streams of activations small beside what rounding to the output's grid does? Measured in docs/measurements/passes-bf16.md; and where one stream passes, of which no difference is taken, in quick.md."""
+    return recipe.quick or (recipe.grid.kind == "int" and recipe.grid.bits <= 4 and recipe.bits_per_weight is None)
 
 
 def read_inputs(recipe: Recipe, trained_with: Nf4Recipe | None = None) -> MergePlan:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qmerge.adapters.adapter import Adapter
 
 NEEDED = ("base", "adapter", "out")
+QUICK_TOKENS = 2048
+"""``curvature_tokens`` with ``quick``, where nothing else is said"""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Recipe:
 
     ``bits``, ``group_size`` and ``symmetric`` are those of int formats; ``block_size`` and ``double_quant`` those of nf4 and fp4, None for what the base has
     (64 and double where it has none). ``bits_per_weight`` is a budget for stored bits, spent where the measured loss says so. ``curvature_tokens``: calibration tokens, about, that
-    tell how errors of a linear's outputs count together; 0: they count one by one. ``quick``: each linear is solved on what it receives in the requantized model alone, which is GPTQ as it was
-    published: no teacher runs beside it, and ``curvature_tokens`` is 0 unless it is given. A budget measures on 16384 of its own, which then tell this too. ``compute``: in what the matrix
+    tell how errors of a linear's outputs count together; 0: they count one by one. ``quick``: each linear is solved on what it receives in the requantized model alone: no teacher runs beside
+    it, and ``curvature_tokens`` is ``QUICK_TOKENS`` unless it is given; with 0 it is GPTQ as it was published. A budget measures on 16384 of its own, which then tell this too. ``compute``: in what the matrix
     products of the calibration text's passes are taken; a plan has made of ``auto`` what suits the machine. ``device_memory``: most that may be taken of an accelerator, as bytes or as a size; None:
     what is free there. It changes where things lie, never the bytes that come out.
     """
@@ -187,7 +189,7 @@ def _check(given: dict[str, Any], faults: list[str]) -> Recipe:
     if given.get("format") in FIXED:
         given = FIXED[given["format"]] | given
     if given.get("quick") is True:
-        given = {"curvature_tokens": 0} | given
+        given = {"curvature_tokens": QUICK_TOKENS} | given
     recipe = replace(Recipe(), **{key: value for key, value in given.items() if key in known})
     for key in NEEDED:
         if not getattr(recipe, key):

@@ -18,7 +18,8 @@ from qmerge.types import known as given
 if TYPE_CHECKING:
     from qmerge.pipeline.requantize import Steps, _Job
 
-LEAN_ROUNDS = 3
+LEAN_ROUNDS, LEAN_ALONE = 3, 1
+"""how often the target is moved against the lean; and where no teacher runs beside (quick), as more gave nothing there"""
 
 
 @dataclass
@@ -58,7 +59,8 @@ def solve_rows(job: _Job, rows: slice, known: Known, steps: Steps) -> Rows:
     pull: torch.Tensor | None = None
     fitting = steps.refit and option.storable is not None and option.element.levels is None
     way = descend if coupling is None else partial(coupled.descend, coupling=coupling)
-    for turn in range(1 + (LEAN_ROUNDS if delta is not None and (steps.descent or fitting) else 0)):
+    rounds = LEAN_ROUNDS if known.train.drifts else LEAN_ALONE
+    for turn in range(1 + (rounds if delta is not None and (steps.descent or fitting) else 0)):
         if fitting and turn == 0:
             pull = (gptq.values(codes, option.element) - goal) @ matrix
             option, pull = _fitted(option, codes, goal, matrix, pull, coupling)

@@ -23,6 +23,7 @@ from bench_quality_clock import Clock
 from bench_quality_peers import warm
 from transformers.utils import logging
 
+import qmerge.numerics.kernels  # noqa: F401
 from qmerge.errors import QmergeError
 from qmerge.pipeline import requantize
 from qmerge.pipeline.plan import plan

@@ -38,7 +38,8 @@ BATCH = 1024
 """tokens that go backwards together"""
 HELD_BYTES = 8 * 2**30
 """main memory for the hidden states between blocks"""
-LEAST_WINDOWS = 8
+LEAST_WINDOWS, LEAST_QUICK = 8, 4
+"""windows that gradients are taken on, at least, however long they are; and with ``quick``"""
 LOGITS = 1 << 24
 """logits that are formed together: some 0.4 GB with what their gradients take"""
 CURVATURE_BYTES = 4 * 2**30
@@ -151,11 +152,11 @@ def curvatures(plan: MergePlan, merged: Merged, calibration: Calibration, tokens
 
 
 def _few(plan: MergePlan, calibration: Calibration, tokens: int) -> Calibration:
-    """The first windows of both parts, in their proportion: as many as ``tokens`` and ``HELD_BYTES`` allow, at least ``LEAST_WINDOWS``."""
+    """The first windows of both parts, in their proportion: as many as ``tokens`` and ``HELD_BYTES`` allow, at least ``LEAST_WINDOWS`` or ``LEAST_QUICK``."""
     length = calibration.train.shape[1]
     embedding = plan.pieces.table.get(plan.tree.input_embedding or "")
     width = 1 if embedding is None else embedding.shape[-1]
-    windows = max(LEAST_WINDOWS, min(tokens // length, HELD_BYTES // (4 * length * width * len(plan.tree.blocks))))
+    windows = max(LEAST_QUICK if plan.recipe.quick else LEAST_WINDOWS, min(tokens // length, HELD_BYTES // (4 * length * width * len(plan.tree.blocks))))
     share = min(1.0, windows / (len(calibration.train) + len(calibration.held_out)))
     few = [part[: max(1, round(len(part) * share))] for part in (calibration.train, calibration.held_out)]
     return replace(calibration, train=few[0], held_out=few[1])

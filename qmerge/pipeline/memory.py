@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from qmerge.pipeline.block_pair import TAPE_BYTES
 from qmerge.pipeline.distill import PIECE_TOKENS
-from qmerge.pipeline.gradients import BATCH, HELD_BYTES, LEAST_WINDOWS
+from qmerge.pipeline.gradients import BATCH, HELD_BYTES, LEAST_QUICK, LEAST_WINDOWS
 from qmerge.pipeline.gradients import LOGITS as LOGITS_TOGETHER
 from qmerge.pipeline.memory_blocks import FACTORING, STATISTICS, blocks, captured_bytes, inside_bytes, solving
 from qmerge.pipeline.memory_parts import FP32, Phase, around, curvature_rows, hidden_bytes, largest, lying, phase, scores
@@ -79,7 +79,7 @@ def curvatures_bytes(work: Workload) -> int:
 
 def gradient_tokens(work: Workload) -> int:
     """As `gradients._few` draws them."""
-    windows = max(LEAST_WINDOWS, min(work.curvature_tokens // work.tokens, HELD_BYTES // (4 * work.tokens * max(1, work.hidden) * max(1, work.blocks))))
+    windows = max(LEAST_QUICK if work.quick else LEAST_WINDOWS, min(work.curvature_tokens // work.tokens, HELD_BYTES // (4 * work.tokens * max(1, work.hidden) * max(1, work.blocks))))
     return min(windows, work.windows) * work.tokens
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qmerge.adapters.adapter import Adapter
 
 NEEDED = ("base", "adapter", "out")
-QUICK_TOKENS = 2048
+QUICK_TOKENS = 1024
 """``curvature_tokens`` with ``quick``, where nothing else is said"""
 
 

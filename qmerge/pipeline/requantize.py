@@ -6,6 +6,7 @@ overfit (damping, how far to shift the target, whether to keep the base's block 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,9 +134,13 @@ def requantize_group(
     tried = _shifts(known, steps)
     # linear by linear: how many rows a matrix product has can change its rounding, and which linears of a group are solved together depends on the number of ranks
     trials = [(damp, [(job, number, tried[0]) for number in range(len(job.options))]) for damp in known.damps for job in jobs]
+    if len(tried) == len(known.damps) == 1:  # where there is no choice, nothing is tried
+        for job in (job for job in jobs if len(job.options) == 1):
+            job.value, job.choice = float("nan"), (known.usual, 0, tried[0])
+        trials = [(damp, some) for damp, some in trials if len(some) > 1]
     _settle(in_parallel(lambda trial: _try(*trial, known), trials, device))
     if lost := next((job.linear.name for job in jobs if job.value == float("inf")), None):
-        raise CheckFailed("no candidate has a finite error on the held-out tokens", where=lost, fix="check the base and the adapter for NaN or overflow")
+        raise _not_finite(lost)
     if len(tried) > 1:
         some = [tried[start : start + TOGETHER] for start in range(1, len(tried), TOGETHER)]
         others = [(job.choice[0], [(job, job.choice[1], shift) for shift in shifts]) for job in jobs for shifts in some]
@@ -247,6 +252,8 @@ def _finish(job: _Job, parts: list[Rows], known: Known, blocks: int, steps: Step
     for turn, value in enumerate(values):
         best = turn if value < values[best] else best
     codes, value = torch.cat([rows.codes[best] for rows in parts]), values[best]
+    if not math.isfinite(value):
+        raise _not_finite(linear.name)
     refitted = best > 0 and parts[0].scales is not None
     if refitted:
         option = option.with_scales(torch.cat([given(rows.scales) for rows in parts]))
@@ -260,6 +267,10 @@ def _finish(job: _Job, parts: list[Rows], known: Known, blocks: int, steps: Step
         weight[rows] = gptq.values(codes[rows], option.element.some(rows))
     choice = Choice(known.factor(damp).damp, *shift, option.label, best > 0, 0.0 if job.coupling is None else job.coupling.damp, value)
     return _solved(option.build(codes, option.scales), weight, choice, linear)
+
+
+def _not_finite(name: str) -> CheckFailed:
+    return CheckFailed("no candidate has a finite error on the held-out tokens", where=name, fix="check the base and the adapter for NaN or overflow")
 
 
 def _together(parts: list[tuple[float, float, float]], blocks: int) -> float:

@@ -45,6 +45,7 @@ OURS = (
     ours("gptq-int4", "gptq int4 g128 sym", format="gptq"),
     ours("gptq-int4-quick", "gptq int4 g128 sym, quick", format="gptq", quick=True),
     ours("gptq-int4-quick-mixed", "gptq int4 g128 sym, quick, passes in fp32", ("light", "strong", "demo"), format="gptq", quick=True, compute="mixed"),
+    ours("gptq-int4-quick-plain", "gptq int4 g128 sym, quick, no gradients", ("light", "strong", "demo"), format="gptq", quick=True, curvature_tokens=0),
     ours("gptq-int4-mixed", "gptq int4 g128 sym, passes in fp32", ("light", "strong", "demo"), format="gptq", compute="mixed"),
     ours("gptq-int4-bf16", "gptq int4 g128 sym, passes in bf16", ("light", "strong", "demo"), format="gptq", compute="bf16"),
     ours("gptq-int4-asym", "gptq int4 g128 asym", FULL, format="gptq", symmetric=False),

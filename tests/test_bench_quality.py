@@ -130,6 +130,7 @@ def test_a_chosen_arm_is_found_by_the_start_of_its_name(bench):
         "ours-gptq-int4",
         "ours-gptq-int4-quick",
         "ours-gptq-int4-quick-mixed",
+        "ours-gptq-int4-quick-plain",
         "ours-gptq-int4-mixed",
         "ours-gptq-int4-bf16",
         "ours-gptq-int4-asym",

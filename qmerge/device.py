@@ -99,7 +99,7 @@ class Compute:
 
 
 COMPUTE = {"fp32": Compute(torch.float32, torch.float32), "mixed": Compute(torch.float32, torch.bfloat16), "bf16": Compute(torch.bfloat16, torch.bfloat16)}
-"""what says so in a recipe. ``mixed`` costs nothing that shows; ``bf16`` next to nothing in whole numbers of up to 4 bits (KL 1.00 to 1.02 of mixed on light and strong), and 2 to 17 % of the KL of an NF4 file,
+"""what says so in a recipe. ``mixed`` costs nothing that shows; ``bf16`` next to nothing in whole numbers of up to 4 bits (KL 1.01 to 1.03 of mixed on light and strong, docs/measurements/quick.md), and 2 to 17 % of the KL of an NF4 file,
 which is smaller: where two streams pass, their difference, rounded apart, is what the solver answers (docs/measurements/passes-bf16.md; quick.md for one stream)"""
 
 

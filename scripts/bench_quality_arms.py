@@ -79,7 +79,7 @@ PEERS = (
     Arm("gptqmodel-gptaq", "gptqmodel int4 g128, gptaq", "gptqmodel", {"gptaq": True}),
     Arm("gptqmodel-int3", "gptqmodel int3 g128", "gptqmodel", {"bits": 3}),
     Arm("gptqmodel-int2-g32", "gptqmodel int2 g32", "gptqmodel", {"bits": 2, "group_size": 32}),
-    Arm("llmcompressor", "llm-compressor GPTQ W4A16 g128", "llmcompressor", only=("light", "strong", "neox", "stories")),
+    Arm("llmcompressor", "llm-compressor GPTQ W4A16 g128", "llmcompressor", only=("light", "strong", "neox", "stories", "demo")),
     Arm("llmcompressor-imatrix", "llm-compressor GPTQ W4A16 g128, imatrix_mse", "llmcompressor", {"weight_observer": "imatrix_mse"}, only=FULL),
     Arm("llmcompressor-w4a16-channel", "llm-compressor GPTQ W4A16 channel", "llmcompressor", CHANNEL, only=("stories",)),
     Arm("llmcompressor-w8a16-channel", "llm-compressor GPTQ W8A16 channel", "llmcompressor", {"scheme": "W8A16"}, only=("stories",)),

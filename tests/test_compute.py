@@ -66,7 +66,7 @@ def test_a_difference_is_rounded_once(dtype):
 
 
 def test_positions_are_turned_in_what_passes_are_in(zoo):
-    """Cosines that stay in fp32 beside heads in bf16: each is then turned in fp32 and rounded back, a seventh of a block's time. And masks or positions that are rounded with them."""
+    """Cosines that stay in fp32 beside heads in bf16: each is then turned in fp32 and rounded back, which takes longer. And masks or positions that are rounded with them."""
     skeleton = build_skeleton(open_checkpoint(zoo.nf4("llama")))
     with torch.no_grad():
         skeleton.model.to_empty(device="cpu") if any(part.is_meta for part in skeleton.model.parameters()) else None

@@ -78,8 +78,8 @@ merge_options = stack(
     ),
     topic(
         SOLVER,
-        click.option("--quick", is_flag=True, default=None, help="Solve without the separate model beside it, with gradients of an eighth of the tokens: in half the time, a third to four fifths further from base + adapter in int4, where it was measured. With --curvature-tokens 0 it is GPTQ as it was published."),
-        click.option("--curvature-tokens", type=int, metavar="N", help="Calibration tokens that gradients are taken on, to learn which errors of a linear's outputs cancel (8192; with --quick 1024); 0: none, quicker and worse."),
+        click.option("--quick", is_flag=True, default=None, help="Solve without the separate model beside it, with gradients of fewer tokens: in half the time, a third to four fifths further from base + adapter where it was measured (int4, windows of 256 tokens). With --curvature-tokens 0 it is GPTQ as it was published."),
+        click.option("--curvature-tokens", type=int, metavar="N", help="Calibration tokens that gradients are taken on, to learn which errors of a linear's outputs cancel (8192, of 8 windows at least; with --quick 1024, of 4); 0: none, quicker and worse."),
         click.option("--polish", type=words_of("polish"), multiple=True, metavar="HOW", help="Slow steps after the solver, for less loss at the same size: distill (scales and norms trained on the separate model's logits), blocks (codes tuned block by block). Repeat it, or separate with commas."),
         click.option("--low-traffic", type=words_of("low_traffic"), metavar="HOW", help="Experts that saw too few tokens: pooled (default: the layer's pooled statistics) or rtn (round to nearest)."),
         click.option("--compute", type=words_of("compute"), metavar="HOW", help="In what matrix products on calibration text are taken: fp32, mixed (statistics and gradients in bf16, summed in fp32), bf16 (the passes too: quicker; it shows in outputs as fine as nf4), or auto (default: on a GPU and on CPUs that are quick at bf16, bf16 for whole numbers of up to 4 bits and with --quick, else mixed; on other CPUs fp32)."),

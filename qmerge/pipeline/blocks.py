@@ -107,8 +107,8 @@ def _record(model: PreTrainedModel, blocks_name: str, blocks: nn.ModuleList, ids
 
 
 def _turned_in(compute: torch.dtype, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with the cosines and sines of positions in ``compute``, as a model of that dtype makes them: heads that come out of a product in bf16 are else turned in fp32 and rounded back, which took
-    a seventh of a small block's time and left KL where it was."""
+    """The arguments with the cosines and sines of positions in ``compute``, as a model of that dtype makes them: heads that come out of a product in bf16 are else turned in fp32 and rounded back,
+    which takes longer."""
     if compute == torch.float32:
         return kwargs
     return {name: _as_dtype(value, compute) if name.startswith(TURNS) else value for name, value in kwargs.items()}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qmerge.pipeline.requantize import Steps, _Job
 
 LEAN_ROUNDS, LEAN_ALONE = 3, 1
-"""how often the target is moved against the lean; and where no teacher runs beside (quick), as more gave nothing there"""
+"""how often the target is moved against the lean; and where no teacher runs beside (quick), which is to save time"""
 
 
 @dataclass
